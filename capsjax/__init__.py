@@ -1,0 +1,12 @@
+"""Capsule networks in JAX: exact routing by agreement that never stores the votes."""
+
+from capsjax.conv import strided_conv as strided_conv
+from capsjax.kernels.dispatch import Unsupported as Unsupported
+from capsjax.kernels.squash import squash as squash
+from capsjax.losses import margin_loss as margin_loss
+from capsjax.losses import reconstruction_loss as reconstruction_loss
+from capsjax.metrics import coupling_entropy as coupling_entropy
+from capsjax.metrics import lengths as lengths
+from capsjax.routing.dynamic import dynamic_routing as dynamic_routing
+from capsjax.routing.dynamic import dynamic_routing_from_votes as dynamic_routing_from_votes
+from capsjax.routing.dynamic import routing_couplings as routing_couplings

@@ -1,0 +1,71 @@
+"""The losses of "Dynamic Routing Between Capsules"."""
+
+import jax.numpy as jnp
+from jax import Array
+
+from capsjax import shapes
+
+
+def margin_loss(
+    lengths: Array,
+    targets: Array,
+    *,
+    positive_margin: float = 0.9,
+    negative_margin: float = 0.1,
+    negative_weight: float = 0.5,
+) -> Array:
+    """Squared hinges on capsule lengths: long for the classes present, short for the others.
+
+    Source: Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules", section 3, equation 4,
+    https://arxiv.org/abs/1710.09829.
+
+    Args:
+      lengths: `[..., J]`, floating, in [0, 1].
+      targets: `[..., J]`, 1 (or True) for each class present, of which there may be several.
+      positive_margin: A present class costs nothing from this length on.
+      negative_margin: An absent class costs nothing up to this length.
+      negative_weight: Down-weighting of absent classes, which would shrink all lengths early on.
+
+    Returns:
+      `[...]`, the sum over classes, in the dtype of `lengths`.
+
+    Raises:
+      ValueError: The shapes differ.
+
+    Example:
+      >>> loss = margin_loss(jnp.array([0.8, 0.3]), jnp.array([1, 0]))
+      >>> round(float(loss), 6)  # 0.1² + 0.5 · 0.2²
+      0.03
+    """
+    letters = "[..., J]"
+    shapes.check_shape("margin_loss", "targets", targets, letters, lengths.shape)
+    present = targets.astype(lengths.dtype)
+    missing = jnp.maximum(0, positive_margin - lengths) ** 2
+    surplus = jnp.maximum(0, lengths - negative_margin) ** 2
+    return jnp.sum(present * missing + negative_weight * (1 - present) * surplus, axis=-1)
+
+
+def reconstruction_loss(reconstructions: Array, images: Array, *, weight: float = 0.0005) -> Array:
+    """Sum of squared differences over an image's pixels, scaled down beside the margin loss.
+
+    Source: Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules", section 4.1,
+    https://arxiv.org/abs/1710.09829. For 28x28 pixels 0.0005 times the sum is 0.392 times the mean.
+
+    Args:
+      reconstructions: `[..., H, W, C]`, floating.
+      images: `[..., H, W, C]`, in 0 … 1.
+      weight: Factor on the sum.
+
+    Returns:
+      `[...]`, in the dtype of `reconstructions`.
+
+    Raises:
+      ValueError: The shapes differ.
+
+    Example:
+      >>> float(reconstruction_loss(jnp.ones((28, 28, 1)), jnp.zeros((28, 28, 1))))
+      0.3919999897480011
+    """
+    letters = "[..., H, W, C]"
+    shapes.check_shape("reconstruction_loss", "images", images, letters, reconstructions.shape)
+    return weight * jnp.sum((reconstructions - images) ** 2, axis=(-3, -2, -1))

@@ -1,0 +1,3 @@
+"""Published networks, one file each."""
+
+from capsjax.models.capsnet import CapsNet as CapsNet

@@ -1,0 +1,61 @@
+"""The shape letters, and the checks of arguments that every public function shares.
+
+- B: batch; where `...` is written, any number of leading axes
+- I: input capsules (children)
+- J: output capsules (parents)
+- P: length of an input pose
+- D: length of an output pose
+- T: routing iterations
+- H, W, C: height, width and channels of an image
+"""
+
+import operator
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import Array
+
+
+def check_floating(function: str, **arrays: Array) -> None:
+    """Raises TypeError unless all arrays are floating and of one dtype."""
+    first, *_ = arrays
+    for name, array in arrays.items():
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{function}: {name} must be floating, got {array.dtype}")
+        if array.dtype != arrays[first].dtype:
+            raise TypeError(
+                f"{function}: {name} must have the dtype of {first}, {arrays[first].dtype}, "
+                f"got {array.dtype}"
+            )
+
+
+def check_shape(
+    function: str, name: str, array: Array, letters: str, shape: Sequence[int | None]
+) -> None:
+    """Raises ValueError unless the array has the shape; None stands for any positive size."""
+    fits = len(array.shape) == len(shape) and all(
+        size == wanted or (wanted is None and size > 0)
+        for size, wanted in zip(array.shape, shape, strict=True)
+    )
+    if not fits:
+        known = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(
+            f"{function}: {name} must have shape {letters} = [{known}], got {tuple(array.shape)}"
+        )
+
+
+def check_positive(function: str, name: str, value: int) -> int:
+    """The value as an int; ValueError unless it is an integer of at least 1."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{function}: {name} must be an integer of at least 1, got {value!r}")
+    return number
+
+
+def check_choice(function: str, name: str, value: object, choices: Sequence[str]) -> None:
+    """Raises ValueError unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{function}: {name} must be one of {', '.join(choices)}, got {value!r}")

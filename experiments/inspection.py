@@ -1,0 +1,105 @@
+"""A look into a trained network: its errors on the test set in words, and the figures."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+import capsjax
+from experiments import data, figures, records, training
+
+TWEAKS = tuple(np.linspace(-0.25, 0.25, 11).tolist())
+SHOWN, ENTROPY_EXAMPLES = 12, 64
+
+
+def report(
+    trainer: training.Trainer,
+    params: training.Params,
+    dataset: data.Dataset,
+    workdir: pathlib.Path,
+    *,
+    batch_size: int,
+) -> None:
+    """Logs test error and accuracy of each class, and draws every figure into the workdir."""
+    evaluation = trainer.evaluate(params, dataset.test, batch_size=batch_size)
+    log_accuracy(evaluation, dataset.test.labels)
+    folder = workdir / "figures"
+    draw(trainer, params, dataset, evaluation, records.read_metrics(workdir), folder)
+    logging.info("figures are in %s", folder)
+
+
+def log_accuracy(evaluation: training.Evaluation, labels: np.ndarray) -> None:
+    """Logs the test error and each class's accuracy, in percent."""
+    counts = confusion(evaluation, labels)
+    for label, row in enumerate(counts):
+        if row.sum():
+            share = 100 * row[label] / row.sum()
+            logging.info("class %d: %.2f %% of %d right", label, share, row.sum())
+    wrong = len(labels) - np.trace(counts)
+    error = evaluation.error(labels)
+    logging.info("test error %.2f %%: %d of %d wrong", error, wrong, len(labels))
+
+
+def confusion(evaluation: training.Evaluation, labels: np.ndarray) -> np.ndarray:
+    """Counts of test examples, int [true class, predicted class]."""
+    num_classes = evaluation.lengths.shape[1]
+    counts = np.zeros((num_classes, num_classes), int)
+    np.add.at(counts, (labels, evaluation.predictions), 1)
+    return counts
+
+
+def draw(
+    trainer: training.Trainer,
+    params: training.Params,
+    dataset: data.Dataset,
+    evaluation: training.Evaluation,
+    rows: list[dict[str, float]],
+    folder: pathlib.Path,
+) -> None:
+    """Draws learning curves, confusions, reconstructions, tweaks and couplings."""
+    images, labels = dataset.test
+    model = trainer.model(params)
+    drawn = {
+        "learning_curves": figures.learning_curves(rows),
+        "confusion_matrix": figures.confusion_matrix(
+            confusion(evaluation, labels), class_names=[str(k) for k in range(dataset.num_classes)]
+        ),
+        "misclassified": figures.misclassified(
+            images / np.float32(255), labels, evaluation.predictions, evaluation.lengths
+        ),
+    }
+    few = training.scaled(jnp.asarray(images[:ENTROPY_EXAMPLES]))
+    capsules = model(few)
+    if trainer.objective.reconstruction_weight:
+        drawn["reconstructions"] = figures.reconstructions(
+            np.asarray(few[:SHOWN]),
+            np.asarray(model.reconstruct(capsules[:SHOWN])),
+            np.asarray(capsjax.lengths(capsules[:SHOWN])),
+            labels[:SHOWN],
+        )
+        drawn["dimension_tweaks"] = figures.dimension_tweaks(
+            np.asarray(tweaked(model, capsules[0])), values=TWEAKS
+        )
+    couplings = np.asarray(
+        capsjax.routing_couplings(
+            model.primary_poses(few),
+            model.capsules.weights[...].astype(model.capsules.dtype),
+            num_iterations=model.capsules.num_iterations,
+            bias=None if model.capsules.bias is None else model.capsules.bias[...],
+        )
+    )
+    drawn["couplings"] = figures.couplings(couplings[:, 0], label=int(labels[0]))
+    drawn["coupling_entropy"] = figures.coupling_entropy(couplings)
+    for name, figure in drawn.items():
+        records.save_figure(figure, folder / f"{name}.png")
+
+
+def tweaked(model: training.CapsNet, capsules: jax.Array) -> jax.Array:
+    """Draws one example with each dimension of its longest capsule moved, `[D, 11, H, W, C]`."""
+    parents, depth = capsules.shape
+    winner = jnp.argmax(capsjax.lengths(capsules))
+    moves = jnp.einsum("k,de->dke", jnp.asarray(TWEAKS, capsules.dtype), jnp.eye(depth))
+    moved = capsules + jax.nn.one_hot(winner, parents)[:, None] * moves[:, :, None, :]
+    return model.reconstruct(moved, jnp.full(moved.shape[:2], winner))

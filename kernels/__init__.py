@@ -1,0 +1,1 @@
+"""Operations with several implementations; import them as `capsjax.kernels`."""

@@ -1,0 +1,254 @@
+"""Flags made of a Config, and how a program ends."""
+
+import dataclasses
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+
+from experiments import cli
+from experiments.errors import InputError
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One field of each type, and each kind of limit."""
+
+    workdir: str = cli.flag("", "Folder of the run.", affects_result=False)
+    batch_size: int = cli.flag(128, "Examples a step.", minimum=1, maximum=1000)
+    learning_rate: float = cli.flag(1e-3, "Step size of Adam.", above=0)
+    download: bool = cli.flag(False, "May use the network.", affects_result=False)
+    normalize: bool = cli.flag(True, "Scale to 0..1.")
+    dtype: str = cli.flag("float32", "Type of the numbers.", choices=("float32", "bfloat16"))
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a program in this process: its exit status, the Config it got, stdout and stderr."""
+    monkeypatch.setattr(cli, "_configure_logging", lambda config_class: None)
+
+    def run(*arguments, result=None):
+        configs = []
+
+        def main(config):
+            configs.append(config)
+            if isinstance(result, Exception):
+                raise result
+            return result
+
+        monkeypatch.setattr(sys, "argv", ["/some/where/train_mnist.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.run(Config, main)
+        return exit_.value.code or 0, (configs or [None])[0], *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes"),
+    [
+        ([], {}),
+        (["--batch_size=1"], {"batch_size": 1}),
+        (["--batch_size", "1000"], {"batch_size": 1000}),
+        (["--batch_size=7", "--batch_size=8"], {"batch_size": 8}),
+        (["--learning_rate=1"], {"learning_rate": 1.0}),
+        (["--download", "--nonormalize"], {"download": True, "normalize": False}),
+        (["--download=true", "--normalize=false"], {"download": True, "normalize": False}),
+        (["--dtype=bfloat16", "--workdir=a=b"], {"dtype": "bfloat16", "workdir": "a=b"}),
+    ],
+)
+def test_flags_become_the_config(run, arguments, changes):
+    status, config, _, stderr = run(*arguments)
+    assert (status, config, stderr) == (0, dataclasses.replace(Config(), **changes), "")
+    assert [type(value) for value in dataclasses.astuple(config)] == [
+        field.type for field in dataclasses.fields(Config)
+    ]
+
+
+def test_what_follows_a_flagfile_wins(run, tmp_path):
+    flagfile = tmp_path / "paper.cfg"
+    flagfile.write_text("# the paper\n--batch_size=64\n\n--learning_rate=0.01\n--download\n")
+    _, config, _, _ = run("--batch_size=1", f"--flagfile={flagfile}", "--learning_rate=0.5")
+    assert config == Config(batch_size=64, learning_rate=0.5, download=True)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--bach_size=3", r"Unknown command line flag 'bach_size'. Did you mean: batch_size \?"),
+        ("--verbosity=3", "Unknown command line flag 'verbosity'"),
+        ("--batch_size=many", "flag --batch_size=many: must be a whole number"),
+        ("--batch_size=1.5", "flag --batch_size=1.5: must be a whole number"),
+        ("--batch_size=", "flag --batch_size=: must be a whole number"),
+        ("--batch_size", "Missing value for flag --batch_size"),
+        ("--batch_size=0", "--batch_size must be at least 1, got 0"),
+        ("--batch_size=1001", "--batch_size must be at most 1000, got 1001"),
+        ("--learning_rate=fast", "flag --learning_rate=fast: must be a number"),
+        ("--learning_rate=0", "--learning_rate must be above 0, got 0.0"),
+        ("--learning_rate=-1e-3", "--learning_rate must be above 0, got -0.001"),
+        ("--learning_rate=nan", "--learning_rate must be finite, got nan"),
+        ("--learning_rate=inf", "--learning_rate must be finite, got inf"),
+        ("--learning_rate=1e999", "--learning_rate must be finite, got inf"),
+        ("--download=maybe", "flag --download=maybe: must be true or false"),
+        ("--nodownload=true", "--nodownload=true does not take an argument"),
+        ("--dtype=float8", "--dtype must be one of float32, bfloat16, got 'float8'"),
+        ("--flagfile=none.cfg", r"Unable to open flagfile: .*No such file or directory.*none.cfg'"),
+        ("--flagfile", "--flagfile with no argument"),
+        ("mnist", "unexpected argument 'mnist': settings are --name=value"),
+        ("--", None),
+    ],
+)
+def test_what_cannot_be_used_is_one_line_and_status_2(run, argument, message):
+    status, config, stdout, stderr = run(argument)
+    if message is None:  # the end of the flags, and nothing after it, is no mistake
+        assert (status, config, stderr) == (0, Config(), "")
+    else:
+        assert (status, config, stdout) == (2, None, "")
+        assert re.fullmatch(f"train_mnist: {message}\n", stderr)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"--batch_size=64 # small\n", "flag --batch_size=64 # small: must be a whole number"),
+        (b"batch_size=64\n", "unexpected argument 'batch_size=64': settings are --name=value"),
+        (b"--dtype=\xff\n", "the flagfile is not a text file: .*"),
+    ],
+)
+def test_a_bad_line_of_a_flagfile_is_named(run, tmp_path, content, message):
+    (tmp_path / "bad.cfg").write_bytes(content)
+    status, config, _, stderr = run(f"--flagfile={tmp_path / 'bad.cfg'}")
+    assert (status, config) == (2, None)
+    assert re.fullmatch(f"train_mnist: {message}\n", stderr)
+
+
+def test_an_input_error_of_the_program_is_one_line(run):
+    status, _, _, stderr = run(result=InputError("labels.idx is truncated:\n  10 bytes"))
+    assert (status, stderr) == (2, "train_mnist: labels.idx is truncated: 10 bytes\n")
+
+
+@pytest.mark.parametrize(("result", "status"), [(None, 0), (0, 0), (3, 3)])
+def test_the_program_decides_its_exit_status(run, result, status):
+    assert run(result=result)[0] == status
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("a bug")])
+def test_nothing_else_is_caught(monkeypatch, error):
+    def main(config):
+        raise error
+
+    monkeypatch.setattr(cli, "_configure_logging", lambda config_class: None)
+    monkeypatch.setattr(sys, "argv", ["train_mnist"])
+    with pytest.raises(type(error)):
+        cli.run(Config, main)
+
+
+def test_help_explains_every_flag_and_no_other(run):
+    status, config, stdout, stderr = run("--help")
+    assert (status, config, stderr) == (0, None, "")
+    assert stdout.startswith(f"{__doc__}\n\nusage: train_mnist [--flagfile=FILE]")
+    names = re.findall(r"^  --(?:\[no\])?(\w+)$", stdout, re.MULTILINE)
+    assert names == [*(field.name for field in dataclasses.fields(Config)), "flagfile"]
+    assert "Examples a step. (default: 128; at least 1; at most 1000)" in stdout
+    assert "Step size of Adam. (default: 0.001; above 0)" in stdout
+    assert "(default: float32; one of float32, bfloat16)" in stdout
+    assert "--[no]download\n      May use the network. (default: false)" in stdout
+
+
+def test_no_flag_is_global(run):
+    run()
+    run()
+    assert "batch_size" not in flags.FLAGS
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "--batch_size must be at least 1, got 0"),
+        ({"batch_size": 2.0}, "--batch_size must be a whole number, got 2.0"),
+        ({"batch_size": True}, "--batch_size must be a whole number, got True"),
+        ({"learning_rate": "1"}, "--learning_rate must be a number, got '1'"),
+        ({"learning_rate": -1}, "--learning_rate must be above 0, got -1"),
+        ({"learning_rate": float("nan")}, "--learning_rate must be finite, got nan"),
+        ({"download": 1}, "--download must be true or false, got 1"),
+        ({"workdir": None}, "--workdir must be text, got None"),
+    ],
+)
+def test_a_config_built_in_code_is_checked_too(changes, message):
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        cli.validate(dataclasses.replace(Config(), **changes))
+
+
+def test_a_whole_number_is_a_number():
+    cli.validate(Config(learning_rate=1))
+
+
+SCRIPT = """
+import dataclasses
+from absl import logging
+from experiments import cli
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    workdir: str = cli.flag("", "Folder.", affects_result=False)
+    steps: int = cli.flag(1, "Steps.", minimum=1)
+
+def main(config):
+    import jax.numpy as jnp
+    from experiments import records
+    workdir = records.open_workdir(config.workdir, config=config, data_sha256="00")
+    with records.Checkpoints(workdir) as checkpoints:
+        checkpoints.save(1, {"x": jnp.ones(3)})
+        logging.info("saved %s", checkpoints.steps())
+        logging.warning("beware")
+
+if __name__ == "__main__":
+    cli.run(Config, main)
+"""
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    """Runs SCRIPT as a program of its own."""
+    path = tmp_path_factory.mktemp("script") / "tiny.py"
+    path.write_text(SCRIPT)
+
+    def script(*arguments):
+        return subprocess.run(
+            [sys.executable, "-Werror", path, *arguments],
+            cwd=path.parent,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+
+    return script
+
+
+def test_stderr_holds_the_programs_log_lines_and_no_noise(script, tmp_path):
+    done = script(f"--workdir={tmp_path / 'run'}")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert re.fullmatch(r"I \d\d:\d\d:\d\d saved \[1\]\nW \d\d:\d\d:\d\d beware\n", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("argument", "stderr"),
+    [
+        ("--steps=0", "tiny: --steps must be at least 1, got 0\n"),
+        (
+            "--workdir=tiny.py",
+            "tiny: workdir tiny.py is a file, not a folder; use another --workdir\n",
+        ),
+    ],
+)
+def test_a_program_ends_with_one_line_and_status_2(script, argument, stderr):
+    done = script(argument)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", stderr)

@@ -1,0 +1,468 @@
+"""Data sets by name, the order of batches, and users' own images."""
+
+import gzip
+import hashlib
+import io
+import itertools
+import struct
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import data, idx, make_mnist_small
+from experiments.errors import InputError
+
+TRAIN_IMAGES, TRAIN_LABELS = idx.STEMS["train"]
+TEST_IMAGES, TEST_LABELS = idx.STEMS["test"]
+
+
+def idx_bytes(array):
+    return struct.pack(f">{1 + array.ndim}I", 0x800 | array.ndim, *array.shape) + array.tobytes()
+
+
+def fake_files():
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for (images, labels), size in zip(idx.STEMS.values(), (30, 20), strict=True):
+        arrays[images] = rng.integers(0, 256, (size, 5, 5), np.uint8)
+        arrays[labels] = rng.integers(0, 10, size, np.uint8)
+    return {stem: idx_bytes(array) for stem, array in arrays.items()}
+
+
+def write(folder, files, *, suffix=""):
+    folder.mkdir(parents=True, exist_ok=True)
+    for stem, content in files.items():
+        packed = gzip.compress(content) if suffix == ".gz" else content
+        (folder / (stem + suffix)).write_bytes(packed)
+    return str(folder)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A user with an empty home, in an empty current folder."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    return tmp_path / "home"
+
+
+# --- data sets by name
+
+
+def test_mnist_small_is_the_head_of_mnist():
+    dataset = data.load("mnist_small")
+    assert (dataset.name, dataset.num_classes) == ("mnist_small", 10)
+    assert dataset.train.images.shape == (6_000, 28, 28, 1)
+    assert dataset.test.images.shape == (1_000, 28, 28, 1)
+    assert dataset.train.images.dtype == np.uint8
+    assert dataset.train.labels.dtype == np.int32
+    assert dataset.train.labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
+    assert dataset.test.labels[:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]
+    assert np.bincount(dataset.train.labels).tolist() == [
+        592, 671, 581, 608, 623, 514, 608, 651, 551, 601
+    ]  # fmt: skip
+    assert np.bincount(dataset.test.labels).tolist() == [
+        85, 126, 116, 107, 110, 87, 87, 99, 89, 94
+    ]  # fmt: skip
+    assert dataset.sha256 == "73b8ed2412a1adf5e6e15c5a4bd907923738f6341fab033d5867e98768776ee5"
+
+
+def test_the_readme_of_mnist_small_names_its_digests():
+    readme = (data.MNIST_SMALL.parent / "README.md").read_text()
+    assert hashlib.sha256(data.MNIST_SMALL.read_bytes()).hexdigest() in readme
+    assert data.load("mnist_small").sha256 in readme
+
+
+@pytest.mark.parametrize(
+    ("name", "subfolder"),
+    [
+        ("mnist", "."),
+        ("mnist", "MNIST/raw"),
+        ("fashion_mnist", "."),
+        ("fashion_mnist", "FashionMNIST/raw"),
+    ],
+)
+def test_idx_and_gzipped_idx_are_the_same_data(tmp_path, name, subfolder):
+    files = fake_files()
+    write(tmp_path / "plain" / subfolder, files)
+    write(tmp_path / "packed" / subfolder, files, suffix=".gz")
+    plain = data.load(name, data_dir=str(tmp_path / "plain"))
+    packed = data.load(name, data_dir=str(tmp_path / "packed"))
+    assert plain.sha256 == packed.sha256
+    for dataset in (plain, packed):
+        assert (dataset.name, dataset.num_classes) == (name, 10)
+        assert dataset.train.images.shape == (30, 5, 5, 1)
+        assert dataset.train.images.tobytes() == files[TRAIN_IMAGES][16:]
+        assert dataset.test.labels.tolist() == list(files[TEST_LABELS][8:])
+        assert dataset.test.labels.dtype == np.int32
+
+
+@pytest.mark.parametrize("stem", [TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS])
+def test_the_digest_sees_every_array(tmp_path, stem):
+    files = fake_files()
+    before = data.load("mnist", data_dir=write(tmp_path, files)).sha256
+    files[stem] = files[stem][:-1] + bytes([(files[stem][-1] + 1) % 10])
+    assert data.load("mnist", data_dir=write(tmp_path, files)).sha256 != before
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("mnist", "cwd/data/MNIST/raw"),
+        ("fashion_mnist", "cwd/data/FashionMNIST/raw"),
+        ("fashion_mnist", "home/.keras/datasets/fashion-mnist"),
+    ],
+)
+def test_the_caches_of_other_programs_are_found(tmp_path, home, name, folder):
+    write(tmp_path / folder, fake_files(), suffix=".gz")
+    assert data.load(name).train.images.shape == (30, 5, 5, 1)
+
+
+@pytest.fixture
+def keras_npz(home):
+    path = home / ".keras/datasets/mnist.npz"
+    path.parent.mkdir(parents=True)
+    zeros, labels = np.zeros((4, 28, 28), np.uint8), np.arange(4, dtype=np.uint8)
+    np.savez(path, x_train=zeros, y_train=labels, x_test=zeros[:2], y_test=labels[:2])
+    return path
+
+
+def test_keras_npz_is_read_if_it_is_the_published_one(keras_npz, monkeypatch):
+    digest = hashlib.sha256(keras_npz.read_bytes()).hexdigest()
+    monkeypatch.setattr(data, "_KERAS_NPZ", digest)
+    dataset = data.load("mnist")
+    assert dataset.train.labels.tolist() == [0, 1, 2, 3]
+    assert dataset.test.images.shape == (2, 28, 28, 1)
+
+
+def test_keras_npz_of_other_content_is_refused(keras_npz):
+    with pytest.raises(
+        InputError, match=r"mnist\.npz: the file is damaged or another: .* 731c5ac6"
+    ):
+        data.load("mnist")
+
+
+def test_data_dir_is_the_only_place_searched(tmp_path, home):
+    write(tmp_path / "cwd/data/MNIST/raw", fake_files())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"mnist was not found.*empty") as caught:
+        data.load("mnist", data_dir=str(tmp_path / "empty"))
+    assert str(home) not in str(caught.value)
+
+
+def test_what_is_not_found_is_named_with_the_places_and_the_flags(home):
+    with pytest.raises(InputError) as caught:
+        data.load("mnist")
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in (
+        "mnist was not found",
+        "data/MNIST/raw",
+        str(home / ".keras/datasets/mnist.npz"),
+        str(home / "tensorflow_datasets/mnist"),
+        "--data_dir=DIR",
+        "--download",
+        "--dataset=mnist_small",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("name", "data_dir", "message"),
+    [
+        ("", "", r"--dataset must be mnist_small, mnist, .* got ''\."),
+        ("MNIST", "", r"--dataset must be .* got 'MNIST'\."),
+        ("tfds:", "", r"--dataset must be .* got 'tfds:'\."),
+        ("tfds:huggingface:mnist", "", r"--dataset must be .* got 'tfds:huggingface:mnist'\."),
+        ("mnist_small", ".", r"takes no --data_dir; .*--dataset=mnist"),
+        ("mnist", "nowhere", r"--data_dir must be a folder that can be read, got nowhere\."),
+        ("mnist", __file__, r"--data_dir must be a folder that can be read, got .*test_data\.py"),
+    ],
+)
+def test_names_and_folders_that_cannot_be_are_refused(home, name, data_dir, message):
+    with pytest.raises(InputError, match=message):
+        data.load(name, data_dir=data_dir)
+
+
+def test_mnist_does_not_pass_for_fashion_mnist(tmp_path, monkeypatch):
+    data_dir = write(tmp_path, fake_files())
+    monkeypatch.setattr(data, "_MNIST", data.load("mnist", data_dir=data_dir).sha256)
+    with pytest.raises(InputError, match=r"the files are MNIST's, not Fashion-MNIST's"):
+        data.load("fashion_mnist", data_dir=data_dir)
+
+
+@pytest.mark.parametrize(
+    ("stem", "array", "message"),
+    [
+        (TRAIN_LABELS, np.zeros(29), r"train-images.* got 30 images and 29 labels"),
+        (TEST_LABELS, np.zeros(30), r"t10k-images.* got 20 images and 30 labels"),
+        (TRAIN_LABELS, np.arange(30) // 3 + 3, r"must be 0 to 9, got 10 at index 21\."),
+        (TEST_IMAGES, np.zeros((20, 6, 6)), r"mnist: .* got \(5, 5, 1\) and \(6, 6, 1\)"),
+    ],
+)
+def test_files_that_do_not_fit_together_are_named(tmp_path, stem, array, message):
+    files = fake_files() | {stem: idx_bytes(array.astype(np.uint8))}
+    with pytest.raises(InputError, match=message):
+        data.load("mnist", data_dir=write(tmp_path, files))
+
+
+# --- the script that builds mnist_small
+
+
+def test_the_same_files_build_the_same_bytes(tmp_path):
+    files = fake_files()
+    digests = {stem: hashlib.sha256(content).hexdigest() for stem, content in files.items()}
+    outputs = [tmp_path / "a.npz", tmp_path / "b.npz"]
+    for output, suffix in zip(outputs, ("", ".gz"), strict=True):
+        source = Path(write(tmp_path / f"source{suffix}", files, suffix=suffix))
+        make_mnist_small.build(source, output, sha256=digests, num_train=7, num_test=3)
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+    with zipfile.ZipFile(outputs[0]) as archive:
+        assert {member.date_time for member in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+    with np.load(outputs[0], allow_pickle=False) as archive:
+        assert archive["train_images"].tobytes() == files[TRAIN_IMAGES][16 : 16 + 7 * 25]
+        assert archive["test_labels"].tobytes() == files[TEST_LABELS][8 : 8 + 3]
+        assert archive["train_images"].shape == (7, 5, 5)
+
+
+def test_other_files_than_mnist_build_nothing(tmp_path):
+    source = Path(write(tmp_path / "source", fake_files()))
+    with pytest.raises(InputError, match=rf"{TRAIN_IMAGES}: sha256 of the plain file must be ba89"):
+        make_mnist_small.build(source, tmp_path / "out.npz")
+    assert not (tmp_path / "out.npz").exists()
+
+
+# --- the order of batches
+
+
+def take(count, stream):
+    return np.array(list(itertools.islice(stream, count)))
+
+
+def test_the_order_is_the_same_with_every_numpy():
+    stream = data.batches(10, batch_size=4, seed=7)
+    assert take(3, stream).tolist() == [[8, 4, 1, 6], [3, 2, 7, 5], [3, 9, 1, 6]]
+
+
+@pytest.mark.parametrize(("num_examples", "batch_size"), [(10, 3), (12, 4), (5, 5), (7, 1)])
+def test_an_epoch_uses_an_example_at_most_once(num_examples, batch_size):
+    steps = num_examples // batch_size
+    epochs = take(40 * steps, data.batches(num_examples, batch_size=batch_size, seed=0))
+    epochs = epochs.reshape(40, steps * batch_size)
+    assert epochs.dtype == np.int32
+    assert all(len(set(epoch)) == steps * batch_size for epoch in epochs.tolist())
+    assert set(epochs.ravel().tolist()) == set(range(num_examples))
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) > 20
+
+
+@pytest.mark.parametrize("first_step", [1, 2, 3, 4, 5, 29])
+def test_a_resumed_stream_is_the_tail_of_the_unbroken_one(first_step):
+    unbroken = take(40, data.batches(11, batch_size=3, seed=5))
+    resumed = take(40 - first_step, data.batches(11, batch_size=3, seed=5, first_step=first_step))
+    np.testing.assert_array_equal(resumed, unbroken[first_step:])
+
+
+def test_another_seed_is_another_order():
+    first, second = (take(5, data.batches(100, batch_size=20, seed=seed)) for seed in (0, 1))
+    assert (first != second).any()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"batch_size": 0, "seed": 0}, r"--batch_size must be 1 to 9, .* got 0\."),
+        ({"batch_size": 10, "seed": 0}, r"--batch_size must be 1 to 9, .* got 10\."),
+        ({"batch_size": 3, "seed": -1}, r"--seed must be 0 to .* got -1\."),
+        ({"batch_size": 3, "seed": 2**64}, r"--seed must be 0 to 2\*\*64 - 1"),
+    ],
+)
+def test_bad_batches_are_refused_before_the_first_is_asked_for(kwargs, message):
+    with pytest.raises(InputError, match=message):
+        data.batches(9, **kwargs)
+
+
+# --- users' own images
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("mnist_small").test.images[:20, ..., 0]
+
+
+@pytest.mark.parametrize("inverted", [False, True], ids=["light ink", "dark ink"])
+@pytest.mark.parametrize(
+    ("side", "resample", "tolerance"),
+    [(28, "NEAREST", 0.015), (280, "NEAREST", 0.015), (301, "BICUBIC", 0.04), (800, "BOX", 0.015)],
+)
+def test_a_digit_of_any_size_polarity_and_place_is_fitted_as_mnist_does(
+    tmp_path, digits, side, resample, tolerance, inverted
+):
+    paths = []
+    for number, digit in enumerate(digits):
+        image = Image.fromarray(digit).resize((side, side), Image.Resampling[resample])
+        pixels = np.pad(np.asarray(image), ((0, side // 3), (side // 2, 0)))
+        paths.append(str(tmp_path / f"{number}.png"))
+        Image.fromarray(255 - pixels if inverted else pixels).save(paths[-1])
+    images = data.read_images(paths, image_size=28, channels=1)
+    assert images.shape == (20, 28, 28, 1)
+    assert images.dtype == np.float32
+    assert images.min() == 0
+    assert images.max() == 1
+    assert np.abs(images[..., 0] - digits / 255).mean() < tolerance
+
+
+def test_a_noisy_photograph_is_read_as_its_digit(tmp_path, digits):
+    rng = np.random.default_rng(0)
+    paths = []
+    for number, digit in enumerate(digits):
+        paper = 220 - 0.7 * np.kron(np.pad(digit, ((0, 9), (5, 0))), np.ones((9, 9)))
+        pixels = (paper + rng.normal(0, 9, paper.shape)).clip(0, 255).astype(np.uint8)
+        paths.append(str(tmp_path / f"{number}.jpg"))
+        Image.fromarray(pixels).save(paths[-1])
+    images = data.read_images(paths, image_size=28, channels=1)
+    assert np.abs(images[..., 0] - digits / 255).mean() < 0.03
+
+
+def rectangle(*, mode="L", size=(60, 90), ink=0, ground=255):
+    image = Image.new(mode, size, ground)
+    image.paste(ink, (10, 5, 20, 45))
+    return image
+
+
+@pytest.mark.parametrize(
+    ("suffix", "image"),
+    [
+        ("png", rectangle()),
+        ("bmp", rectangle(mode="RGB", ink=(0, 0, 0), ground=(255, 255, 255))),
+        ("jpg", rectangle()),
+        ("gif", rectangle()),
+        ("webp", rectangle(mode="RGB", ink=(0, 0, 0), ground=(255, 255, 255))),
+        ("png", rectangle(mode="RGBA", ink=(0, 0, 0, 255), ground=(0, 0, 0, 0))),
+        ("png", rectangle(mode="1", ink=0, ground=1)),
+        ("png", rectangle(ink=90, ground=160)),
+        ("png", rectangle(ink=200, ground=20)),
+    ],
+)
+@pytest.mark.parametrize("image_size", [28, 56])
+def test_the_longer_side_is_20_of_28_and_the_mass_is_in_the_middle(
+    tmp_path, suffix, image, image_size
+):
+    path = tmp_path / f"image.{suffix}"
+    image.save(path)
+    result = data.read_images([str(path)], image_size=image_size, channels=1)[0, ..., 0]
+    rows, columns = np.nonzero(result > 0.5)
+    scale = image_size // 28
+    assert np.ptp(rows) + 1 == 20 * scale
+    assert np.ptp(columns) + 1 == 5 * scale
+    assert abs(rows.mean() - image_size / 2) <= 0.5
+    assert abs(columns.mean() - image_size / 2) <= 0.5
+
+
+def test_a_digit_with_its_mass_at_one_end_stays_in_the_image(tmp_path):
+    pixels = np.zeros((40, 40), np.uint8)
+    pixels[:2] = 255
+    pixels[:, 20] = 90
+    pixels = np.pad(pixels, 60)
+    Image.fromarray(pixels).save(tmp_path / "hammer.png")
+    result = data.read_images([str(tmp_path / "hammer.png")], image_size=28, channels=1)
+    assert np.ptp(np.nonzero(result[0, ..., 0])[0]) + 1 == 20
+
+
+def test_photographs_are_turned_as_their_exif_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rows are columns
+    rectangle().save(tmp_path / "turned.png", exif=exif)
+    result = data.read_images([str(tmp_path / "turned.png")], image_size=28, channels=1)
+    rows, columns = np.nonzero(result[0, ..., 0])
+    assert (np.ptp(rows) + 1, np.ptp(columns) + 1) == (5, 20)
+
+
+def test_colour_images_are_scaled_and_cut_to_a_square(tmp_path):
+    image = Image.new("RGB", (80, 40), (255, 0, 51))
+    image.paste((0, 102, 0), (40, 0, 80, 40))
+    image.save(tmp_path / "colour.png")
+    result = data.read_images([str(tmp_path / "colour.png")], image_size=8, channels=3)
+    assert result.shape == (1, 8, 8, 3)
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(result[0, 4, 0], [1, 0, 0.2], atol=1e-6)
+    np.testing.assert_allclose(result[0, 4, 7], [0, 0.4, 0], atol=1e-6)
+
+
+def png(image):
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"the image cannot be read: FileNotFoundError"),
+        (b"", r"the image cannot be read: UnidentifiedImageError"),
+        (b"just text", r"the image cannot be read: UnidentifiedImageError"),
+        (png(rectangle())[:60], r"the image cannot be read"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", r"the image cannot be read"),
+        (png(Image.new("L", (9, 9), 200)), r"the image is blank: nothing .* by 10%"),
+        (png(Image.new("RGB", (9, 9), (9, 80, 200))), r"the image is blank"),
+        (png(rectangle(ink=120, ground=130)), r"the image is blank"),
+        (png(rectangle(mode="LA", ink=(255, 255), ground=(0, 0))), r"the image is blank"),
+        (png(Image.new("I;16", (9, 9))), r"must have 8 bits per channel, got .* mode I;16"),
+    ],
+)
+def test_unusable_images_are_named(tmp_path, content, message, channels):
+    path = tmp_path / "bad.png"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"bad\.png: .*{message}") as caught:
+        data.read_images([str(path)], image_size=28, channels=channels)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("limit", [4_000, 2_000], ids=["where Pillow warns", "where it stops"])
+def test_images_too_large_to_be_safe_are_refused(tmp_path, monkeypatch, limit):
+    rectangle().save(tmp_path / "bomb.png")  # 5,400 pixels
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(InputError, match=r"bomb\.png: the image is too large: .*5400 pixels"):
+        data.read_images([str(tmp_path / "bomb.png")], image_size=28, channels=1)
+
+
+# --- TFDS, as far as it goes without the package
+
+
+@pytest.mark.parametrize("name", ["tfds:toy", "mnist"])
+@pytest.mark.parametrize("download", [False, True])
+def test_without_tfds_its_extra_is_named(home, monkeypatch, name, download):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    if name == "mnist" and not download:
+        (home / "tensorflow_datasets/mnist/3.0.1").mkdir(parents=True)
+        (home / "tensorflow_datasets/mnist/3.0.1/dataset_info.json").write_text("{}")
+    with pytest.raises(InputError, match=r"pip install 'capsjax\[tfds\]'"):
+        data.load(name, download=download)
+
+
+@pytest.mark.parametrize("error", [ImportError, ConnectionError, ValueError, RuntimeError])
+def test_only_download_asks_tfds_to_fetch_and_its_failure_is_one_line(home, monkeypatch, error):
+    asked = []
+
+    def builder(name, **kwargs):
+        asked.append((name, kwargs))
+        raise error("no\nluck")
+
+    tfds = types.SimpleNamespace(
+        builder=builder, download=types.SimpleNamespace(DownloadError=LookupError)
+    )
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", tfds)
+    with pytest.raises(InputError, match="was not found"):
+        data.load("fashion_mnist", data_dir=".")
+    assert not asked
+    message = rf"fashion_mnist: TFDS cannot fetch or prepare it: {error.__name__}: no luck"
+    with pytest.raises(InputError, match=message):
+        data.load("fashion_mnist", data_dir=".", download=True)
+    assert asked == [("fashion_mnist", {"data_dir": ".", "file_format": "array_record"})]
