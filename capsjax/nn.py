@@ -52,7 +52,7 @@ class Convolution(nnx.Module):
     ) -> None:
         shape = (kernel_size, kernel_size, in_channels, out_channels)
         self.kernel = nnx.Param(jax.nn.initializers.lecun_normal()(rngs.params(), shape))
-        self.bias = nnx.Param(jnp.full((out_channels,), bias))
+        self.bias = nnx.Param(jnp.full((out_channels,), bias, jnp.float32))
         self.stride = stride
         self.scale = scale
         self.dtype = dtype
@@ -160,7 +160,7 @@ class Capsules(nnx.Module):
     ) -> None:
         shape = (in_capsules, in_length, out_capsules, out_length)
         self.weights = nnx.Param(weights_init(rngs.params(), shape))
-        self.bias = None if bias is None else nnx.Param(jnp.full(shape[2:], bias))
+        self.bias = None if bias is None else nnx.Param(jnp.full(shape[2:], bias, jnp.float32))
         self.num_iterations = num_iterations
         self.gradient = gradient
         self.implementation = implementation

@@ -33,9 +33,9 @@ class Config:
         0, "Stop after so many steps; 0: no limit.", minimum=0, affects_result=False
     )
     learning_rate: float = flag(1e-3, "Adam's step size at the start.", above=0)
-    decay: float = flag(0.96, "Factor on the learning rate every decay_steps.", above=0, maximum=1)
-    decay_steps: int = flag(2000, "Steps in which the learning rate falls by decay.", minimum=1)
-    learning_rate_floor: float = flag(1e-6, "The learning rate falls no lower.", minimum=0)
+    final_learning_rate: float = flag(
+        1e-5, "Adam's step size after num_epochs; it falls by one factor a step.", above=0
+    )
     num_iterations: int = flag(3, "Routing iterations.", minimum=1)
     gradient: str = flag("full", "Through all iterations, or the last.", choices=("full", "last"))
     reconstruction_weight: float = flag(
@@ -95,11 +95,15 @@ def build(config: Config, dataset: data.Dataset) -> training.Trainer:
         training.Objective(dataset.num_classes, config.reconstruction_weight, config.shift),
         training.adam(
             config.learning_rate,
-            decay=config.decay,
-            decay_steps=config.decay_steps,
-            floor=config.learning_rate_floor,
+            final_learning_rate=config.final_learning_rate,
+            num_steps=num_steps(config, dataset),
         ),
     )
+
+
+def num_steps(config: Config, dataset: data.Dataset) -> int:
+    """The steps of all epochs."""
+    return config.num_epochs * (len(dataset.train.labels) // config.batch_size)
 
 
 def main(config: Config) -> int:
@@ -109,9 +113,9 @@ def main(config: Config) -> int:
     dataset = data.load(config.dataset, data_dir=config.data_dir, download=config.download)
     trainer = build(config, dataset)
     workdir = records.open_workdir(config.workdir, config=config, data_sha256=dataset.sha256)
-    last_step = training.total_steps(
-        len(dataset.train.labels), config.batch_size, config.num_epochs, config.max_steps
-    )
+    last_step = num_steps(config, dataset)
+    if config.max_steps:
+        last_step = min(last_step, config.max_steps)
     with records.Checkpoints(workdir) as checkpoints, signals.stop_requests() as stopped:
         start = trainer.initial_state(config.seed)
         step, state = first_step, start = checkpoints.restore(start) or (0, start)

@@ -158,7 +158,10 @@ class Trainer:
 
 def empty_window() -> Window:
     """No steps yet."""
-    return Window(jnp.array(0, jnp.int32), jnp.array(0.0), jnp.array(0.0), jnp.array(-1, jnp.int32))
+    integer, real = jnp.int32, jnp.float32
+    return Window(
+        jnp.array(0, integer), jnp.array(0, real), jnp.array(0, real), jnp.array(-1, integer)
+    )
 
 
 def scaled(images: Array) -> Array:
@@ -180,14 +183,11 @@ def shifted(images: Array, key: Array, limit: int) -> Array:
 
 
 def adam(
-    learning_rate: float, *, decay: float, decay_steps: int, floor: float
+    learning_rate: float, *, final_learning_rate: float, num_steps: int
 ) -> optax.GradientTransformation:
-    """Adam whose rate is multiplied by `decay` every `decay_steps` steps, smoothly."""
-    return optax.adam(
-        optax.exponential_decay(learning_rate, decay_steps, decay, end_value=floor)
-        if decay < 1
-        else learning_rate
-    )
+    """Adam whose rate falls by the same factor in every step, down to the final one."""
+    factor = final_learning_rate / learning_rate
+    return optax.adam(optax.exponential_decay(learning_rate, num_steps, factor))
 
 
 def train(
@@ -245,12 +245,6 @@ def train(
             row["test_error"] = evaluation.error(dataset.test.labels)
         started, started_at = time.perf_counter(), step
         yield Progress(step, state, row)
-
-
-def total_steps(num_examples: int, batch_size: int, num_epochs: int, max_steps: int) -> int:
-    """The number of the last step; `max_steps` of 0 is no limit."""
-    steps = num_epochs * (num_examples // batch_size)
-    return min(steps, max_steps) if max_steps else steps
 
 
 def check_finite(window: Window) -> None:
