@@ -223,6 +223,7 @@ def couplings(
                 text.set(color=_RED, fontweight="bold")
     grid[0, 0].set(ylabel="coupling", ylim=(0, None))
     grid[1, 0].set_ylabel("child, by favourite parent")
+    grid[1, 0].yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     figure.colorbar(heat, ax=grid[1], label="coupling", pad=0.02 / T)
     figure.suptitle(
         f"True class {true}; highlighted: most coupled parent {names[winner]}\n"

@@ -1,0 +1,128 @@
+"""The routing procedure and its gradient, in passes over poses and weights.
+
+The logits of iteration t are the agreements of the votes with `V`, the sum of the outputs so far.
+So an iteration needs `V` alone, and each pass can rebuild the votes a tile at a time. This file
+holds what is left once the passes are given: T of them forward, at most T backward, with states
+of shape `[B, J, D]` in between. An implementation supplies the passes and inherits the rest.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from capsjax.kernels.squash import accumulation_dtype, squash
+
+
+class Route(NamedTuple):
+    """What one iteration contributes to the gradients of poses, weights and prior."""
+
+    total: Array | None  # V before the iteration, [B, J, D]; None for zero
+    d_sums: Array  # gradient of the weighted sums, [B, J, D]
+
+
+class InputGradients(NamedTuple):
+    """Gradients of the large arguments."""
+
+    poses: Array  # [B, I, P]
+    weights: Array  # [I, P, J, D]
+    prior: Array | None  # [I, J]
+
+
+class Passes(NamedTuple):
+    """How one implementation walks over poses and weights, which each pass reads once.
+
+    The functions take poses `[B, I, P]`, weights `[I, P, J, D]`, prior `[I, J]` or None, and
+    states `[B, J, D]` in the accumulation dtype. Couplings are the softmax over J of
+    prior + votes · total, where a total of None is zero.
+    """
+
+    # (poses, weights, prior, total or None): the sum over I of couplings times votes.
+    sums: Callable[[Array, Array, Array | None, Array | None], Array]
+    # (poses, weights, prior, total, d_sums): the sum over I of the logits' gradients times votes.
+    logit_gradient_sums: Callable[[Array, Array, Array | None, Array, Array], Array]
+    # (poses, weights, prior, routes, gradient); couplings are constants if gradient is "last".
+    input_gradients: Callable[[Array, Array, Array | None, Sequence[Route], str], InputGradients]
+
+
+class Residuals(NamedTuple):
+    """What the backward pass needs; everything else is rebuilt."""
+
+    poses: Array  # [B, I, P]
+    weights: Array  # [I, P, J, D]
+    prior: Array | None  # [I, J]
+    bias: Array | None  # [J, D], for its dtype
+    sums: tuple[Array, ...]  # weighted sums s of iterations 1 … T, each [B, J, D]
+    totals: tuple[Array, ...]  # sums V of the outputs before iterations 2 … T, each [B, J, D]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def route(
+    passes: Passes,
+    num_iterations: int,
+    gradient: str,
+    poses: Array,
+    weights: Array,
+    prior: Array | None,
+    bias: Array | None,
+) -> Array:
+    """Routes with the passes of one implementation; `capsjax.dynamic_routing` says what.
+
+    Source: Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules", procedure 1,
+    https://arxiv.org/abs/1710.09829, with its logits written as agreements with sums of outputs.
+    """
+    return _forward(passes, num_iterations, gradient, poses, weights, prior, bias)[0]
+
+
+def _forward(
+    passes: Passes,
+    num_iterations: int,
+    gradient: str,
+    poses: Array,
+    weights: Array,
+    prior: Array | None,
+    bias: Array | None,
+) -> tuple[Array, Residuals]:
+    del gradient  # matters to the backward pass only
+    sums: list[Array] = []
+    totals: list[Array] = []
+    for iteration in range(num_iterations):
+        weighted = passes.sums(poses, weights, prior, totals[-1] if totals else None)
+        sums.append(weighted if bias is None else weighted + bias.astype(weighted.dtype))
+        outputs = squash(sums[-1])
+        if iteration + 1 < num_iterations:
+            totals.append(outputs + totals[-1] if totals else outputs)
+    residuals = Residuals(poses, weights, prior, bias, tuple(sums), tuple(totals))
+    return outputs.astype(poses.dtype), residuals
+
+
+def _backward(
+    passes: Passes,
+    num_iterations: int,
+    gradient: str,
+    residuals: Residuals,
+    cotangent: Array,
+) -> tuple[Array, Array, Array | None, Array | None]:
+    poses, weights, prior, bias, sums, totals = residuals
+    # Iterations before the last matter only through the couplings, which "last" leaves constant.
+    first = num_iterations - 1 if gradient == "last" else 0
+    # An iteration's output gets the loss's gradient (the last one) or that of all later logits.
+    d_outputs = cotangent.astype(accumulation_dtype(poses.dtype))
+    d_sums: list[Array] = []  # of iterations t … T
+    for iteration in reversed(range(first, num_iterations)):
+        _, squash_vjp = jax.vjp(squash, sums[iteration])
+        d_sums.insert(0, *squash_vjp(d_outputs))
+        if iteration > first:
+            total = totals[iteration - 1]
+            term = passes.logit_gradient_sums(poses, weights, prior, total, d_sums[0])
+            d_outputs = term if iteration == num_iterations - 1 else d_outputs + term
+    routes = [Route(*pair) for pair in zip((None, *totals)[first:], d_sums, strict=True)]
+    gradients = passes.input_gradients(poses, weights, prior, routes, gradient)
+    d_bias = None if bias is None else jnp.sum(jnp.stack(d_sums), (0, 1)).astype(bias.dtype)
+    return *gradients, d_bias
+
+
+route.defvjp(_forward, _backward)
