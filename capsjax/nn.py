@@ -61,7 +61,8 @@ class Convolution(nnx.Module):
         """Maps images `[..., H, W, C]` to feature maps `[..., H', W', out_channels]`."""
         kernel = self.kernel[...].astype(self.dtype)
         convolved = strided_conv(images.astype(self.dtype), kernel, stride=self.stride)
-        return self.scale * convolved + self.bias[...].astype(self.dtype)
+        bias = self.bias[...].astype(self.dtype)
+        return self.scale * convolved + jnp.broadcast_to(bias, convolved.shape)
 
 
 class PrimaryCapsules(nnx.Module):

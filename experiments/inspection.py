@@ -1,6 +1,7 @@
 """A look into a trained network: its errors on the test set in words, and the figures."""
 
 import pathlib
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -24,22 +25,21 @@ def report(
 ) -> None:
     """Logs test error and accuracy of each class, and draws every figure into the workdir."""
     evaluation = trainer.evaluate(params, dataset.test, batch_size=batch_size)
-    log_accuracy(evaluation, dataset.test.labels)
+    for line in accuracy(evaluation, dataset.test.labels):
+        logging.info("%s", line)
     folder = workdir / "figures"
     draw(trainer, params, dataset, evaluation, records.read_metrics(workdir), folder)
     logging.info("figures are in %s", folder)
 
 
-def log_accuracy(evaluation: training.Evaluation, labels: np.ndarray) -> None:
-    """Logs the test error and each class's accuracy, in percent."""
+def accuracy(evaluation: training.Evaluation, labels: np.ndarray) -> Iterator[str]:
+    """Says in a line each the accuracy of the classes that occur, then the test error."""
     counts = confusion(evaluation, labels)
     for label, row in enumerate(counts):
         if row.sum():
-            share = 100 * row[label] / row.sum()
-            logging.info("class %d: %.2f %% of %d right", label, share, row.sum())
+            yield f"class {label}: {100 * row[label] / row.sum():.2f} % of {row.sum()} right"
     wrong = len(labels) - np.trace(counts)
-    error = evaluation.error(labels)
-    logging.info("test error %.2f %%: %d of %d wrong", error, wrong, len(labels))
+    yield f"test error {evaluation.error(labels):.2f} %: {wrong} of {len(labels)} wrong"
 
 
 def confusion(evaluation: training.Evaluation, labels: np.ndarray) -> np.ndarray:
@@ -101,5 +101,7 @@ def tweaked(model: training.CapsNet, capsules: jax.Array) -> jax.Array:
     parents, depth = capsules.shape
     winner = jnp.argmax(capsjax.lengths(capsules))
     moves = jnp.einsum("k,de->dke", jnp.asarray(TWEAKS, capsules.dtype), jnp.eye(depth))
-    moved = capsules + jax.nn.one_hot(winner, parents)[:, None] * moves[:, :, None, :]
+    moved = capsules[None, None] + (
+        jax.nn.one_hot(winner, parents)[None, None, :, None] * moves[:, :, None, :]
+    )
     return model.reconstruct(moved, jnp.full(moved.shape[:2], winner))

@@ -34,7 +34,7 @@ class Config:
     )
     learning_rate: float = flag(1e-3, "Adam's step size at the start.", above=0)
     final_learning_rate: float = flag(
-        1e-5, "Adam's step size after num_epochs; it falls by one factor a step.", above=0
+        1e-4, "Adam's step size after num_epochs; it falls by one factor a step.", above=0
     )
     num_iterations: int = flag(3, "Routing iterations.", minimum=1)
     gradient: str = flag("full", "Through all iterations, or the last.", choices=("full", "last"))
@@ -47,7 +47,7 @@ class Config:
     primary_scale: float = flag(1.0, "Factor on the primary capsules' convolution.", above=0)
     capsule_length: int = flag(16, "Dimensions of a class capsule.", minimum=1)
     capsule_bias: float = flag(0.0, "Start of the capsules' biases; 0: class capsules have none.")
-    seed: int = flag(0, "Of parameters, order and shifts.", minimum=0)
+    seed: int = flag(0, "Of parameters, order and shifts.", minimum=0, maximum=2**32 - 1)
     dtype: str = flag("float32", "Of the computation.", choices=("float32", "bfloat16"))
     implementation: str = flag(
         "auto", "Of the routing; auto: the platform's best.", choices=("auto", "xla", "reference")

@@ -1,6 +1,7 @@
 """Training of capsule networks: a step, an evaluation, and a loop that yields metrics."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -71,13 +72,18 @@ class Objective:
     reconstruction_weight: float
     shift: int
 
-    def loss(self, model: CapsNet, images: Array, labels: Array) -> tuple[Array, Array]:
-        """The loss of each example, and its capsule lengths; the decoder sees the true class."""
+    def loss(
+        self, model: CapsNet, images: Array, labels: Array, *, training: bool
+    ) -> tuple[Array, Array]:
+        """The loss of each example, and its capsule lengths.
+
+        The decoder draws the true class in training, and that of the longest capsule otherwise.
+        """
         capsules = model(images)
         lengths = capsjax.lengths(capsules).astype(jnp.float32)
         loss = capsjax.margin_loss(lengths, jax.nn.one_hot(labels, self.num_classes))
         if self.reconstruction_weight:
-            drawn = model.reconstruct(capsules, labels).astype(jnp.float32)
+            drawn = model.reconstruct(capsules, labels if training else None).astype(jnp.float32)
             loss += capsjax.reconstruction_loss(drawn, images, weight=self.reconstruction_weight)
         return loss, lengths
 
@@ -97,14 +103,15 @@ class Trainer:
         self._evaluate_batch = jax.jit(self._evaluate)
 
     def initial_state(self, seed: int) -> State:
-        """The state before the first step."""
-        return State(
-            params=self._start,
+        """The state before the first step, in buffers of its own: a step gives them away."""
+        state = State(
+            params=jax.tree.map(jnp.copy, self._start),
             optimizer=self.optimizer.init(self._start),
             step=jnp.array(0, jnp.int32),
             key=jax.random.key_data(jax.random.key(seed)),
             window=empty_window(),
         )
+        return jax.device_put(state, jax.devices()[0])
 
     def model(self, params: Params) -> CapsNet:
         """The network with these parameters."""
@@ -131,13 +138,13 @@ class Trainer:
         images = shifted(scaled(images), key, self.objective.shift)
 
         def mean_loss(params: Params) -> tuple[Array, Array]:
-            losses, lengths = self.objective.loss(self.model(params), images, labels)
+            losses, lengths = self.objective.loss(self.model(params), images, labels, training=True)
             return losses.mean(), lengths
 
         (loss, lengths), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
         updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
         errors = jnp.mean(jnp.argmax(lengths, axis=1) != labels)
-        finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(gradients))
+        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
         seen = state.window
         return State(
             params=optax.apply_updates(state.params, updates),
@@ -153,15 +160,17 @@ class Trainer:
         )
 
     def _evaluate(self, params: Params, images: Array, labels: Array) -> tuple[Array, Array]:
-        return self.objective.loss(self.model(params), scaled(images), labels)
+        return self.objective.loss(self.model(params), scaled(images), labels, training=False)
 
 
 def empty_window() -> Window:
     """No steps yet."""
     integer, real = jnp.int32, jnp.float32
-    return Window(
+    window = Window(
         jnp.array(0, integer), jnp.array(0, real), jnp.array(0, real), jnp.array(-1, integer)
     )
+    # On its device for good, as what a checkpoint restores: else a resumed step is compiled twice.
+    return jax.device_put(window, jax.devices()[0])
 
 
 def scaled(images: Array) -> Array:
@@ -241,6 +250,8 @@ def train(
         state = state._replace(window=empty_window())
         if epoch_ends:
             evaluation = trainer.evaluate(state.params, dataset.test, batch_size=batch_size)
+            if not math.isfinite(evaluation.loss):
+                raise _not_finite("the loss on the test data", step)
             row["test_loss"] = evaluation.loss
             row["test_error"] = evaluation.error(dataset.test.labels)
         started, started_at = time.perf_counter(), step
@@ -251,10 +262,11 @@ def check_finite(window: Window) -> None:
     """Raises InputError naming the first step, if any, whose loss or gradient was not finite."""
     bad_step = int(window.bad_step)
     if bad_step >= 0:
-        raise InputError(
-            f"the loss or its gradient is not finite at step {bad_step}; try a lower "
-            "--learning_rate"
-        )
+        raise _not_finite("the loss or its gradient", bad_step)
+
+
+def _not_finite(what: str, step: int) -> InputError:
+    return InputError(f"{what} is not finite at step {step}; try a lower --learning_rate")
 
 
 def _training_metrics(window: Window) -> dict[str, float]:

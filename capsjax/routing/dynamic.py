@@ -184,7 +184,10 @@ def routing_couplings(
     )
     _, couplings = route_votes(votes, prior, bias, num_iterations=num_iterations, gradient="full")
     stacked = jnp.stack(couplings).reshape(num_iterations, *leading, *votes.shape[1:3])
-    return stacked if mask is None else jnp.where(mask[..., None], stacked, 0)
+    if mask is None:
+        return stacked
+    kept = jnp.broadcast_to(mask, poses.shape[:-1])[None, ..., None]
+    return jnp.where(kept, stacked, 0)
 
 
 def _check_settings(function: str, num_iterations: int, gradient: str) -> int:
@@ -244,4 +247,5 @@ def _masked(function: str, array: Array, mask: Array | None, *, trailing: int) -
         raise ValueError(
             f"{function}: mask must have shape [I] or [..., I] = {full}, got {mask.shape}"
         )
-    return jnp.where(jnp.expand_dims(mask, tuple(range(-trailing, 0))), array, 0)
+    kept = jnp.broadcast_to(mask, full)
+    return jnp.where(jnp.expand_dims(kept, tuple(range(-trailing, 0))), array, 0)

@@ -91,7 +91,7 @@ def _forward(
     totals: list[Array] = []
     for iteration in range(num_iterations):
         weighted = passes.sums(poses, weights, prior, totals[-1] if totals else None)
-        sums.append(weighted if bias is None else weighted + bias.astype(weighted.dtype))
+        sums.append(weighted if bias is None else weighted + bias.astype(weighted.dtype)[None])
         outputs = squash(sums[-1])
         if iteration + 1 < num_iterations:
             totals.append(outputs + totals[-1] if totals else outputs)

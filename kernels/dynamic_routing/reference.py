@@ -47,7 +47,7 @@ def route_votes(
       The outputs `[B, J, D]`, and the couplings of each iteration, T times `[B, I, J]`.
     """
     shape = votes.shape[:3]
-    logits = None if prior is None else jnp.broadcast_to(prior.astype(votes.dtype), shape)
+    logits = None if prior is None else jnp.broadcast_to(prior.astype(votes.dtype)[None], shape)
     history = []
     for iteration in range(num_iterations):
         # A softmax over constant zeros would be folded at compile time, for seconds.
@@ -59,7 +59,7 @@ def route_votes(
             couplings = lax.stop_gradient(couplings)
         sums = jnp.einsum("bij,bijd->bjd", couplings, votes)
         if bias is not None:
-            sums += bias.astype(votes.dtype)
+            sums += bias.astype(votes.dtype)[None]
         outputs = squash(sums)
         history.append(couplings)
         if iteration + 1 < num_iterations:

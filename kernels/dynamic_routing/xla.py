@@ -81,12 +81,12 @@ def _input_gradients(
         d_votes = jnp.zeros_like(votes)
         for total, d_sums in routes:
             couplings = _couplings(votes, capsule_tile.prior, *(() if total is None else (total,)))
-            d_votes += couplings[:, :, None] * d_sums
+            d_votes += couplings[:, :, None] * d_sums[None]
             if gradient == "full" and not (total is None and prior is None):
-                d_logits = _softmax_gradient(couplings, _fold(votes * d_sums, 2))
+                d_logits = _softmax_gradient(couplings, _fold(votes * d_sums[None], 2))
                 d_prior += d_logits.sum(-1)
                 if total is not None:
-                    d_votes += d_logits[:, :, None] * total
+                    d_votes += d_logits[:, :, None] * total[None]
         d_votes = lax.optimization_barrier(d_votes).reshape(votes.shape[0], -1, votes.shape[-1])
         d_poses = jnp.einsum("npx,nxm->npm", capsule_tile.weights.astype(accumulate), d_votes)
         d_weights += jnp.einsum("npm,nxm->npx", poses.astype(accumulate), d_votes)
@@ -163,13 +163,13 @@ def _couplings(votes: Array, prior: Array | None, *totals: Array) -> Array:
     if prior is not None:
         logits += prior
     for total in totals:
-        logits += _fold(votes * total, 2)
+        logits += _fold(votes * total[None], 2)
     return lax.optimization_barrier(jax.nn.softmax(lax.optimization_barrier(logits), axis=1))
 
 
 def _logit_gradients(votes: Array, prior: Array | None, total: Array, d_sums: Array) -> Array:
     """The gradient of the logits whose couplings gave sums with gradient `d_sums`, `[n, J, m]`."""
-    return _softmax_gradient(_couplings(votes, prior, total), _fold(votes * d_sums, 2))
+    return _softmax_gradient(_couplings(votes, prior, total), _fold(votes * d_sums[None], 2))
 
 
 def _softmax_gradient(couplings: Array, d_couplings: Array) -> Array:

@@ -1,0 +1,114 @@
+"""Conventions of the public surface: imports point down, defaults are keyword-only, docs run."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import pathlib
+import pkgutil
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import capsjax
+import capsjax.models
+import capsjax.nn
+
+ROOT = pathlib.Path(__file__).parents[1]
+PUBLIC = {name: value for name, value in vars(capsjax).items() if inspect.isfunction(value)}
+MODULES = {
+    f"{module.__name__}.{name}": value
+    for module in (capsjax.nn, capsjax.models)
+    for name, value in vars(module).items()
+    if inspect.isclass(value) and value.__module__.startswith("capsjax")
+}
+SOURCES = sorted(
+    path.relative_to(ROOT)
+    for folder in ("capsjax", "kernels", "experiments")
+    for path in (ROOT / folder).rglob("*.py")
+    if "capsjax/kernels" not in path.as_posix()
+)
+
+
+def test_the_public_names_are_these():
+    assert sorted(PUBLIC) == [
+        "coupling_entropy",
+        "dynamic_routing",
+        "dynamic_routing_from_votes",
+        "lengths",
+        "margin_loss",
+        "reconstruction_loss",
+        "routing_couplings",
+        "squash",
+        "strided_conv",
+    ]
+    assert len(MODULES) == 5
+
+
+@pytest.mark.parametrize("name", [*PUBLIC, *MODULES])
+def test_whatever_has_a_default_is_keyword_only(name):
+    function = PUBLIC.get(name) or MODULES[name].__init__
+    for parameter in inspect.signature(function).parameters.values():
+        is_shape = name.endswith("CapsNet") and parameter.name in ("image_shape", "num_classes")
+        if parameter.default is not parameter.empty and not is_shape:
+            assert parameter.kind is parameter.KEYWORD_ONLY, parameter
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_functions_document_every_argument_the_result_and_an_example(name):
+    text = inspect.getdoc(PUBLIC[name])
+    for parameter in inspect.signature(PUBLIC[name]).parameters:
+        assert f"  {parameter}: " in text, parameter
+    for section in ("Args:", "Returns:", "Example:"):
+        assert section in text, section
+
+
+@pytest.mark.parametrize("name", [*PUBLIC, *MODULES])
+def test_examples_run_as_written(name):
+    value = PUBLIC.get(name) or MODULES[name]
+    # As after `import jax`, `import jax.numpy as jnp` and a * import of each capsjax module.
+    names = {**vars(capsjax.nn), **PUBLIC, **vars(capsjax.models), "jax": jax, "jnp": jnp}
+    tests = [t for t in doctest.DocTestFinder(recurse=False).find(value, name, globs=names)]
+    assert [len(test.examples) > 0 for test in tests] == [True]
+    results = doctest.DocTestRunner(verbose=False).run(tests[0])
+    assert results.failed == 0
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_imports_point_down(path):
+    allowed = {
+        "kernels": {"jax", "numpy", "capsjax.kernels"},
+        "capsjax": {"jax", "numpy", "capsjax"},
+    }.get(path.parts[0])
+    if path.as_posix() == "capsjax/nn.py" or path.parts[1] == "models":
+        allowed = allowed | {"flax"}
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            imported = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            imported = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in imported:
+            top = name.split(".")[0]
+            assert top not in ("tests", "kernels"), f"{path} imports {name}"
+            if allowed is not None and top not in __import__("sys").stdlib_module_names:
+                assert any(f"{name}.".startswith(f"{a}.") for a in allowed), f"{path}: {name}"
+
+
+def test_no_routing_algorithm_imports_another():
+    for path in (ROOT / "capsjax" / "routing").glob("*.py"):
+        assert "capsjax.routing" not in path.read_text()
+
+
+def test_the_shape_letters_are_declared_once():
+    assert "- I: input capsules" in importlib.import_module("capsjax.shapes").__doc__
+
+
+def test_every_module_has_a_docstring():
+    names = [info.name for info in pkgutil.walk_packages(capsjax.__path__, "capsjax.")]
+    assert "capsjax.kernels.dispatch" in names
+    for name in names:
+        assert importlib.import_module(name).__doc__, name

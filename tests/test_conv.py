@@ -1,0 +1,85 @@
+"""The public convolution: what it chooses, leading axes, errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import capsjax
+from capsjax.kernels.strided_conv import spectral
+
+
+def _operations(function, *arguments, platform):
+    traced = jax.jit(function).trace(*arguments)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_a_cpu_gets_matrix_products_and_an_accelerator_its_own_convolution():
+    shapes = (
+        jax.ShapeDtypeStruct((8, 20, 20, 64), jnp.float32),
+        jax.ShapeDtypeStruct((9, 9, 64, 64), jnp.float32),
+    )
+
+    def loss(images, kernel):
+        return capsjax.strided_conv(images, kernel, stride=2).sum()
+
+    gradients = jax.grad(loss, (0, 1))
+    assert "stablehlo.convolution" not in _operations(gradients, *shapes, platform="cpu")
+    for platform in ("cuda", "tpu"):
+        assert "stablehlo.convolution" in _operations(gradients, *shapes, platform=platform)
+
+
+@pytest.mark.parametrize(
+    ("images", "kernel", "stride", "pays"),
+    [
+        ((128, 20, 20, 256), (9, 9, 256, 256), 2, True),  # the paper's primary capsules
+        ((64, 20, 20, 64), (9, 9, 64, 64), 2, True),
+        ((128, 28, 28, 1), (9, 9, 1, 256), 1, False),  # its first layer: one channel
+        ((1, 20, 20, 256), (9, 9, 256, 256), 2, False),  # the kernel's transform for one image
+        ((128, 16, 16, 64), (3, 3, 64, 64), 2, False),
+    ],
+)
+def test_the_spectral_form_is_chosen_where_it_was_measured_to_be_faster(
+    images, kernel, stride, pays
+):
+    shapes = jax.ShapeDtypeStruct(images, jnp.float32), jax.ShapeDtypeStruct(kernel, jnp.float32)
+
+    def trace():
+        jax.eval_shape(lambda x, k: spectral.strided_conv(x, k, stride=(stride, stride)), *shapes)
+
+    if pays:
+        trace()
+    else:
+        with pytest.raises(capsjax.Unsupported, match="cost more than the direct sum"):
+            trace()
+
+
+def test_leading_axes():
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.random((2, 3, 8, 9, 2)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(3, 3, 2, 4)), jnp.float32)
+    convolved = capsjax.strided_conv(images, kernel, stride=2)
+    assert convolved.shape == (2, 3, 3, 4, 4)
+    alone = capsjax.strided_conv(images[1, 2], kernel, stride=2)
+    np.testing.assert_allclose(convolved[1, 2], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("images", "kernel", "stride", "message"),
+    [
+        ((8, 8), (3, 3, 1, 4), 1, r"images must have shape \[..., H, W, C\]"),
+        (
+            (8, 8, 2),
+            (3, 3, 1, 4),
+            1,
+            r"kernel must have shape \[h, w, C, O\] = \[any, any, 2, any\]",
+        ),
+        ((8, 8, 1), (9, 3, 1, 4), 1, "kernel must fit into the images, 8 x 8, got 9 x 3"),
+        ((8, 8, 1), (3, 3, 1, 4), 0, "stride must be an integer of at least 1, got 0"),
+    ],
+)
+def test_errors(images, kernel, stride, message):
+    with pytest.raises(ValueError, match=f"strided_conv: {message}"):
+        capsjax.strided_conv(jnp.ones(images), jnp.ones(kernel), stride=stride)
+    with pytest.raises(TypeError, match="strided_conv: kernel must have the dtype of images"):
+        capsjax.strided_conv(jnp.ones((8, 8, 1)), jnp.ones((3, 3, 1, 4), jnp.bfloat16))

@@ -1,0 +1,118 @@
+"""Modules and CapsNet: parameter counts, what a pixel touches, what masks and dtypes do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import capsjax
+from capsjax import nn
+from capsjax.models import CapsNet
+
+
+def _count(module):
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
+
+
+def _small(**settings):
+    defaults = {"conv_channels": 4, "primary_types": 2, "hidden": (6,), "rngs": nnx.Rngs(0)}
+    return CapsNet(**defaults | settings)
+
+
+def test_the_papers_parameter_counts():
+    model = nnx.eval_shape(lambda: CapsNet(rngs=nnx.Rngs(0)))
+    assert _count(model.convolution) == 20_992
+    assert _count(model.primary) == 5_308_672
+    assert _count(model.capsules) == 1_474_560
+    assert _count(model.decoder) == 1_411_344
+    assert _count(model) == 8_215_568
+
+
+def test_one_pixel_touches_only_capsules_whose_window_sees_it():
+    layer = nn.PrimaryCapsules(1, types=3, length=8, kernel_size=5, stride=2, rngs=nnx.Rngs(0))
+    dark = jnp.zeros((13, 13, 1))
+    row, column = 6, 9
+    moved = layer(dark.at[row, column, 0].set(1.0)) - layer(dark)
+    touched = np.abs(moved).max(-1).reshape(5, 5, 3) > 0  # rows, columns, types
+    # Window (y, x) covers pixels 2y … 2y + 4.
+    seen_rows = [2 * y <= row < 2 * y + 5 for y in range(5)]
+    seen_columns = [2 * x <= column < 2 * x + 5 for x in range(5)]
+    wanted = np.outer(seen_rows, seen_columns)
+    np.testing.assert_array_equal(touched, np.repeat(wanted[:, :, None], 3, axis=2))
+
+
+def test_a_primary_capsule_is_length_channels_at_one_position():
+    layer = nn.PrimaryCapsules(2, types=3, length=4, kernel_size=3, stride=2, rngs=nnx.Rngs(0))
+    images = jnp.asarray(np.random.default_rng(0).random((7, 7, 2)), jnp.float32)
+    maps = layer.convolution(images)
+    poses = layer(images)
+    for row, column, kind in np.ndindex(3, 3, 3):
+        channels = maps[row, column, 4 * kind : 4 * kind + 4]
+        index = (row * 3 + column) * 3 + kind
+        np.testing.assert_allclose(poses[index], capsjax.squash(channels), rtol=1e-6)
+
+
+def test_scale_and_bias_of_the_authors_code():
+    paper = nn.PrimaryCapsules(1, types=2, length=4, rngs=nnx.Rngs(0))
+    official = nn.PrimaryCapsules(1, types=2, length=4, scale=0.5, bias=0.1, rngs=nnx.Rngs(0))
+    images = jnp.asarray(np.random.default_rng(0).random((20, 20, 1)), jnp.float32)
+    np.testing.assert_allclose(
+        official.convolution(images), 0.5 * paper.convolution(images) + 0.1, atol=1e-6
+    )
+    layer = nn.Capsules(6, 4, 3, 5, bias=0.1, rngs=nnx.Rngs(0))
+    assert _count(layer) == 6 * 4 * 3 * 5 + 3 * 5
+    zero = layer(jnp.zeros((6, 4)))
+    np.testing.assert_allclose(zero, capsjax.squash(jnp.full((3, 5), 0.1)), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("image_shape", "capsules"),
+    [((28, 28, 1), 6 * 6), ((36, 36, 1), 10 * 10), ((32, 32, 3), 8 * 8), ((17, 20, 2), 1 * 2)],
+)
+def test_any_image_size_and_channel_count(image_shape, capsules):
+    model = _small(image_shape=image_shape, num_classes=7)
+    images = jnp.zeros((2, *image_shape))
+    assert model.primary_poses(images).shape == (2, capsules * 2, 8)
+    outputs = model(images)
+    assert outputs.shape == (2, 7, 16)
+    assert model.reconstruct(outputs).shape == (2, *image_shape)
+
+
+def test_images_too_small_are_refused():
+    with pytest.raises(ValueError, match="image_shape must be at least 17 pixels high and wide"):
+        _small(image_shape=(16, 28, 1))
+
+
+def test_the_decoder_sees_one_class_only():
+    model = _small()
+    capsules = jnp.asarray(np.random.default_rng(0).normal(size=(4, 10, 16)), jnp.float32)
+    labels = jnp.array([3, 1, 4, 1])
+    drawn = model.reconstruct(capsules, labels)
+    others = capsules.at[jnp.arange(4), labels].set(0)
+    np.testing.assert_array_equal(model.reconstruct(capsules - others, labels), drawn)
+    longest = jnp.argmax(capsjax.lengths(capsules), -1)
+    np.testing.assert_array_equal(model.reconstruct(capsules), model.reconstruct(capsules, longest))
+    assert 0 <= drawn.min() <= drawn.max() <= 1
+
+
+def test_settings_reach_the_routing():
+    images = jnp.asarray(np.random.default_rng(0).random((2, 28, 28, 1)), jnp.float32)
+    one, three = (_small(num_iterations=t)(images) for t in (1, 3))
+    assert np.abs(one - three).max() > 1e-6
+    reference = _small(implementation="reference")(images)
+    np.testing.assert_allclose(reference, three, atol=1e-6)
+
+    def gradient(mode):
+        model = _small(gradient=mode)
+        return nnx.grad(lambda model: model(images).sum())(model)["capsules"]["weights"][...]
+
+    assert np.abs(gradient("full") - gradient("last")).max() > 1e-6
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
+    model = _small(dtype=jnp.bfloat16)
+    images = jnp.zeros((1, 28, 28, 1))
+    assert model(images).dtype == jnp.bfloat16
+    assert model.reconstruct(model(images)).dtype == jnp.bfloat16
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(nnx.state(model))} == {"float32"}

@@ -1,0 +1,218 @@
+"""Properties of routing that no numeric table shows, and its errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+import capsjax
+
+
+def _arguments(batch=2, capsules=6, length=4, parents=3, depth=5, seed=0):
+    rng = np.random.default_rng(seed)
+    poses = rng.normal(size=(batch, capsules, length))
+    weights = rng.normal(size=(capsules, length, parents, depth)) * 0.5
+    return jnp.asarray(poses, jnp.float32), jnp.asarray(weights, jnp.float32)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_any_number_of_leading_axes(implementation):
+    poses, weights = _arguments(batch=12)
+    route = lambda poses: capsjax.dynamic_routing(poses, weights, implementation=implementation)
+    flat = route(poses)
+    np.testing.assert_allclose(
+        route(poses.reshape(3, 4, 6, 4)).reshape(flat.shape), flat, atol=1e-6
+    )
+    np.testing.assert_allclose(route(poses[0]), flat[0], atol=1e-6)
+    assert route(poses[:0]).shape == (0, 3, 5)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_an_example_does_not_depend_on_its_batch(implementation):
+    poses, weights = _arguments(batch=9)
+    together = capsjax.dynamic_routing(poses, weights, implementation=implementation)
+    for example, output in zip(poses, together, strict=True):
+        alone = capsjax.dynamic_routing(example, weights, implementation=implementation)
+        np.testing.assert_allclose(alone, output, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_a_masked_capsule_sends_nothing_not_even_nan(implementation):
+    poses, weights = _arguments()
+    prior = jnp.asarray(np.random.default_rng(1).normal(size=(6, 3)), jnp.float32)
+    mask = jnp.array([True, True, False, True, False, True])
+    poisoned = jnp.where(mask[None, :, None], poses, jnp.nan)
+
+    def loss(poses, prior, mask=None, weights=weights):
+        return capsjax.dynamic_routing(
+            poses, weights, prior=prior, mask=mask, implementation=implementation
+        ).sum()
+
+    value, gradients = jax.value_and_grad(loss, (0, 1))(poisoned, prior, mask)
+    kept = np.flatnonzero(mask)
+    wanted, wanted_gradients = jax.value_and_grad(
+        lambda u, p: loss(u, p, None, weights[kept]), (0, 1)
+    )(poses[:, kept], prior[kept])
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    np.testing.assert_allclose(gradients[0][:, kept], wanted_gradients[0], atol=1e-6)
+    np.testing.assert_allclose(gradients[1][kept], wanted_gradients[1], atol=1e-6)
+    assert not np.any(gradients[0][:, [2, 4]])
+    assert not np.any(gradients[1][jnp.array([2, 4])])
+
+
+def test_votes_route_as_poses_and_weights_do():
+    poses, weights = _arguments()
+    votes = jnp.einsum("bip,ipjd->bijd", poses, weights)
+    rng = np.random.default_rng(2)
+    settings = {
+        "prior": jnp.asarray(rng.normal(size=(6, 3)), jnp.float32),
+        "bias": jnp.asarray(rng.normal(size=(3, 5)), jnp.float32),
+        "mask": jnp.asarray(rng.random((2, 6)) < 0.5),
+        "num_iterations": 4,
+    }
+    np.testing.assert_allclose(
+        capsjax.dynamic_routing_from_votes(votes, **settings),
+        capsjax.dynamic_routing(poses, weights, **settings),
+        atol=1e-6,
+    )
+    unmasked = settings | {"mask": None}
+    np.testing.assert_allclose(
+        capsjax.dynamic_routing_from_votes(votes[0], **unmasked),
+        capsjax.dynamic_routing(poses[0], weights, **unmasked),
+        atol=1e-6,
+    )
+
+
+def test_couplings_are_the_oracles_and_sum_to_one_over_the_parents():
+    poses, weights = _arguments()
+    couplings = capsjax.routing_couplings(poses, weights, num_iterations=4)
+    cotangent = np.zeros((2, 3, 5))
+    _, wanted, _ = oracles.dynamic_routing(
+        poses, weights, None, None, cotangent, num_iterations=4, gradient="full"
+    )
+    assert couplings.shape == (4, 2, 6, 3)
+    np.testing.assert_allclose(couplings, wanted, atol=1e-5)
+    np.testing.assert_allclose(couplings.sum(-1), np.ones((4, 2, 6)), atol=1e-6)
+    masked = capsjax.routing_couplings(poses, weights, mask=jnp.arange(6) > 0)
+    assert not np.any(masked[:, :, 0])
+    assert np.all(masked[:, :, 1:] > 0)
+
+
+def test_reference_has_forward_mode_and_hessian():
+    poses, weights = _arguments(batch=1, capsules=3, length=2, parents=2, depth=2)
+    tangent = jnp.ones_like(poses)
+    route = lambda u: capsjax.dynamic_routing(u, weights, implementation="reference")
+    _, forward = jax.jvp(route, (poses,), (tangent,))
+    step = 1e-2
+    numeric = (route(poses + step * tangent) - route(poses - step * tangent)) / (2 * step)
+    np.testing.assert_allclose(forward, numeric, atol=1e-3)
+    hessian = jax.hessian(lambda u: route(u).sum())(poses).reshape(6, 6)
+    np.testing.assert_allclose(hessian, hessian.T, atol=1e-5)
+    assert np.abs(hessian).max() > 1e-3
+    # Backward over backward needs no forward mode.
+    gradient = jax.grad(lambda u: capsjax.dynamic_routing(u, weights).sum())
+    twice = jax.grad(lambda u: (gradient(u) * tangent).sum())(poses)
+    np.testing.assert_allclose(twice.reshape(6), hessian.sum(0), atol=1e-5)
+
+
+def test_scan_and_remat():
+    poses, weights = _arguments()
+
+    @jax.jit
+    def twice(poses, weights):
+        route = jax.checkpoint(capsjax.dynamic_routing)
+        return jax.lax.scan(lambda total, u: (total + route(u, weights).sum(), None), 0.0, poses)[0]
+
+    wanted = capsjax.dynamic_routing(poses, weights).sum()
+    np.testing.assert_allclose(twice(poses, weights), wanted, rtol=1e-5)
+    gradient = jax.grad(twice, 1)(poses, weights)
+    wanted = jax.grad(lambda w: capsjax.dynamic_routing(poses, w).sum())(weights)
+    np.testing.assert_allclose(gradient, wanted, atol=1e-6)
+
+
+def test_vmap_over_weights_too():
+    poses, weights = _arguments()
+    many = jnp.stack([weights, -weights, 2 * weights])
+    route = jax.vmap(capsjax.dynamic_routing, (None, 0))
+    for output, one in zip(route(poses, many), many, strict=True):
+        np.testing.assert_allclose(output, capsjax.dynamic_routing(poses, one), atol=1e-6)
+
+
+def test_agreement_moves_couplings_to_the_parent_that_children_agree_on():
+    # Five children vote alike for parent 0 and at random for parent 1.
+    rng = np.random.default_rng(0)
+    votes = np.zeros((5, 2, 4), np.float32)
+    votes[:, 0] = [1, 0, 0, 0]
+    votes[:, 1] = rng.normal(size=(5, 4))
+    outputs = capsjax.lengths(capsjax.dynamic_routing_from_votes(votes, num_iterations=5))
+    assert outputs[0] > 0.6 > outputs[1]
+
+
+OK = {"poses": (2, 6, 4), "weights": (6, 4, 3, 5)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"weights": (7, 4, 3, 5)},
+            r"weights must have shape \[I, P, J, D\] = \[6, 4, any, any\], got \(7, 4, 3, 5\)",
+        ),
+        ({"weights": (6, 4, 3)}, r"weights must have shape \[I, P, J, D\]"),
+        ({"weights": (6, 4, 0, 5)}, r"weights must have shape"),
+        ({"poses": (4,)}, r"poses must have shape \[..., I, P\] = \[any, any\], got \(4,\)"),
+        ({"prior": (3, 6)}, r"prior must have shape \[I, J\] = \[6, 3\], got \(3, 6\)"),
+        ({"bias": (5,)}, r"bias must have shape \[J, D\] = \[3, 5\], got \(5,\)"),
+    ],
+)
+def test_wrong_shapes_name_argument_rule_and_value(changes, message):
+    arrays = {name: jnp.ones(shape) for name, shape in {**OK, **changes}.items()}
+    poses, weights = arrays.pop("poses"), arrays.pop("weights")
+    with pytest.raises(ValueError, match=f"dynamic_routing: {message}"):
+        capsjax.dynamic_routing(poses, weights, **arrays)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        (
+            {"num_iterations": 0},
+            ValueError,
+            "num_iterations must be an integer of at least 1, got 0",
+        ),
+        ({"num_iterations": 2.0}, ValueError, "num_iterations must be an integer of at least 1"),
+        (
+            {"gradient": "implicit"},
+            ValueError,
+            "gradient must be one of full, last, got 'implicit'",
+        ),
+        (
+            {"implementation": "cuda"},
+            ValueError,
+            "implementation must be None or one of reference, xla",
+        ),
+        ({"mask": jnp.ones(6)}, TypeError, "mask must be bool, got float32"),
+        ({"mask": jnp.ones(5, bool)}, ValueError, r"mask must have shape \[I\] or \[..., I\]"),
+        (
+            {"prior": jnp.ones((6, 3), jnp.bfloat16)},
+            TypeError,
+            "prior must be float32, got bfloat16",
+        ),
+    ],
+)
+def test_wrong_settings_name_argument_rule_and_value(settings, error, message):
+    poses, weights = _arguments()
+    with pytest.raises(error, match=f"dynamic_routing: {message}"):
+        jax.jit(lambda u, w: capsjax.dynamic_routing(u, w, **settings))(poses, weights)
+
+
+def test_wrong_dtypes():
+    poses, weights = _arguments()
+    with pytest.raises(TypeError, match="dynamic_routing: poses must be floating, got int32"):
+        capsjax.dynamic_routing(poses.astype(jnp.int32), weights)
+    message = "weights must have the dtype of poses, bfloat16, got float32"
+    with pytest.raises(TypeError, match=message):
+        capsjax.dynamic_routing(poses.astype(jnp.bfloat16), weights)
+    with pytest.raises(ValueError, match=r"votes must have shape \[..., I, J, D\]"):
+        capsjax.dynamic_routing_from_votes(jnp.ones((3, 5)))
