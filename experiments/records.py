@@ -18,7 +18,7 @@ import pathlib
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 import jax
@@ -99,6 +99,12 @@ def save_figure(figure: "Figure", path: StrPath) -> None:
     figure.savefig(buffer, format="png", dpi=150)
     with _writing(path):
         _write(pathlib.Path(path), buffer.getvalue())
+
+
+def append_lines(path: StrPath, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Adds rows to a file of JSON lines."""
+    with _writing(path), open(path, "ab") as file:
+        file.write(b"".join(_line(row) for row in rows))
 
 
 def read_metrics(workdir: StrPath) -> list[dict[str, Any]]:

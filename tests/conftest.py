@@ -1,5 +1,8 @@
 """Settings of every test: no silent broadcasting of ranks, no accelerator."""
 
+import contextlib
+import resource
+
 import jax
 import pytest
 
@@ -8,3 +11,19 @@ import pytest
 def _strict_jax():
     with jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture
+def small_disk():
+    """Writing past the given size of a file fails, as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    @contextlib.contextmanager
+    def small_disk(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return small_disk

@@ -69,7 +69,7 @@ def test_examples_run_as_written(name):
     value = PUBLIC.get(name) or MODULES[name]
     # As after `import jax`, `import jax.numpy as jnp` and a * import of each capsjax module.
     names = {**vars(capsjax.nn), **PUBLIC, **vars(capsjax.models), "jax": jax, "jnp": jnp}
-    tests = [t for t in doctest.DocTestFinder(recurse=False).find(value, name, globs=names)]
+    tests = list(doctest.DocTestFinder(recurse=False).find(value, name, globs=names))
     assert [len(test.examples) > 0 for test in tests] == [True]
     results = doctest.DocTestRunner(verbose=False).run(tests[0])
     assert results.failed == 0

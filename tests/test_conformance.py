@@ -48,6 +48,7 @@ ROUTING = {
     "batch past a tile": Routing(batch=131, capsules=5, parents=3, depth=2, prior=True),
     "capsules past a tile": Routing(batch=2, capsules=301, parents=37, depth=16, bias=True),
 }
+HALF = ("T=1", "T=3", "last T=2", "all T=5", "all last", "one of each", "capsules past a tile")
 CONVOLUTIONS = {  # batch, image, kernel, outputs, stride
     "capsnet": (2, (20, 20, 3), (9, 9), 4, (2, 2)),
     "odd": (3, (11, 14, 2), (4, 5), 3, (3, 2)),
@@ -120,8 +121,10 @@ def exact_routing(case, dtype):
     return outputs, (gradients[0] * kept, *gradients[1:])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ROUTING)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, "float32") for name in ROUTING), *((name, "bfloat16") for name in HALF)],
+)
 @pytest.mark.parametrize("implementation", dynamic_routing.IMPLEMENTATIONS)
 def test_dynamic_routing_matches_the_oracle(implementation, name, dtype):
     case = ROUTING[name]

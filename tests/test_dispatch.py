@@ -47,7 +47,7 @@ def test_none_passes_over_what_is_unsupported():
 
 
 def test_all_unsupported_names_every_reason():
-    with pytest.raises(Unsupported, match="op: no implementation .* refuse: too large"):
+    with pytest.raises(Unsupported, match=r"op: no implementation .*refuse: too large"):
         dispatch("op", TABLE, {"default": ("refuse",)}, None, 1.0)
     with pytest.raises(Unsupported, match="too large"):
         dispatch("op", TABLE, {"default": ("double",)}, "refuse", 1.0)

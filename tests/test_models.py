@@ -1,5 +1,7 @@
 """Modules and CapsNet: parameter counts, what a pixel touches, what masks and dtypes do."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,16 +69,20 @@ def test_scale_and_bias_of_the_authors_code():
 
 
 @pytest.mark.parametrize(
-    ("image_shape", "capsules"),
+    ("image_shape", "positions"),
     [((28, 28, 1), 6 * 6), ((36, 36, 1), 10 * 10), ((32, 32, 3), 8 * 8), ((17, 20, 2), 1 * 2)],
 )
-def test_any_image_size_and_channel_count(image_shape, capsules):
-    model = _small(image_shape=image_shape, num_classes=7)
-    images = jnp.zeros((2, *image_shape))
-    assert model.primary_poses(images).shape == (2, capsules * 2, 8)
-    outputs = model(images)
+def test_any_image_size_and_channel_count(image_shape, positions):
+    def shapes(images):
+        model = _small(image_shape=image_shape, num_classes=7)
+        outputs = model(images)
+        return model.primary_poses(images), outputs, model.reconstruct(outputs)
+
+    images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
+    poses, outputs, drawn = jax.eval_shape(shapes, images)
+    assert poses.shape == (2, positions * 2, 8)
     assert outputs.shape == (2, 7, 16)
-    assert model.reconstruct(outputs).shape == (2, *image_shape)
+    assert drawn.shape == images.shape
 
 
 def test_images_too_small_are_refused():
@@ -98,11 +104,15 @@ def test_the_decoder_sees_one_class_only():
 
 def test_settings_reach_the_routing():
     images = jnp.asarray(np.random.default_rng(0).random((2, 28, 28, 1)), jnp.float32)
-    one, three = (_small(num_iterations=t)(images) for t in (1, 3))
-    assert np.abs(one - three).max() > 1e-6
-    reference = _small(implementation="reference")(images)
-    np.testing.assert_allclose(reference, three, atol=1e-6)
 
+    def run(**settings):
+        return jax.jit(lambda images: _small(**settings)(images))(images)
+
+    three = run()
+    assert np.abs(run(num_iterations=1) - three).max() > 1e-6
+    np.testing.assert_allclose(run(implementation="reference"), three, atol=1e-6)
+
+    @partial(jax.jit, static_argnums=0)
     def gradient(mode):
         model = _small(gradient=mode)
         return nnx.grad(lambda model: model(images).sum())(model)["capsules"]["weights"][...]
@@ -111,8 +121,12 @@ def test_settings_reach_the_routing():
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
-    model = _small(dtype=jnp.bfloat16)
-    images = jnp.zeros((1, 28, 28, 1))
-    assert model(images).dtype == jnp.bfloat16
-    assert model.reconstruct(model(images)).dtype == jnp.bfloat16
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(nnx.state(model))} == {"float32"}
+    def run(images):
+        model = _small(dtype=jnp.bfloat16)
+        outputs = model(images)
+        return outputs, model.reconstruct(outputs), jax.tree.leaves(nnx.state(model))
+
+    images = jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)
+    outputs, drawn, parameters = jax.eval_shape(run, images)
+    assert outputs.dtype == drawn.dtype == jnp.bfloat16
+    assert {leaf.dtype.name for leaf in parameters} == {"float32"}

@@ -1,0 +1,353 @@
+"""Checkpoints: what is saved comes back bit for bit, or its damage is named."""
+
+import contextlib
+import functools
+import os
+import pathlib
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from runs import open_workdir
+
+from experiments import records
+from experiments.errors import InputError
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@functools.cache
+def make_state(step):
+    """A state as training has it: layers by number, three dtypes, Adam's moments, a key."""
+    key = jax.random.key(step)
+    params = {
+        "layers": {
+            0: {"kernel": jax.random.normal(key, (40, 40))},
+            1: {"kernel": jax.random.normal(key, (3, 5), jnp.bfloat16)},
+        }
+    }
+    optimizer = optax.chain(optax.clip(1.0), optax.adam(optax.exponential_decay(1e-3, 10, 0.9)))
+    _, optimizer_state = optimizer.update(params, optimizer.init(params), params)
+    return {
+        "params": params,
+        "optimizer": optimizer_state,
+        "step": jnp.int32(step),
+        "key": jax.random.key_data(key),
+    }
+
+
+def assert_same(found, wanted):
+    """Equal in structure, dtypes, shapes and every bit."""
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert (a.dtype, a.shape, np.asarray(a).tobytes()) == (
+            *(b.dtype, b.shape),
+            np.asarray(b).tobytes(),
+        )
+
+
+def restore(workdir):
+    with records.Checkpoints(workdir) as checkpoints:
+        return checkpoints.restore(make_state(0))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run with the checkpoints 1 and 2; never changed, only copied."""
+    workdir = open_workdir(tmp_path_factory.mktemp("saved") / "run")
+    with records.Checkpoints(workdir) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, make_state(step))
+    return workdir
+
+
+@pytest.fixture
+def workdir(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "run")
+
+
+def test_a_state_comes_back_bit_for_bit(workdir):
+    step, state = restore(workdir)
+    assert step == 2
+    assert_same(state, make_state(2))
+
+
+def test_without_a_checkpoint_there_is_nothing_to_restore(tmp_path):
+    assert restore(open_workdir(tmp_path)) is None
+
+
+def test_the_newest_three_are_kept(workdir):
+    with records.Checkpoints(workdir) as checkpoints:
+        for step in (3, 4):
+            checkpoints.save(step, make_state(step))
+        assert checkpoints.steps() == [2, 3, 4]
+    assert {entry.name for entry in (workdir / "checkpoints").iterdir()} == {"2", "3", "4"}
+
+
+def test_a_step_is_saved_once_and_never_out_of_order(workdir):
+    with records.Checkpoints(workdir) as checkpoints:
+        checkpoints.save(2, make_state(7))
+        with pytest.raises(RuntimeError, match=r"step must be above 2, got 0$"):
+            checkpoints.save(0, make_state(0))
+    assert_same(restore(workdir)[1], make_state(2))
+
+
+def flip(path, position):
+    content = bytearray(path.read_bytes())
+    bit = int(position * 8 * len(content))
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def truncate(path, position):
+    path.write_bytes(path.read_bytes()[: int(position * path.stat().st_size)])
+
+
+def delete(path, position):
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "seed"),
+    [(damage, seed) for damage in (flip, truncate, delete) for seed in range(24)],
+)
+def test_damage_is_named_and_the_good_one_before_is_used(workdir, caplog, damage, seed):
+    files = sorted(p for p in (workdir / "checkpoints/2").rglob("*") if p.is_file())
+    damage(damaged := files[seed % len(files)], random.Random(seed).random())
+    step, state = restore(workdir)
+    assert step == 1
+    assert_same(state, make_state(1))
+    if damage is delete and damaged.name == "record.json":  # a save that did not finish
+        assert caplog.messages == []
+    else:
+        [message] = caplog.messages
+        assert message.startswith(f"checkpoint {workdir / 'checkpoints/2'} is damaged (")
+
+
+def test_every_damage_of_the_values_is_noticed(workdir):
+    """Without the checksums, Orbax restores such values silently."""
+    files = sorted(p for p in (workdir / "checkpoints/2").rglob("d/*") if p.is_file())
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = largest.read_bytes()
+    for number in range(20):
+        flip(largest, number / 20)
+        assert restore(workdir)[0] == 1
+        largest.write_bytes(content)
+    assert restore(workdir)[0] == 2
+
+
+def test_the_warning_gives_the_reason(workdir, caplog):
+    (workdir / "checkpoints/2/default/_METADATA").write_text("{}")
+    restore(workdir)
+    assert caplog.messages == [
+        f"checkpoint {workdir / 'checkpoints/2'} is damaged (default/_METADATA is not what was "
+        "written): going on from step 1"
+    ]
+
+
+def test_values_that_orbax_changes_are_noticed(workdir, monkeypatch, caplog):
+    orbax_restore = records.ocp.StandardCheckpointer.restore
+
+    def restore_wrongly(self, path, *args):
+        state = orbax_restore(self, path, *args)
+        return state | {"step": state["step"] + 1} if path.parent.name == "2" else state
+
+    monkeypatch.setattr(records.ocp.StandardCheckpointer, "restore", restore_wrongly)
+    assert restore(workdir)[0] == 1
+    assert "(['step'] was not restored as it was saved): going on from step 1" in caplog.text
+
+
+def test_reading_changes_nothing(workdir):
+    """A run may be evaluated while it trains, and is in the middle of a save."""
+    flip(workdir / "checkpoints/2/default/_METADATA", 0.5)
+    (workdir / "checkpoints/3").mkdir()
+    (workdir / "checkpoints/4.orbax-checkpoint-tmp").mkdir()
+    before = sorted(workdir.rglob("*"))
+    assert restore(workdir)[0] == 1
+    assert sorted(workdir.rglob("*")) == before
+
+
+def test_the_first_save_clears_away_what_cannot_be_used(workdir, caplog):
+    flip(workdir / "checkpoints/2/default/_METADATA", 0.5)
+    (workdir / "checkpoints/3").mkdir()
+    (workdir / "checkpoints/4.orbax-checkpoint-tmp").mkdir()
+    with records.Checkpoints(workdir) as checkpoints:
+        assert checkpoints.restore(make_state(0))[0] == 1
+        checkpoints.save(3, make_state(3))
+    names = {entry.name for entry in (workdir / "checkpoints").iterdir()}
+    assert names == {"1", "damaged_2", "3"}
+    unfinished = workdir / "checkpoints/3"
+    assert f"checkpoint {unfinished} has no record.json: removed as unfinished" in caplog.messages
+    assert_same(restore(workdir)[1], make_state(3))
+
+
+def test_a_damaged_step_can_be_saved_again_and_again(workdir):
+    for _ in range(2):
+        flip(workdir / "checkpoints/2/default/manifest.ocdbt", 0.5)
+        with records.Checkpoints(workdir) as checkpoints:
+            assert checkpoints.restore(make_state(0))[0] == 1
+            checkpoints.save(2, make_state(2))
+    step, state = restore(workdir)
+    assert step == 2
+    assert_same(state, make_state(2))
+
+
+def test_when_all_are_damaged_nothing_is_replaced(workdir):
+    for step in (1, 2):
+        flip(workdir / f"checkpoints/{step}/default/_METADATA", 0.5)
+    before = sorted(workdir.rglob("*"))
+    message = (
+        r"every checkpoint in .*checkpoints is damaged: 2 \(default/_METADATA is not what was "
+        r"written\), 1 \(.*\); to start again, remove .*run or use another --workdir$"
+    )
+    with pytest.raises(InputError, match=message):
+        restore(workdir)
+    assert sorted(workdir.rglob("*")) == before
+
+
+def with_kernel(kernel):
+    """A state whose first kernel is another one."""
+    return jax.tree.map(lambda leaf: kernel if leaf.shape == (40, 40) else leaf, make_state(0))
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            with_kernel(jnp.zeros((40, 40), jnp.bfloat16)),
+            r"\['layers'\]\[0\]\['kernel'\] is \('float32', \[40, 40\]\) there, "
+            r"\('bfloat16', \[40, 40\]\) here$",
+        ),
+        (
+            with_kernel(jnp.zeros(1600)),
+            r"\[40, 40\]\) there, \('float32', \[1600\]\) here$",
+        ),
+        (make_state(0) | {"more": jnp.ones(1)}, r"\['more'\] is absent there, \('float32', \[1\]"),
+        ({"step": jnp.int32(0)}, r"\['key'\] is \('uint32', \[2\]\) there, absent here$"),
+    ],
+)
+def test_another_state_is_refused_not_cast(workdir, template, message):
+    with (
+        records.Checkpoints(workdir) as checkpoints,
+        pytest.raises(InputError, match=f"^checkpoint .*/2 does not fit this program: .*{message}"),
+    ):
+        checkpoints.restore(template)
+    assert restore(workdir)[0] == 2
+
+
+def test_a_checkpoint_of_another_run_is_refused(workdir, tmp_path):
+    other = open_workdir(tmp_path / "other", batch_size=1)
+    shutil.copytree(workdir / "checkpoints/2", other / "checkpoints/2")
+    with pytest.raises(InputError, match=r"/2 belongs to a run with other settings or data$"):
+        restore(other)
+
+
+# TensorStore ends its other writes after Orbax has closed the event loop they report to.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("size", [0, 100, 4000])
+def test_a_failed_write_keeps_what_there_was(workdir, small_disk, size):
+    with records.Checkpoints(workdir) as checkpoints:
+        message = r"^checkpoint .*/3 cannot be written: File too large; those before it are intact$"
+        with small_disk(size), pytest.raises(InputError, match=message):
+            checkpoints.save(3, make_state(3))
+        assert checkpoints.steps() == [1, 2]
+        assert_same(checkpoints.restore(make_state(0))[1], make_state(2))
+        checkpoints.save(3, make_state(3))
+    assert_same(restore(workdir)[1], make_state(3))
+    names = {entry.name for entry in (workdir / "checkpoints").iterdir()}
+    assert names == {"1", "2", "3"}
+
+
+def test_a_disk_with_too_little_space_is_not_filled(workdir, monkeypatch):
+    usage = shutil.disk_usage(workdir)._replace(free=2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    message = (
+        r"/3 cannot be written: it needs 1\.0 MiB and the disk has 1\.0 MiB free; those before"
+    )
+    with records.Checkpoints(workdir) as checkpoints:
+        with pytest.raises(InputError, match=message):
+            checkpoints.save(3, make_state(3))
+        assert checkpoints.steps() == [1, 2]
+
+
+def test_other_errors_of_a_save_are_not_taken_for_a_full_disk(workdir):
+    with records.Checkpoints(workdir) as checkpoints, pytest.raises(ValueError, match="empty"):
+        checkpoints.save(3, {})
+
+
+PROGRAM = """
+import dataclasses, itertools, resource
+import jax.numpy as jnp
+from experiments import cli, records
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    workdir: str = cli.flag("", "Folder.", affects_result=False)
+    largest_file: int = cli.flag(resource.RLIM_INFINITY, "Bytes; -1: no limit.")
+
+def main(config):
+    workdir = records.open_workdir(config.workdir, config=config, data_sha256="")
+    with records.Checkpoints(workdir) as checkpoints:
+        for step in itertools.count(1):
+            checkpoints.save(step, {"x": jnp.full((400, 500), step)})
+            print(step, flush=True)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (config.largest_file, -1))
+
+cli.run(Config, main)
+"""
+
+
+@pytest.fixture
+def start():
+    """Starts programs that save step after step; none outlives its test."""
+    with contextlib.ExitStack() as stack:
+
+        def start(folder, **settings):
+            folder.mkdir(exist_ok=True)
+            (folder / "saver.py").write_text(PROGRAM)
+            flags = [f"--{name}={value}" for name, value in settings.items()]
+            program = subprocess.Popen(
+                [sys.executable, folder / "saver.py", f"--workdir={folder / 'run'}", *flags],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+            )
+            stack.enter_context(program)
+            stack.callback(program.kill)
+            return program
+
+        yield start
+
+
+def test_kill_9_at_any_moment_leaves_the_newest_complete_checkpoint(tmp_path, start):
+    rng = random.Random(0)
+    folders = [tmp_path / str(number) for number in range(4)]
+    for folder, program in [(folder, start(folder)) for folder in folders]:
+        assert program.stdout.readline() == "1\n"
+        time.sleep(rng.uniform(0, 0.3))
+        program.kill()
+        newest = max([1, *map(int, program.communicate()[0].split())])
+        with records.Checkpoints(folder / "run") as checkpoints:
+            step, state = checkpoints.restore({"x": jnp.zeros((400, 500), jnp.int32)})
+            assert step - newest in (0, 1)  # it may have died between the save and the print
+            assert_same(state, {"x": jnp.full((400, 500), step)})
+            checkpoints.save(step + 1, state)
+
+
+def test_a_program_whose_write_fails_ends_with_one_line(tmp_path, start):
+    program = start(tmp_path, largest_file=200)
+    stdout, stderr = program.communicate(timeout=100)
+    assert (program.returncode, stdout) == (2, "1\n")
+    assert re.fullmatch(
+        r"saver: checkpoint .*/2 cannot be written: File too large; those before it are intact\n",
+        stderr,
+    )
