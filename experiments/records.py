@@ -6,6 +6,7 @@ program, what lies there is either the old file or the new one.
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -73,6 +74,24 @@ def open_workdir(path: StrPath, *, config: Any, data_sha256: str) -> pathlib.Pat
         for name in ("checkpoints", "figures"):
             (folder / name).mkdir(exist_ok=True)
     return folder
+
+
+@contextlib.contextmanager
+def exclusive(workdir: StrPath) -> Iterator[None]:
+    """Inside, no other process trains in this folder; the lock ends with the process, however.
+
+    Raises:
+      InputError: Another process does already.
+    """
+    with open(pathlib.Path(workdir) / _CONFIG, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"workdir {workdir} is in use by another process; wait for its end or use "
+                "another --workdir"
+            ) from error
+        yield
 
 
 def read_config(workdir: StrPath) -> dict[str, Any]:

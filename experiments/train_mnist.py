@@ -20,27 +20,17 @@ class Config:
     """All settings; the defaults are the paper's network, recipe and data."""
 
     dataset: str = flag("mnist", "mnist_small, mnist, fashion_mnist or tfds:<name>.")
-    data_dir: str = flag(
-        "", "Folder of the data set's files; empty: the usual caches.", affects_result=False
-    )
+    data_dir: str = flag("", "Folder of its files; empty: the usual caches.", affects_result=False)
     download: bool = flag(False, "Fetch a missing data set with TFDS.", affects_result=False)
-    workdir: str = flag(
-        "runs/mnist", "Folder of checkpoints, metrics and figures.", affects_result=False
-    )
+    workdir: str = flag("runs/mnist", "Folder of all that is written.", affects_result=False)
     batch_size: int = flag(128, "Examples in one step.", minimum=1)
     num_epochs: int = flag(50, "Passes over the training data.", minimum=1)
-    max_steps: int = flag(
-        0, "Stop after so many steps; 0: no limit.", minimum=0, affects_result=False
-    )
+    max_steps: int = flag(0, "Stop after these; 0: at the end.", minimum=0, affects_result=False)
     learning_rate: float = flag(1e-3, "Adam's step size at the start.", above=0)
-    final_learning_rate: float = flag(
-        1e-4, "Adam's step size after num_epochs; it falls by one factor a step.", above=0
-    )
+    final_learning_rate: float = flag(1e-4, "Adam's step size after num_epochs.", above=0)
     num_iterations: int = flag(3, "Routing iterations.", minimum=1)
     gradient: str = flag("full", "Through all iterations, or the last.", choices=("full", "last"))
-    reconstruction_weight: float = flag(
-        0.0005, "Weight of the sum of squared pixel errors; 0: no decoder.", minimum=0
-    )
+    reconstruction_weight: float = flag(5e-4, "Of squared errors; 0: no decoder.", minimum=0)
     shift: int = flag(2, "Training images move by up to so many pixels.", minimum=0)
     conv_channels: int = flag(256, "Channels of the first convolution.", minimum=1)
     primary_types: int = flag(32, "Primary capsules at one position.", minimum=1)
@@ -57,9 +47,7 @@ class Config:
         500, "Steps between checkpoints.", minimum=1, affects_result=False
     )
     tensorboard: bool = flag(False, "Write TensorBoard files too.", affects_result=False)
-    compilation_cache: str = flag(
-        "", "Folder in which compiled programs are kept for the next start.", affects_result=False
-    )
+    compilation_cache: str = flag("", "Folder of compiled programs.", affects_result=False)
 
 
 def build(config: Config, dataset: data.Dataset) -> training.Trainer:
@@ -116,7 +104,11 @@ def main(config: Config) -> int:
     last_step = num_steps(config, dataset)
     if config.max_steps:
         last_step = min(last_step, config.max_steps)
-    with records.Checkpoints(workdir) as checkpoints, signals.stop_requests() as stopped:
+    with (
+        records.exclusive(workdir),
+        records.Checkpoints(workdir) as checkpoints,
+        signals.stop_requests() as stopped,
+    ):
         start = trainer.initial_state(config.seed)
         step, state = first_step, start = checkpoints.restore(start) or (0, start)
         if step:

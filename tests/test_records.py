@@ -84,6 +84,19 @@ def test_a_start_that_was_stopped_does_not_block_the_next(tmp_path):
     assert not (tmp_path / ".config.json.tmp").exists()
 
 
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    workdir = open_workdir(tmp_path / "run")
+    message = "run is in use by another process; wait for its end"
+    with (
+        records.exclusive(workdir),
+        pytest.raises(InputError, match=message),
+        records.exclusive(workdir),
+    ):
+        pass
+    with records.exclusive(workdir):
+        pass  # free again
+
+
 def test_a_file_is_no_workdir(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(InputError, match=r"run is a file, not a folder; use another --workdir$"):
