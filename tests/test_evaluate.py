@@ -1,0 +1,243 @@
+"""Evaluation of a trained network: its test set, and a user's own images."""
+
+import dataclasses
+import json
+import pathlib
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import cli, data, evaluate, idx, inspection, records, train_mnist, training
+from experiments.errors import InputError
+
+
+def write_idx(folder, *, seed):
+    rng = np.random.default_rng(seed)
+    for split, size in (("train", 40), ("test", 21)):
+        images = rng.integers(0, 256, (size, 17, 17), dtype=np.uint8)
+        labels = (np.arange(size) % 9).astype(np.uint8)  # there is no 9
+        for stem, array in zip(idx.STEMS[split], (images, labels), strict=True):
+            (folder / stem).write_bytes(idx.header(array) + array.tobytes())
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_idx(folder, seed=0)
+    return train_mnist.Config(
+        dataset="mnist",
+        data_dir=str(folder),
+        workdir="elsewhere",
+        batch_size=8,
+        conv_channels=2,
+        primary_types=2,
+        capsule_length=3,
+        num_iterations=1,
+        capsule_bias=0.1,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(settings, tmp_path_factory):
+    """The folder of a run with two checkpoints, and the newest one's parameters."""
+    dataset = data.load(settings.dataset, data_dir=settings.data_dir)
+    trainer = train_mnist.build(settings, dataset)
+    path = tmp_path_factory.mktemp("trained") / "run"
+    workdir = records.open_workdir(path, config=settings, data_sha256=dataset.sha256)
+    state = trainer.initial_state(0)
+    with records.Checkpoints(workdir) as checkpoints:
+        checkpoints.save(1, state)
+        weights = np.random.default_rng(0).normal(size=state.params["capsules"]["weights"].shape)
+        state.params["capsules"]["weights"] = np.float32(weights)
+        checkpoints.save(2, state)
+    return workdir, trainer, state.params, dataset
+
+
+@pytest.fixture
+def workdir(trained, tmp_path):
+    return shutil.copytree(trained[0], tmp_path / "run")
+
+
+@pytest.fixture
+def program(monkeypatch, capsys):
+    """Runs the program in this process: its exit status, stdout and stderr."""
+    monkeypatch.setattr(cli, "_configure_logging", lambda config_class: None)
+
+    def program(**flags):
+        arguments = [f"--{name}={value}" for name, value in flags.items()]
+        monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            cli.run(evaluate.Config, evaluate.main)
+        return exit_.value.code, *capsys.readouterr()
+
+    return program
+
+
+def contents(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+def test_the_test_set_is_told_in_full_and_nothing_is_written(program, workdir, trained):
+    _, trainer, params, dataset = trained
+    before = contents(workdir)
+    status, stdout, _ = program(workdir=workdir, batch_size=8)
+    assert status == 0
+    assert contents(workdir) == before
+    evaluation = trainer.evaluate(params, dataset.test, batch_size=8)
+    lines = stdout.splitlines()
+    assert lines[0].startswith("confusion matrix")
+    assert lines[1].split() == list("0123456789")
+    counts = inspection.confusion(evaluation, dataset.test.labels)
+    assert counts.sum() == 21
+    for line, name, row in zip(lines[2:12], "0123456789", counts, strict=True):
+        assert line.split() == [name, *(str(count) if count else "." for count in row)]
+        assert len(line) == len(lines[1])
+    assert lines[12] == ""
+    assert lines[13:] == list(inspection.accuracy(evaluation, dataset.test.labels))
+    wrong = 21 - np.trace(counts)
+    assert lines[-1] == f"test error {100 * wrong / 21:.2f} %: {wrong} of 21 wrong"
+
+
+def test_accuracy_leaves_out_a_class_without_examples():
+    lengths = np.eye(3, dtype=np.float32)[[0, 0, 2, 2]]
+    lines = inspection.accuracy(training.Evaluation(lengths, 0.0), np.array([0, 0, 0, 2]))
+    assert list(lines) == [
+        "class 0: 66.67 % of 3 right",
+        "class 2: 100.00 % of 1 right",
+        "test error 25.00 %: 1 of 4 wrong",
+    ]
+
+
+@pytest.fixture
+def images(tmp_path):
+    """One image of a bar as a user has it: large, and in either polarity."""
+    pixels = np.zeros((300, 200), np.uint8)
+    pixels[40:260, 90:120] = 255
+    paths = [tmp_path / "light.png", tmp_path / "dark.png"]
+    for path, image in zip(paths, (pixels, 255 - pixels), strict=True):
+        Image.fromarray(image).save(path)
+    return [str(path) for path in paths]
+
+
+def test_images_are_classified_in_either_polarity(program, workdir, trained, images):
+    _, trainer, params, _ = trained
+    before = contents(workdir)
+    status, stdout, _ = program(workdir=workdir, images=",".join(images))
+    assert status == 0
+    assert contents(workdir) == before
+    lines = stdout.splitlines()
+    assert lines[0].split() == ["image", "class", "length", "|", *"0123456789"]
+    pixels = data.read_images(images, image_size=17, channels=1)
+    lengths = evaluate.classify(trainer.model(params), pixels)
+    assert lengths.shape == (2, 10)
+    assert np.ptp(lengths[0]) > 0.01
+    for line, path, row in zip(lines[1:], images, lengths, strict=True):
+        name, winner, longest, _, *shown = line.split()
+        assert (name, int(winner)) == (path, row.argmax())
+        assert longest == shown[row.argmax()] == f"{row.max():.3f}"
+        np.testing.assert_allclose(np.array(shown, float), row, atol=6e-4)
+        assert len(line) == len(lines[0])
+    assert lines[1].split()[1:] == lines[2].split()[1:]
+
+
+def test_images_are_seen_as_the_test_set_is(trained):
+    _, trainer, params, dataset = trained
+    pixels = dataset.test.images / np.float32(255)
+    wanted = trainer.evaluate(params, dataset.test, batch_size=8).lengths
+    found = evaluate.classify(trainer.model(params), pixels)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_a_damaged_checkpoint_is_passed_over(program, workdir, trained, monkeypatch, caplog):
+    _, trainer, _, dataset = trained
+    monkeypatch.setattr(train_mnist, "build", lambda *_: trainer)  # it is compiled already
+    (workdir / "checkpoints/2/default/_METADATA").write_text("{}")
+    status, stdout, _ = program(workdir=workdir)
+    assert status == 0
+    assert "2 is damaged" in caplog.text
+    older = trainer.evaluate(trainer.initial_state(0).params, dataset.test, batch_size=128)
+    assert stdout.splitlines() == list(evaluate.summary(older, dataset.test.labels))
+
+
+def test_moved_data_are_named_by_the_flag(program, workdir, settings, trained, monkeypatch):
+    monkeypatch.setattr(train_mnist, "build", lambda *_: trained[1])
+    moved = pathlib.Path(settings.data_dir).rename(f"{settings.data_dir}_moved")
+    try:
+        status, _, stderr = program(workdir=workdir)
+        there = program(workdir=workdir, data_dir=moved)
+    finally:
+        moved.rename(settings.data_dir)
+    message = f"--data_dir must be a folder that can be read, got {settings.data_dir}."
+    assert (status, stderr) == (2, f"evaluate: {message}\n")
+    assert there[0] == 0
+
+
+def edit(workdir, **changes):
+    """Changes settings in config.json; None removes one."""
+    run = json.loads((workdir / "config.json").read_bytes())
+    settings = run["config"] | changes
+    run["config"] = {name: value for name, value in settings.items() if value is not None}
+    (workdir / "config.json").write_text(json.dumps(run))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"momentum": 0.9}, "another program or version: its config.json has the unknown momentum"),
+        ({"seed": None}, "another program or version: its config.json lacks seed"),
+        ({"seed": -1}, "a damaged config.json: --seed must be at least 0, got -1"),
+        ({"seed": "0"}, "a damaged config.json: --seed must be a whole number, got '0'"),
+        ({"shift": 1}, "belongs to a run with other settings or data"),
+    ],
+)
+def test_other_settings_are_refused(program, workdir, changes, message):
+    edit(workdir, **changes)
+    status, stdout, stderr = program(workdir=workdir)
+    assert (status, stdout) == (2, "")
+    assert re.fullmatch(rf"evaluate: .*{re.escape(message)}\n", stderr)
+
+
+def test_other_data_are_refused(program, workdir, trained, tmp_path):
+    write_idx(tmp_path, seed=1)
+    status, stdout, stderr = program(workdir=workdir, data_dir=tmp_path)
+    other = data.load("mnist", data_dir=str(tmp_path))
+    assert (status, stdout) == (2, "")
+    assert stderr == (
+        f"evaluate: workdir {workdir} was trained on mnist with sha256 {trained[3].sha256}, but "
+        f"the data found have {other.sha256}; name the folder of the run's data with --data_dir\n"
+    )
+
+
+def test_a_run_without_a_checkpoint_is_refused(program, workdir):
+    shutil.rmtree(workdir / "checkpoints")
+    status, _, stderr = program(workdir=workdir)
+    message = f"evaluate: workdir {workdir} has no checkpoint yet; let it train further\n"
+    assert (status, stderr) == (2, message)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"workdir": "none"}, "workdir none holds no run: it has no config.json"),
+        ({"images": "none.png"}, "none.png: the image cannot be read: .*"),
+        ({"batch_size": 0}, "--batch_size must be at least 1, got 0"),
+        ({"image": "a.png"}, r"Unknown command line flag 'image'. Did you mean: images \?"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(program, workdir, flags, message):
+    status, stdout, stderr = program(**{"workdir": workdir} | flags)
+    assert (status, stdout) == (2, "")
+    assert re.fullmatch(f"evaluate: {message}\n", stderr)
+
+
+def test_a_config_comes_back_as_it_was(workdir, settings):
+    found = evaluate.trained_config(dataclasses.asdict(settings), "run")
+    assert found == settings
+    lacking = dataclasses.asdict(settings)
+    del lacking["dtype"], lacking["dataset"]
+    with pytest.raises(InputError, match=r"^workdir run .* lacks dataset, dtype$"):
+        evaluate.trained_config(lacking, "run")

@@ -1,0 +1,497 @@
+"""The main program: every flag matters, and no interruption or damage changes a run's result."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+import capsjax
+from experiments import cli, data, figures, idx, inspection, records, train_mnist, training
+from experiments.display import Display
+from experiments.errors import InputError
+
+ROOT = pathlib.Path(__file__).parents[1]
+DRAWN_BY_DECODER = {"reconstructions", "dimension_tweaks"}
+FIGURES = DRAWN_BY_DECODER | {
+    *("learning_curves", "confusion_matrix", "misclassified", "couplings", "coupling_entropy")
+}
+LAST_STEP = 30  # of 6 epochs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+    """A folder in which programs are kept as soon as one is compiled, for all runs here."""
+    names = ("jax_persistent_cache_min_compile_time_secs", "jax_compilation_cache_dir")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update(names[0], 0)
+    compilation_cache.reset_cache()
+    yield tmp_path_factory.mktemp("compiled")
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def write_idx(folder, *, seed):
+    """A data set of noise: 5 batches of 8 and 4 more to train on, 2 and 5 more to test."""
+    rng = np.random.default_rng(seed)
+    for split, size in (("train", 44), ("test", 21)):
+        images = rng.integers(0, 256, (size, 17, 17), dtype=np.uint8)
+        labels = (np.arange(size) % 10).astype(np.uint8)
+        for stem, array in zip(idx.STEMS[split], (images, labels), strict=True):
+            (folder / stem).write_bytes(idx.header(array) + array.tobytes())
+
+
+@pytest.fixture(scope="module")
+def tiny(compiled, tmp_path_factory):
+    """A Config that trains in a second once it is compiled."""
+    folder = tmp_path_factory.mktemp("data")
+    write_idx(folder, seed=0)
+    return train_mnist.Config(
+        dataset="mnist",
+        data_dir=str(folder),
+        workdir="run",
+        batch_size=8,
+        num_epochs=6,
+        learning_rate=0.01,
+        conv_channels=2,
+        primary_types=3,
+        capsule_length=3,
+        num_iterations=2,
+        log_every_steps=2,
+        checkpoint_every_steps=4,
+        compilation_cache=str(compiled),
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """The folder of a run that nothing disturbed; never changed, only copied."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    assert train_mnist.main(dataclasses.replace(tiny, workdir=str(workdir))) == 0
+    return workdir
+
+
+@pytest.fixture
+def train(tiny, tmp_path, monkeypatch):
+    """Trains in a folder of the test's own, without figures; gives the folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(inspection, "report", lambda *_, **__: None)
+
+    def train(*, status=0, **changes):
+        config = dataclasses.replace(tiny, **changes)
+        assert train_mnist.main(config) == status
+        return tmp_path / config.workdir
+
+    return train
+
+
+@pytest.fixture
+def program(tiny, tmp_path, monkeypatch, capsys):
+    """Runs the program in this process: its exit status and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_configure_logging", lambda config_class: None)
+
+    def program(**changes):
+        arguments = flags(tiny, **changes)
+        monkeypatch.setattr(sys, "argv", ["/some/where/train_mnist.py", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            cli.run(train_mnist.Config, train_mnist.main)
+        return exit_.value.code, capsys.readouterr().err
+
+    return program
+
+
+def flags(config, **changes):
+    settings = dataclasses.asdict(config) | changes
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def rows(workdir):
+    return [row | {"images_per_second": 0} for row in records.read_metrics(workdir)]
+
+
+def saved(workdir):
+    """The steps that have a checkpoint, and dtype, shape and checksum of the last one's leaves."""
+    with records.Checkpoints(workdir) as checkpoints:
+        steps = checkpoints.steps()
+    record = json.loads((workdir / f"checkpoints/{steps[-1]}/record.json").read_bytes())
+    return steps, record["record"]["leaves"]
+
+
+def assert_same_result(workdir, wanted):
+    """Equal in every bit of parameters, optimizer, step, key and rows."""
+    assert saved(workdir)[1] == saved(wanted)[1]
+    assert rows(workdir) == rows(wanted)
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder): path.is_file() and path.read_bytes() for path in folder.rglob("*")
+    }
+
+
+# A whole run
+
+
+def test_a_run_leaves_what_it_promises(finished, tiny):
+    names = {entry.name for entry in finished.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "checkpoints", "figures"}
+    assert saved(finished)[0] == [24, 28, LAST_STEP]
+    found = rows(finished)
+    assert [row["step"] for row in found] == sorted({*range(2, 31, 2), *range(5, 31, 5)})
+    tested = {row["step"]: row for row in found if "test_error" in row}
+    assert list(tested) == list(range(5, 31, 5))
+    wrong = [row["test_error"] * 21 / 100 for row in tested.values()]  # all 21 count
+    np.testing.assert_allclose(wrong, np.round(wrong), atol=1e-9)
+    assert found[-1]["train_loss"] < found[0]["train_loss"]
+    assert any(pathlib.Path(tiny.compilation_cache).glob("jit__step-*"))
+
+
+def test_every_figure_is_drawn(finished):
+    drawn = {path.name: path.read_bytes() for path in (finished / "figures").iterdir()}
+    assert drawn.keys() == {f"{name}.png" for name in FIGURES}
+    for name, content in drawn.items():
+        assert content.startswith(b"\x89PNG"), name
+        assert len(content) > 5_000, name
+
+
+@pytest.fixture
+def draw(tiny, monkeypatch):
+    """Draws with wrong labels and no drawing: each figure's arguments, the model, the lengths."""
+    drawn = {}
+    for name in FIGURES:
+        monkeypatch.setattr(figures, name, lambda *arguments, **_: arguments)
+    monkeypatch.setattr(
+        records, "save_figure", lambda figure, path: drawn.update({path.stem: figure})
+    )
+
+    def draw(**changes):
+        config = dataclasses.replace(tiny, **changes)
+        dataset = data.load(config.dataset, data_dir=config.data_dir)
+        trainer = train_mnist.build(config, dataset)
+        params = trainer.initial_state(0).params
+        params["capsules"]["weights"] *= 100  # long capsules, so that it matters which is drawn
+        model = trainer.model(params)
+        lengths = np.asarray(capsjax.lengths(model(training.scaled(dataset.test.images))))
+        wrong = (lengths.argmax(axis=1) + 1).astype(np.int32) % 10
+        dataset = dataclasses.replace(dataset, test=dataset.test._replace(labels=wrong))
+        evaluation = training.Evaluation(lengths, 0.5)
+        inspection.draw(trainer, params, dataset, evaluation, [], pathlib.Path())
+        return drawn, model, lengths
+
+    return draw
+
+
+def test_a_network_without_a_decoder_is_drawn_as_far_as_it_goes(draw):
+    drawn, _, _ = draw(reconstruction_weight=0.0)
+    assert drawn.keys() == FIGURES - DRAWN_BY_DECODER
+
+
+def test_the_figures_show_what_the_longest_capsule_draws(draw):
+    drawn, model, lengths = draw()
+    images, reconstructions, _, labels = drawn["reconstructions"]
+    winners = lengths.argmax(axis=1)[: len(images)]
+    capsules = model(images)
+    wanted = model.reconstruct(capsules, winners)
+    np.testing.assert_allclose(reconstructions, wanted, atol=1e-6)
+    assert abs(reconstructions - model.reconstruct(capsules, labels)).max() > 1e-4
+    [tweaks] = drawn["dimension_tweaks"]
+    middle = inspection.TWEAKS.index(0)
+    np.testing.assert_allclose(tweaks[:, middle], wanted[:1].repeat(len(tweaks), 0), atol=1e-6)
+
+
+# Every field has an effect
+
+
+def what_is_loaded(config, monkeypatch, tmp_path):
+    """The data asked for, and where programs are kept by then."""
+
+    def load(*arguments, **options):
+        raise InputError(f"{arguments} {options} {jax.config.jax_compilation_cache_dir}")
+
+    monkeypatch.setattr(data, "load", load)
+    with pytest.raises(InputError) as error:
+        train_mnist.main(config)
+    jax.config.update("jax_compilation_cache_dir", None)
+    return str(error.value)
+
+
+def what_is_trained(config, monkeypatch, tmp_path):
+    """The first parameters, the program of a step, and the first batch."""
+    dataset = data.load(config.dataset, data_dir=config.data_dir)
+    trainer = train_mnist.build(config, dataset)
+    state = trainer.initial_state(config.seed)
+    order = data.batches(44, batch_size=config.batch_size, seed=config.seed)
+    chosen = next(order)
+    images, labels = dataset.train.images[chosen], dataset.train.labels[chosen]
+    step = trainer.step.lower(state, images, labels).as_text()
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)], step, chosen.tolist()
+
+
+def what_is_left(config, monkeypatch, tmp_path):
+    """The rows of metrics, the checkpoints, and the kinds of files."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(inspection, "report", lambda *_, **__: None)
+    train_mnist.main(config)
+    [workdir] = tmp_path.iterdir()
+    names = sorted(path.name for path in workdir.iterdir())
+    return workdir.name, rows(workdir), saved(workdir), names
+
+
+EFFECTS = {
+    "dataset": ("fashion_mnist", what_is_loaded),
+    "data_dir": ("elsewhere", what_is_loaded),
+    "download": (True, what_is_loaded),
+    "compilation_cache": ("elsewhere", what_is_loaded),
+    "batch_size": (4, what_is_trained),
+    "num_epochs": (7, what_is_trained),
+    "learning_rate": (0.02, what_is_trained),
+    "final_learning_rate": (1e-4, what_is_trained),
+    "num_iterations": (3, what_is_trained),
+    "gradient": ("last", what_is_trained),
+    "reconstruction_weight": (0.01, what_is_trained),
+    "shift": (1, what_is_trained),
+    "conv_channels": (3, what_is_trained),
+    "primary_types": (2, what_is_trained),
+    "primary_scale": (0.5, what_is_trained),
+    "capsule_length": (4, what_is_trained),
+    "capsule_bias": (0.1, what_is_trained),
+    "seed": (1, what_is_trained),
+    "dtype": ("bfloat16", what_is_trained),
+    "implementation": ("reference", what_is_trained),
+    "workdir": ("elsewhere", what_is_left),
+    "max_steps": (3, what_is_left),
+    "log_every_steps": (3, what_is_left),
+    "checkpoint_every_steps": (7, what_is_left),
+    "tensorboard": (True, what_is_left),
+}
+
+
+def test_no_field_is_left_out():
+    assert EFFECTS.keys() == {field.name for field in dataclasses.fields(train_mnist.Config)}
+
+
+@pytest.fixture(scope="module")
+def usual(tiny, tmp_path_factory):
+    """What is observed of the tiny Config itself, each way once; and that twice is the same."""
+    found = {}
+    for observe in (what_is_loaded, what_is_trained, what_is_left):
+        for _ in range(2):
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                seen = observe(tiny, monkeypatch, tmp_path_factory.mktemp("usual"))
+            assert found.setdefault(observe, seen) == seen
+    return found
+
+
+@pytest.mark.parametrize("name", EFFECTS)
+def test_every_field_has_an_effect(tiny, usual, name, monkeypatch, tmp_path):
+    value, observe = EFFECTS[name]
+    assert value != getattr(tiny, name)
+    seen = observe(dataclasses.replace(tiny, **{name: value}), monkeypatch, tmp_path)
+    assert seen != usual[observe]
+
+
+def test_tensorboard_files_are_written(train):
+    workdir = train(tensorboard=True, max_steps=2)
+    [events] = (workdir / "tensorboard").glob("events.out.tfevents.*")
+    assert b"train_loss" in events.read_bytes()
+
+
+# Interruptions
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("last", [7, LAST_STEP])
+def test_a_signal_saves_and_the_run_goes_on(train, finished, monkeypatch, caplog, number, last):
+    class Interrupted(Display):
+        def update(self, step, row):
+            super().update(step, row)
+            if step == last:
+                signal.raise_signal(number)
+
+    handler = signal.getsignal(number)
+    caplog.set_level("INFO", logger="absl")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_mnist, "Display", Interrupted)
+        workdir = train(status=128 + number)
+    name = signal.Signals(number).name
+    message = f"{name}: saved at step {last}; the same --workdir goes on from there"
+    assert message in caplog.messages
+    assert saved(workdir)[0][-1] == last
+    assert signal.getsignal(number) is handler
+    train()
+    assert f"going on from step {last} of {LAST_STEP} in run" in caplog.messages
+    assert_same_result(workdir, finished)
+
+
+def test_a_second_signal_acts_as_usual(train, monkeypatch):
+    class Impatient(Display):
+        def update(self, step, row):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(train_mnist, "Display", Impatient)
+    with pytest.raises(KeyboardInterrupt):
+        train()
+
+
+def test_killed_again_and_again_a_run_ends_as_if_nothing_had_been(tiny, train, finished, tmp_path):
+    rng = random.Random(0)
+    arguments = flags(tiny, workdir=str(tmp_path / "run"))
+    command = [sys.executable, "-m", "experiments.train_mnist", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": jax.default_backend()}
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGKILL):
+        # A line at least every second step, a save every fourth: the kills fall on all of these.
+        lines_first = rng.randint(1, 5)
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as run:
+            lines = []
+            while sum("images/s" in line for line in lines) < lines_first:
+                lines.append(run.stderr.readline())
+                assert lines[-1], "".join(lines)
+            time.sleep(rng.uniform(0, 0.1))
+            run.send_signal(number)
+            lines += run.stderr.readlines()
+        if number == signal.SIGTERM:
+            assert run.returncode == 128 + signal.SIGTERM
+            assert re.search(r"SIGTERM: saved at step \d+; the same --workdir goes on", lines[-1])
+        else:
+            assert run.returncode == -signal.SIGKILL
+        assert not any("Traceback" in line for line in lines)
+    assert_same_result(train(), finished)
+
+
+def test_max_steps_ends_a_run_that_can_go_on(train, finished):
+    workdir = train(max_steps=10)
+    assert saved(workdir)[0] == [4, 8, 10]
+    train()
+    assert_same_result(workdir, finished)
+
+
+# Damage
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    train, finished, tmp_path, caplog
+):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    path = max((workdir / "checkpoints/30").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    train()
+    [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert re.fullmatch(r"checkpoint .*/30 is damaged \(.*\): going on from step 28", warning)
+    assert_same_result(workdir, finished)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(
+    tiny, program, tmp_path
+):
+    # The rate grows more than tenfold every step.
+    config = {"learning_rate": 1e-3, "final_learning_rate": 1e34}
+    status, stderr = program(**config)
+    assert status == 2
+    found = re.fullmatch(
+        r"train_mnist: .* is not finite at step (\d+); try a lower --learning_rate\n", stderr
+    )
+    step = int(found[1])
+    steps, leaves = saved(tmp_path / "run")
+    assert 4 < step <= LAST_STEP
+    assert steps[-1] < step
+    assert rows(tmp_path / "run")[-1]["step"] < step
+    dataset = data.load(tiny.dataset, data_dir=tiny.data_dir)
+    trainer = train_mnist.build(dataclasses.replace(tiny, **config), dataset)
+    with records.Checkpoints(tmp_path / "run") as checkpoints:
+        _, state = checkpoints.restore(trainer.initial_state(0))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    assert program(**config) == (2, stderr)  # and again, from the checkpoint
+    assert saved(tmp_path / "run") == (steps, leaves)
+
+
+def test_a_workdir_of_another_config_is_refused(program, finished, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    before = contents(workdir)
+    status, stderr = program(learning_rate=0.5, shift=1, checkpoint_every_steps=5)
+    assert (status, stderr) == (
+        2,
+        "train_mnist: workdir run holds a run with other settings: learning_rate 0.01 there, 0.5 "
+        "here; shift 2 there, 1 here; use another --workdir\n",
+    )
+    assert contents(workdir) == before
+
+
+def test_a_workdir_of_other_data_is_refused(program, finished, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    before = contents(workdir)
+    (tmp_path / "data").mkdir()
+    write_idx(tmp_path / "data", seed=1)
+    status, stderr = program(data_dir="data")
+    assert status == 2
+    assert re.fullmatch(
+        r"train_mnist: workdir run .*: data_sha256 \w+ there, \w+ here; .*\n", stderr
+    )
+    assert contents(workdir) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "--batch_size must be at least 1, got 0"),
+        (
+            {"batch_size": 45},
+            "--batch_size must be at most the 44 training examples of mnist, got 45",
+        ),
+        ({"learning_rate": -0.1}, "--learning_rate must be above 0, got -0.1"),
+        ({"final_learning_rate": 0}, "--final_learning_rate must be above 0, got 0.0"),
+        ({"reconstruction_weight": -1}, "--reconstruction_weight must be at least 0, got -1.0"),
+        ({"num_iterations": 0}, "--num_iterations must be at least 1, got 0"),
+        ({"shift": -1}, "--shift must be at least 0, got -1"),
+        ({"seed": 2**32}, "--seed must be at most 4294967295, got 4294967296"),
+        ({"dtype": "float8"}, "--dtype must be one of float32, bfloat16, got 'float8'"),
+        ({"bach_size": 3}, r"Unknown command line flag 'bach_size'. Did you mean: batch_size \?"),
+        ({"dataset": "mnits"}, "--dataset must be mnist_small, mnist, .* got 'mnits'."),
+        ({"data_dir": "none"}, "--data_dir must be a folder that can be read, got none."),
+        ({"data_dir": "."}, "mnist was not found. Looked for the four idx or idx.gz files in .*"),
+        (
+            {"dataset": "mnist_small"},
+            "mnist_small comes with the programs and takes no --data_dir.*",
+        ),
+        ({"workdir": "file"}, "workdir file is a file, not a folder; use another --workdir"),
+        ({"workdir": "file/run"}, "workdir file/run cannot be written: Not a directory"),
+        ({"workdir": "."}, r"workdir . holds files but no run \(file, for one\); nothing is .*"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line_and_nothing_is_written(
+    program, tmp_path, changes, message
+):
+    (tmp_path / "file").write_text("precious")
+    status, stderr = program(**changes)
+    assert status == 2
+    assert re.fullmatch(f"train_mnist: {message}\n", stderr)
+    assert contents(tmp_path) == {pathlib.Path("file"): b"precious"}
+
+
+def test_images_too_small_for_the_network_are_refused(program, tmp_path):
+    images, labels = np.zeros((9, 16, 16), np.uint8), np.zeros(9, np.uint8)
+    for stem, array in zip(
+        sum(idx.STEMS.values(), ()), (images, labels, images, labels), strict=True
+    ):
+        (tmp_path / stem).write_bytes(idx.header(array) + array.tobytes())
+    status, stderr = program(data_dir=".")
+    assert status == 2
+    assert re.fullmatch(
+        r"train_mnist: CapsNet: image_shape must be at least 17 pixels .*\n", stderr
+    )
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,318 @@
+"""Training: what a step does, what a row says, and that a resumed run repeats an unbroken one."""
+
+import dataclasses
+import itertools
+import types
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import capsjax
+from capsjax.models import CapsNet
+from experiments import data, training
+from experiments.errors import InputError
+
+BATCH, EPOCH_STEPS, LAST_STEP = 64, 50, 80
+
+
+class Counted(training.Trainer):
+    """A Trainer that counts how often its step is traced."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.traces = 0
+
+    def _step(self, *arguments):
+        self.traces += 1
+        return super()._step(*arguments)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    """Real digits: 50 batches and a part of one to train on, 2 and a part to test."""
+    whole = data.load("mnist_small")
+    train, test = (
+        data.Split(split.images[:size], split.labels[:size])
+        for split, size in ((whole.train, BATCH * EPOCH_STEPS + 9), (whole.test, 2 * BATCH + 21))
+    )
+    return dataclasses.replace(whole, train=train, test=test)
+
+
+@pytest.fixture(scope="module")
+def trainer():
+    model = CapsNet(
+        conv_channels=8,
+        primary_types=1,
+        capsule_length=4,
+        num_iterations=2,
+        hidden=(16,),
+        rngs=nnx.Rngs(0),
+    )
+    optimizer = training.adam(0.01, final_learning_rate=0.003, num_steps=LAST_STEP)
+    return Counted(model, training.Objective(10, 0.0005, 1), optimizer)
+
+
+def run(trainer, state, dataset, *, last_step=LAST_STEP, log_every_steps=10, stopped=lambda: 0):
+    """Every step's progress; its state is on the host, since the next step takes the buffers."""
+    progress = training.train(
+        trainer,
+        state,
+        dataset,
+        batch_size=BATCH,
+        last_step=last_step,
+        log_every_steps=log_every_steps,
+        seed=3,
+        stopped=stopped,
+    )
+    return [(step, jax.tree.map(np.array, state), row) for step, state, row in progress]
+
+
+@pytest.fixture(scope="module")
+def unbroken(trainer, dataset):
+    return run(trainer, trainer.initial_state(0), dataset)
+
+
+def restored(state):
+    """A state as a checkpoint gives it back."""
+    return jax.device_put(state, jax.devices()[0])
+
+
+def without_speed(progress):
+    return [{**row, "images_per_second": 0} for _, _, row in progress if row is not None]
+
+
+def batch(dataset, size=8):
+    return training.scaled(jnp.asarray(dataset.test.images[:size])), dataset.test.labels[:size]
+
+
+# The images
+
+
+def offset(image, moved, limit):
+    """By how much `moved` is `image` shifted, what has left the frame being lost."""
+    height, width, _ = image.shape
+    padded = np.pad(image, ((limit, limit), (limit, limit), (0, 0)))
+    fits = [
+        (top - limit, left - limit)
+        for top, left in np.ndindex(2 * limit + 1, 2 * limit + 1)
+        if (padded[top : top + height, left : left + width] == moved).all()
+    ]
+    assert len(fits) == 1
+    return fits[0]
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_each_image_moves_by_an_offset_of_its_own_within_the_limit(limit):
+    images = np.random.default_rng(0).integers(1, 256, (400, 6, 6, 3), dtype=np.uint8)
+    moved = np.asarray(training.shifted(jnp.asarray(images), jax.random.key(0), limit))
+    offsets = {offset(a, b, limit) for a, b in zip(images, moved, strict=True)}
+    assert offsets == set(itertools.product(range(-limit, limit + 1), repeat=2))
+    assert moved.dtype == images.dtype
+
+
+def test_no_shift_changes_nothing():
+    images = jnp.ones((2, 5, 5, 1))
+    assert training.shifted(images, jax.random.key(0), 0) is images
+
+
+def test_shifts_depend_on_the_key_alone():
+    images = jnp.arange(40 * 25.0).reshape(40, 5, 5, 1)
+    one, same, other = (training.shifted(images, jax.random.key(k), 2) for k in (1, 1, 2))
+    chex.assert_trees_all_equal(one, same)
+    assert (one != other).any(axis=(1, 2, 3)).sum() > 20
+
+
+def test_bytes_become_0_to_1():
+    images = training.scaled(jnp.array([0, 51, 255], jnp.uint8))
+    assert images.dtype == jnp.float32
+    np.testing.assert_allclose(images, [0, 0.2, 1], rtol=1e-6)
+
+
+# The optimizer
+
+
+def test_the_rate_falls_by_one_factor_a_step_from_the_first_to_the_final():
+    optimizer = training.adam(1e-2, final_learning_rate=1e-4, num_steps=20)
+    params = jnp.zeros(())
+    state, rates = optimizer.init(params), []
+    for _ in range(21):
+        # A gradient that stays the same makes a step of Adam as long as its rate.
+        update, state = optimizer.update(jnp.ones(()), state, params)
+        rates.append(-float(update))
+    assert (rates[0], rates[20]) == (pytest.approx(1e-2, rel=1e-4), pytest.approx(1e-4, rel=1e-4))
+    np.testing.assert_allclose(np.divide(rates[1:], rates[:-1]), 0.01 ** (1 / 20), rtol=1e-4)
+
+
+# The decoder's mask
+
+
+@pytest.fixture(scope="module")
+def drawings(trainer, unbroken, dataset):
+    """The losses of four images with wrong labels: as it is, with each mask, and without one."""
+    model = trainer.model(unbroken[-1][1].params)
+    images, _ = batch(dataset, 4)
+    capsules = model(images)
+    winners = jnp.argmax(capsjax.lengths(capsules), axis=1)
+    labels = (winners + 1) % 10
+    margin = capsjax.margin_loss(capsjax.lengths(capsules), jax.nn.one_hot(labels, 10))
+    drawn = {
+        training: margin + capsjax.reconstruction_loss(model.reconstruct(capsules, mask), images)
+        for training, mask in ((True, labels), (False, winners))
+    }
+    assert (abs(drawn[True] - drawn[False]) > 1e-5).all()
+    return model, images, labels, drawn
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_the_decoder_sees_the_label_in_training_and_the_longest_capsule_after(
+    trainer, drawings, is_training
+):
+    model, images, labels, drawn = drawings
+    losses, _ = trainer.objective.loss(model, images, labels, training=is_training)
+    np.testing.assert_allclose(losses, drawn[is_training], rtol=1e-5)
+
+
+def test_without_weight_there_is_no_decoder(drawings):
+    model, images, labels, drawn = drawings
+    objective = training.Objective(10, 0.0, 0)
+    losses, lengths = objective.loss(model, images, labels, training=True)
+    margin = capsjax.margin_loss(lengths, jax.nn.one_hot(labels, 10))
+    np.testing.assert_array_equal(losses, margin)
+    assert (losses < drawn[True]).all()
+
+
+def test_a_step_and_an_evaluation_use_these_masks(trainer, dataset, unbroken):
+    """The labels are wrong for nearly all images, so that the two masks differ."""
+    state = restored(unbroken[LAST_STEP - 1][1])._replace(window=training.empty_window())
+    model = trainer.model(unbroken[LAST_STEP - 1][1].params)  # the step takes those of the state
+    key = jax.random.wrap_key_data(np.array(state.key))
+    images, labels = dataset.test.images[:BATCH], (dataset.test.labels[:BATCH] + 1) % 10
+    whole = training.scaled(jnp.asarray(images))
+    moved = training.shifted(whole, jax.random.fold_in(key, LAST_STEP), 1)
+
+    def mean_loss(shown, is_training):
+        losses, _ = trainer.objective.loss(model, shown, labels, training=is_training)
+        return pytest.approx(float(losses.mean()), rel=1e-5)
+
+    split = data.Split(images, labels)
+    evaluated = trainer.evaluate(state.params, split, batch_size=BATCH).loss
+    assert evaluated == mean_loss(whole, False)
+    assert evaluated != mean_loss(whole, True)
+    stepped = float(trainer.step(state, images, labels).window.loss)
+    assert stepped == mean_loss(moved, True)
+    assert stepped != mean_loss(moved, False)
+
+
+# Evaluation
+
+
+def test_the_last_smaller_batch_counts(trainer, unbroken, dataset):
+    params, labels = unbroken[-1][1].params, dataset.test.labels
+    parts = trainer.evaluate(params, dataset.test, batch_size=BATCH)
+    whole = trainer.evaluate(params, dataset.test, batch_size=len(labels))
+    assert parts.lengths.shape == (2 * BATCH + 21, 10)
+    np.testing.assert_allclose(parts.lengths, whole.lengths, rtol=1e-5, atol=1e-6)
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
+    assert parts.error(labels) == whole.error(labels) == 100 * np.mean(parts.predictions != labels)
+
+
+def test_a_split_smaller_than_a_batch_is_no_special_case(trainer, unbroken, dataset):
+    params, few = unbroken[-1][1].params, data.Split(*(x[:BATCH] for x in dataset.test))
+    found = trainer.evaluate(params, few, batch_size=10 * BATCH)
+    wanted = trainer.evaluate(params, few, batch_size=BATCH)
+    np.testing.assert_array_equal(found.lengths, wanted.lengths)
+    assert found.loss == wanted.loss
+
+
+# The loop
+
+
+def test_a_tiny_network_learns(unbroken):
+    rows = [row for _, _, row in unbroken if row is not None]
+    assert rows[-1]["test_error"] < 40  # chance is 90
+    assert rows[-1]["train_loss"] < 0.6 * rows[0]["train_loss"]
+
+
+def test_rows_come_when_they_are_due(unbroken):
+    assert [step for step, _, _ in unbroken] == list(range(1, LAST_STEP + 1))
+    rows = {step: row for step, _, row in unbroken if row is not None}
+    assert list(rows) == list(range(10, LAST_STEP + 1, 10))
+    metrics = {"step", "epoch", "train_loss", "train_error", "images_per_second"}
+    for step, row in rows.items():
+        of_test = {"test_loss", "test_error"} if step in (EPOCH_STEPS, LAST_STEP) else set()
+        assert row.keys() == metrics | of_test
+        assert (row["step"], row["epoch"]) == (step, step / EPOCH_STEPS)
+        assert row["images_per_second"] > 0
+
+
+def test_a_row_is_the_mean_of_the_steps_since_the_one_before(trainer, dataset, unbroken):
+    single = run(trainer, trainer.initial_state(0), dataset, last_step=20, log_every_steps=1)
+    chex.assert_trees_all_equal(single[14][1].params, unbroken[14][1].params)
+    for last in (10, 20):
+        *_, row = unbroken[last - 1]
+        for name in ("train_loss", "train_error"):
+            mean = np.mean([row[name] for _, _, row in single[last - 10 : last]])
+            assert row[name] == pytest.approx(mean, rel=1e-5)
+
+
+@pytest.mark.parametrize("step", [25, 50])
+def test_a_resumed_run_repeats_the_unbroken_one(trainer, dataset, unbroken, step):
+    resumed = run(trainer, restored(unbroken[step - 1][1]), dataset)
+    assert without_speed(resumed) == without_speed(unbroken[step:])
+    chex.assert_trees_all_equal(resumed[-1][1], unbroken[-1][1])
+
+
+def test_the_step_is_traced_and_compiled_once(trainer, dataset, unbroken):
+    """Over rows, epochs, a second start, and a state that comes from a checkpoint."""
+    run(trainer, trainer.initial_state(0), dataset, last_step=11)
+    run(trainer, restored(unbroken[8][1]), dataset, last_step=11)
+    assert trainer.traces == 1
+    assert trainer.step._cache_size() == 1
+
+
+def test_the_loop_ends_when_it_is_told_to(trainer, dataset):
+    requests = iter([0, 0, 15])
+    progress = run(trainer, trainer.initial_state(0), dataset, stopped=lambda: next(requests))
+    assert [step for step, _, _ in progress] == [1, 2]
+
+
+# What is not finite
+
+
+def test_a_bad_step_is_named():
+    good = training.empty_window()
+    training.check_finite(good)
+    message = r"^the loss or its gradient is not finite at step 17; try a lower --learning_rate$"
+    with pytest.raises(InputError, match=message):
+        training.check_finite(good._replace(bad_step=jnp.int32(17)))
+
+
+def test_a_step_notes_the_first_loss_that_is_not_finite(trainer, dataset, unbroken):
+    images, labels = dataset.train.images[:BATCH], dataset.train.labels[:BATCH]
+    state = unbroken[24][1]
+    spoiled = jax.tree.map(lambda leaf: leaf * np.float32("nan"), state.params)
+    state = trainer.step(restored(state), images, labels)
+    assert int(state.window.bad_step) == -1
+    for _ in range(2):
+        state = trainer.step(restored(state._replace(params=spoiled)), images, labels)
+        assert int(state.window.bad_step) == 27
+    with pytest.raises(InputError, match="at step 27;"):
+        run(trainer, state, dataset)
+
+
+def test_a_test_loss_that_is_not_finite_is_named(dataset):
+    """The last update of an epoch may spoil a network whose training loss was still good."""
+    window = training.empty_window()._replace(steps=jnp.int32(1))
+    bad = training.Evaluation(np.zeros((len(dataset.test.labels), 10)), float("nan"))
+    stub = types.SimpleNamespace(
+        step=lambda state, images, labels: state, evaluate=lambda *_, batch_size: bad
+    )
+    state = training.State({}, optax.EmptyState(), jnp.int32(4), jnp.zeros(2), window)
+    message = r"^the loss on the test data is not finite at step 5; try a lower --learning_rate$"
+    with pytest.raises(InputError, match=message):
+        run(stub, state, dataset, last_step=5)
