@@ -73,6 +73,7 @@ def dynamic_routing(
         name,
         op.IMPLEMENTATIONS,
         op.PREFERENCE,
+        op.PLATFORMS,
         implementation,
         poses.reshape(math.prod(leading), capsules, length),
         weights,

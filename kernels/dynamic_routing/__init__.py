@@ -11,3 +11,4 @@ IMPLEMENTATIONS = {
     "xla": xla.dynamic_routing,
 }
 PREFERENCE = {"default": ("xla",)}
+PLATFORMS: dict[str, str] = {}

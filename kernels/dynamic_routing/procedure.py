@@ -8,11 +8,12 @@ of shape `[B, J, D]` in between. An implementation supplies the passes and inher
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_batching import custom_vmap
 
 from capsjax.kernels.squash import accumulation_dtype, squash
 
@@ -126,3 +127,68 @@ def _backward(
 
 
 route.defvjp(_forward, _backward)
+
+
+def kernel_passes(kernels: Passes, plain: Passes) -> Passes:
+    """Passes made of kernels, with what a kernel alone lacks.
+
+    A kernel has no derivative: here it has that of the plain pass, so that gradients of gradients
+    exist. `vmap` would give it one grid a member, which reads the weights again for each: here
+    poses that are mapped over become more examples of the two passes whose results are sums over
+    capsules, unless weights or prior are mapped over too.
+
+    Args:
+      kernels: Passes that can be neither differentiated nor mapped over cheaply.
+      plain: The same passes in plain JAX.
+    """
+
+    def input_gradients(
+        poses: Array,
+        weights: Array,
+        prior: Array | None,
+        routes: Sequence[Route],
+        gradient: str,
+    ) -> InputGradients:
+        differentiable = _differentiable(
+            lambda *arguments: kernels.input_gradients(*arguments, gradient),
+            lambda *arguments: plain.input_gradients(*arguments, gradient),
+        )
+        return differentiable(poses, weights, prior, routes)
+
+    return Passes(
+        sums=_differentiable(_more_examples(kernels.sums), plain.sums),
+        logit_gradient_sums=_differentiable(
+            _more_examples(kernels.logit_gradient_sums), plain.logit_gradient_sums
+        ),
+        input_gradients=input_gradients,
+    )
+
+
+def _differentiable(function: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    differentiable = jax.custom_vjp(function)
+    differentiable.defvjp(
+        lambda *arguments: (function(*arguments), arguments),
+        lambda arguments, cotangent: jax.vjp(plain, *arguments)[1](cotangent),
+    )
+    return differentiable
+
+
+def _more_examples(function: Callable[..., Array]) -> Callable[..., Array]:
+    mapped = custom_vmap(function)
+
+    @mapped.def_vmap
+    def rule(size: int, is_mapped: Any, *arguments: Any) -> tuple[Array, bool]:
+        poses, weights, prior, *states = arguments
+        if is_mapped[1] or is_mapped[2]:
+            axes = jax.tree.map(lambda mapped: 0 if mapped else None, tuple(is_mapped))
+            return jax.vmap(function, axes, axis_size=size)(*arguments), True
+
+        def flat(x: Array, is_mapped: bool) -> Array:
+            x = x if is_mapped else jnp.broadcast_to(x[None], (size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        flat_states = jax.tree.map(flat, states, list(is_mapped[3:]))
+        sums = mapped(flat(poses, is_mapped[0]), weights, prior, *flat_states)
+        return sums.reshape(size, -1, *sums.shape[1:]), True
+
+    return mapped

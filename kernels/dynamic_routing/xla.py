@@ -35,8 +35,7 @@ def dynamic_routing(
     gradient: str,
 ) -> Array:
     """Routes without stored votes, on any platform."""
-    passes = Passes(_sums, _logit_gradient_sums, _input_gradients)
-    return route(passes, num_iterations, gradient, poses, weights, prior, bias)
+    return route(PASSES, num_iterations, gradient, poses, weights, prior, bias)
 
 
 def _sums(poses: Array, weights: Array, prior: Array | None, total: Array | None) -> Array:
@@ -213,3 +212,6 @@ def _cut_examples(x: Array, *, examples: int) -> Array:
     count = -(-x.shape[0] // examples)
     x = jnp.pad(x, ((0, count * examples - x.shape[0]), (0, 0), (0, 0)))
     return x.reshape(count, examples, *x.shape[1:]).transpose(0, 2, 3, 1)
+
+
+PASSES = Passes(_sums, _logit_gradient_sums, _input_gradients)

@@ -12,3 +12,4 @@ IMPLEMENTATIONS = {
     "spectral": spectral.strided_conv,
 }
 PREFERENCE = {"cpu": ("spectral", "patches"), "default": ("xla",)}
+PLATFORMS: dict[str, str] = {}
