@@ -150,8 +150,8 @@ def kernel_passes(kernels: Passes, plain: Passes) -> Passes:
         gradient: str,
     ) -> InputGradients:
         differentiable = _differentiable(
-            lambda *arguments: kernels.input_gradients(*arguments, gradient),
-            lambda *arguments: plain.input_gradients(*arguments, gradient),
+            lambda u, w, p, r: kernels.input_gradients(u, w, p, r, gradient),
+            lambda u, w, p, r: plain.input_gradients(u, w, p, r, gradient),
         )
         return differentiable(poses, weights, prior, routes)
 
