@@ -2,6 +2,7 @@
 
 from functools import cache, partial
 from typing import NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,13 @@ import numpy as np
 import oracles
 import pytest
 import tolerances
+from jax.experimental.pallas import tpu as pltpu
 
 import capsjax
 from capsjax.kernels import dynamic_routing, strided_conv
+from capsjax.kernels.dynamic_routing import pallas_mosaic_tpu
 from capsjax.kernels.dynamic_routing.cases import CASES
+from capsjax.kernels.dynamic_routing.config import MosaicTpuConfig
 
 
 class Routing(NamedTuple):
@@ -48,6 +52,18 @@ ROUTING = {
     "batch past a tile": Routing(batch=131, capsules=5, parents=3, depth=2, prior=True),
     "capsules past a tile": Routing(batch=2, capsules=301, parents=37, depth=16, bias=True),
 }
+# Kernels are interpreted here: as they are, and cut so small that there are several tiles and
+# panels of examples, the last ones past the end.
+INTERPRET_TPU = pltpu.InterpretParams(detect_races=True)
+KERNELS = {
+    "pallas_mosaic_tpu": partial(pallas_mosaic_tpu.dynamic_routing, interpret=INTERPRET_TPU),
+    "pallas_mosaic_tpu, small tiles": partial(
+        pallas_mosaic_tpu.dynamic_routing,
+        interpret=INTERPRET_TPU,
+        config=MosaicTpuConfig(capsules=128, examples=8, panel=1, weight_buffers=1, memory=2**24),
+    ),
+}
+ANYWHERE = [name for name in dynamic_routing.IMPLEMENTATIONS if name not in KERNELS]
 HALF = ("T=1", "T=3", "last T=2", "all T=5", "all last", "one of each", "capsules past a tile")
 CONVOLUTIONS = {  # batch, image, kernel, outputs, stride
     "capsnet": (2, (20, 20, 3), (9, 9), 4, (2, 2)),
@@ -77,6 +93,8 @@ def routing_arguments(case, dtype, seed=0):
 
 
 @cache
+@mock.patch.dict(dynamic_routing.IMPLEMENTATIONS, KERNELS)
+@mock.patch.dict(dynamic_routing.PLATFORMS, clear=True)
 def route(implementation, case, dtype, transform="jit"):
     """Outputs and gradients of one implementation."""
     *arguments, cotangent = routing_arguments(case, dtype)
@@ -125,7 +143,7 @@ def exact_routing(case, dtype):
     ("name", "dtype"),
     [*((name, "float32") for name in ROUTING), *((name, "bfloat16") for name in HALF)],
 )
-@pytest.mark.parametrize("implementation", dynamic_routing.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*ANYWHERE, *KERNELS])
 def test_dynamic_routing_matches_the_oracle(implementation, name, dtype):
     case = ROUTING[name]
     plain = route("reference", case, dtype)
@@ -142,7 +160,7 @@ def test_dynamic_routing_matches_the_oracle(implementation, name, dtype):
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("name", ["all T=2", "one of each"])
-@pytest.mark.parametrize("implementation", [*dynamic_routing.IMPLEMENTATIONS, None])
+@pytest.mark.parametrize("implementation", [*ANYWHERE, *KERNELS, None])
 def test_dynamic_routing_under_transforms(implementation, name, transform):
     case = ROUTING[name]
     actual = route(implementation, case, "float32", transform)
@@ -150,7 +168,7 @@ def test_dynamic_routing_under_transforms(implementation, name, transform):
     tolerances.assert_as_exact(actual, plain, exact_routing(case, "float32"))
 
 
-@pytest.mark.parametrize("implementation", dynamic_routing.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANYWHERE)
 def test_dynamic_routing_in_float64(implementation):
     case = ROUTING["all T=5"]
     with jax.enable_x64(True):

@@ -4,11 +4,12 @@ Each takes `(poses [B, I, P], weights [I, P, J, D], prior [I, J] or None, bias [
 and the settings `num_iterations` and `gradient`, and returns `[B, J, D]` in the poses' dtype.
 """
 
-from capsjax.kernels.dynamic_routing import reference, xla
+from capsjax.kernels.dynamic_routing import pallas_mosaic_tpu, reference, xla
 
 IMPLEMENTATIONS = {
     "reference": reference.dynamic_routing,
     "xla": xla.dynamic_routing,
+    "pallas_mosaic_tpu": pallas_mosaic_tpu.dynamic_routing,
 }
-PREFERENCE = {"default": ("xla",)}
-PLATFORMS: dict[str, str] = {}
+PREFERENCE = {"tpu": ("pallas_mosaic_tpu", "xla"), "default": ("xla",)}
+PLATFORMS = {"pallas_mosaic_tpu": "tpu"}

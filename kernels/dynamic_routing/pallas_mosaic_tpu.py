@@ -1,0 +1,292 @@
+"""Dynamic routing for TPUs: passes whose votes are never formed, not even in a tile.
+
+Logits are `Σ_p u[b,p,i] (V[b,j,:] · W[p,j,:,i])`, weighted sums `Σ_{p,i} (c u)[b,p,i] W[p,j,:,i]`:
+products for the matrix unit, and sums over p of whole vectors. Capsules lie along the lanes. That
+is how a TPU keeps such arrays by itself (poses as `[B, P, I]`, weights as `[P, J, D, I]`: nothing
+is padded, the transpositions below move no byte), so a pass reads just the bytes that there are.
+
+A tile has n capsules and m examples; there are S tiles of examples, and Q panels of them.
+"""
+
+import functools
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from capsjax.kernels.dispatch import Unsupported
+from capsjax.kernels.dynamic_routing import pallas_mosaic_tpu_tiles as tiles
+from capsjax.kernels.dynamic_routing import xla
+from capsjax.kernels.dynamic_routing.config import MosaicTpuConfig, mosaic_tpu_config_for
+from capsjax.kernels.dynamic_routing.procedure import (
+    InputGradients,
+    Passes,
+    Route,
+    kernel_passes,
+    route,
+)
+
+
+def dynamic_routing(
+    poses: Array,
+    weights: Array,
+    prior: Array | None,
+    bias: Array | None,
+    *,
+    num_iterations: int,
+    gradient: str,
+    config: MosaicTpuConfig | None = None,
+    interpret: Any = False,
+) -> Array:
+    """Routes without votes.
+
+    Raises:
+      Unsupported: The dtype is float64 or float16, or the weights of 128 capsules are too many
+        for vector memory.
+    """
+    if poses.dtype not in (jnp.float32, jnp.bfloat16):
+        raise Unsupported(f"a TPU multiplies float32 and bfloat16, got {poses.dtype}")
+    if config is None:
+        batch, capsules, length = poses.shape
+        parents, depth = weights.shape[2:]
+        config = mosaic_tpu_config_for(
+            batch, capsules, length, parents, depth, num_iterations, poses.dtype.itemsize
+        )
+        if config is None:
+            raise Unsupported(f"tiles of weights [I, P, J, D] = {weights.shape} exceed its memory")
+    return route(passes(config, interpret), num_iterations, gradient, poses, weights, prior, bias)
+
+
+@functools.cache  # the same object for the same arguments, since JAX compares static arguments
+def passes(config: MosaicTpuConfig, interpret: Any) -> Passes:
+    """The passes with tiles of that size."""
+    kernels = Passes(
+        sums=partial(_sums, config, interpret),
+        logit_gradient_sums=partial(_logit_gradient_sums, config, interpret),
+        input_gradients=partial(_input_gradients, config, interpret),
+    )
+    return kernel_passes(kernels, xla.PASSES)
+
+
+def _sums(
+    config: MosaicTpuConfig,
+    interpret: Any,
+    poses: Array,
+    weights: Array,
+    prior: Array | None,
+    total: Array | None,
+) -> Array:
+    """The sum over I of couplings times votes, `[B, J, D]`; a total of None is zero."""
+    states = () if total is None else (total,)
+    return _weighted_sums(config, interpret, poses, weights, prior, states)
+
+
+def _logit_gradient_sums(
+    config: MosaicTpuConfig,
+    interpret: Any,
+    poses: Array,
+    weights: Array,
+    prior: Array | None,
+    total: Array,
+    d_sums: Array,
+) -> Array:
+    """The sum over I of the logits' gradients times votes, `[B, J, D]`."""
+    return _weighted_sums(config, interpret, poses, weights, prior, (total, d_sums))
+
+
+def _weighted_sums(
+    config: MosaicTpuConfig,
+    interpret: Any,
+    poses: Array,
+    weights: Array,
+    prior: Array | None,
+    states: tuple[Array, ...],
+) -> Array:
+    """The sum over I of couplings, or with two states of the logits' gradients, times votes."""
+    problem = tiles.Problem(config, *poses.shape, *weights.shape[2:])
+    m, n, panel = config.examples, config.capsules, config.panel
+    uniform = prior is None and not states
+    operands, specs = tiles.cut_operands(problem, ("q", "i", "s"), poses, weights, prior, states)
+
+    def kernel(*all_refs: Any) -> None:
+        q, i, s = (pl.program_id(axis) for axis in range(3))
+        inputs, refs = tiles.split_refs(
+            problem, all_refs, capsule_tile=i, has_prior=prior is not None
+        )
+        *state_refs, sums_ref, poses_ref, couplings_ref, d_logits_ref = refs
+
+        @pl.when(i == 0)
+        def _() -> None:
+            sums_ref[s] = jnp.zeros(sums_ref.shape[1:], jnp.float32)
+
+        inputs.spread_poses(poses_ref, q * panel + s)
+        total, d_sums = (*(ref.at[s] for ref in state_refs), None, None)[:2]
+        if not uniform:
+            tiles.write_factors(inputs, poses_ref, total, d_sums, couplings_ref, d_logits_ref)
+        factors_ref = couplings_ref if d_sums is None else d_logits_ref
+
+        def add(j: Array, _: None) -> None:
+            factors = 1 / problem.J if uniform else factors_ref[j]
+
+            def add_component(p: Array, sums: Array) -> Array:
+                return sums + tiles.dot(inputs.weights(p, j), factors * poses_ref[p], 1, 1)
+
+            zeros = jnp.zeros(sums_ref.shape[2:], jnp.float32)
+            sums_ref[s, j] += tiles.loop(problem.P, add_component, zeros)
+
+        lax.fori_loop(0, problem.J, add, None)
+
+    sums = pl.pallas_call(
+        kernel,
+        grid=(problem.Q, problem.N, panel),
+        in_specs=specs,
+        out_specs=pl.BlockSpec((panel, problem.J, problem.D, m), lambda q, i, s: (q, 0, 0, 0)),
+        out_shape=jax.ShapeDtypeStruct((problem.S, problem.J, problem.D, m), jnp.float32),
+        scratch_shapes=[
+            pltpu.VMEM((problem.P, m, n), jnp.float32),
+            *(pltpu.VMEM((problem.J, m, n), jnp.float32) for _ in range(2)),
+        ],
+        cost_estimate=tiles.cost(
+            problem,
+            products=1 + len(states),
+            softmaxes=1 - uniform,
+            hbm_bytes=tiles.nbytes(poses)
+            + problem.Q * (tiles.nbytes(weights) + tiles.nbytes(prior))
+            + 4 * (1 + len(states)) * problem.S * problem.J * problem.D * m,
+        ),
+        compiler_params=tiles.compiler_params(problem),
+        name="dynamic_routing_sums",
+        interpret=interpret,
+    )(*operands)
+    return sums.transpose(0, 3, 1, 2).reshape(-1, problem.J, problem.D)[: problem.B]
+
+
+def _input_gradients(
+    config: MosaicTpuConfig,
+    interpret: Any,
+    poses: Array,
+    weights: Array,
+    prior: Array | None,
+    routes: Sequence[Route],
+    gradient: str,
+) -> InputGradients:
+    """Gradients of poses, weights and prior; couplings are constants if `gradient` is "last".
+
+    The gradient of a vote is a sum of terms, each a factor `[b, i, j]` times a state `[b, j, :]`:
+    couplings times `d_sums`, and gradients of logits times V.
+    """
+    problem = tiles.Problem(config, *poses.shape, *weights.shape[2:])
+    m, n, panel = config.examples, config.capsules, config.panel
+    full, has_prior = gradient == "full", prior is not None
+    states = [state for r in routes for state in r if state is not None]
+    softmaxes = sum(has_prior or r.total is not None for r in routes)
+    operands, specs = tiles.cut_operands(problem, ("i", "q", "s"), poses, weights, prior, states)
+
+    def kernel(*all_refs: Any) -> None:
+        i, q, s = (pl.program_id(axis) for axis in range(3))
+        inputs, refs = tiles.split_refs(problem, all_refs, capsule_tile=i, has_prior=has_prior)
+        state_refs = iter(ref.at[s] for ref in refs[: len(states)])
+        d_poses_ref, d_weights_ref, *refs = refs[len(states) :]
+        d_prior_ref = refs.pop(0) if has_prior else None
+        poses_ref, d_poses_sums_ref, *factor_refs = refs
+        d_weights_sums_ref = d_weights_ref if weights.dtype == jnp.float32 else factor_refs.pop(0)
+
+        @pl.when((q == 0) & (s == 0))
+        def _() -> None:
+            d_weights_sums_ref[...] = jnp.zeros(d_weights_sums_ref.shape, jnp.float32)
+            if d_prior_ref is not None:
+                d_prior_ref[...] = jnp.zeros(d_prior_ref.shape, jnp.float32)
+
+        inputs.spread_poses(poses_ref, q * panel + s)
+        d_poses_sums_ref[...] = jnp.zeros(d_poses_sums_ref.shape, jnp.float32)
+
+        terms: list[tuple[Any, Any]] = []  # a factor, None for uniform couplings, and a state
+        for r in routes:
+            total = None if r.total is None else next(state_refs)
+            d_sums = next(state_refs)
+            if total is None and not has_prior:
+                terms.append((None, d_sums))
+                continue
+            couplings_ref = factor_refs.pop(0)
+            d_logits_ref = factor_refs.pop(0) if full else None
+            tiles.write_factors(
+                inputs, poses_ref, total, d_sums if full else None, couplings_ref, d_logits_ref
+            )
+            terms.append((couplings_ref, d_sums))
+            if full and total is not None:
+                terms.append((d_logits_ref, total))
+            if full and d_prior_ref is not None:
+                _add_over_examples(d_prior_ref, d_logits_ref)
+
+        def add(j: Array, _: None) -> None:
+            factors = [1 / problem.J if ref is None else ref[j] for ref, _ in terms]
+            columns = [state[j] for _, state in terms]  # [D, m]
+            rows = [state.T for state in columns]
+
+            def add_component(p: Array, _: None) -> None:
+                weights, poses = inputs.weights(p, j), poses_ref[p]
+                for factor, column, row in zip(factors, columns, rows, strict=True):
+                    d_poses_sums_ref[p] += factor * tiles.dot(row, weights, 1, 0)
+                    d_weights_sums_ref[p, j] += tiles.dot(column, factor * poses, 1, 0)
+
+            tiles.loop(problem.P, add_component, None)
+
+        lax.fori_loop(0, problem.J, add, None)
+        d_poses_ref[...] = jnp.swapaxes(d_poses_sums_ref[...], 0, 1).astype(poses.dtype)
+        if d_weights_sums_ref is not d_weights_ref:
+
+            @pl.when((q == problem.Q - 1) & (s == panel - 1))
+            def _() -> None:
+                d_weights_ref[...] = d_weights_sums_ref[...].astype(weights.dtype)
+
+    prior_specs = specs[2:3] if has_prior else []
+    prior_shapes = [jax.ShapeDtypeStruct((problem.J, 1, problem.I), jnp.float32)] * has_prior
+    d_poses, d_weights, *d_prior = pl.pallas_call(
+        kernel,
+        grid=(problem.N, problem.Q, panel),
+        in_specs=specs,
+        out_specs=[*specs[:2], *prior_specs],
+        out_shape=[*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[:2]), *prior_shapes],
+        scratch_shapes=[
+            *(pltpu.VMEM((problem.P, m, n), jnp.float32) for _ in range(2)),
+            *(
+                pltpu.VMEM((problem.P, problem.J, problem.D, n), jnp.float32)
+                for _ in range(weights.dtype != jnp.float32)
+            ),
+            *(pltpu.VMEM((problem.J, m, n), jnp.float32) for _ in range(softmaxes * (1 + full))),
+        ],
+        cost_estimate=tiles.cost(
+            problem,
+            products=softmaxes * (1 + full) + 2 * len(states),
+            softmaxes=softmaxes,
+            hbm_bytes=2 * (tiles.nbytes(poses) + tiles.nbytes(weights))
+            + 2 * tiles.nbytes(prior)
+            + 4
+            * len(states)
+            * (problem.N if problem.Q > 1 else 1)
+            * problem.S
+            * problem.J
+            * problem.D
+            * m,
+        ),
+        compiler_params=tiles.compiler_params(problem),
+        name="dynamic_routing_input_gradients",
+        interpret=interpret,
+    )(*operands)
+    return InputGradients(
+        poses=d_poses.transpose(0, 2, 1),
+        weights=d_weights.transpose(3, 0, 1, 2),
+        prior=None if prior is None else d_prior[0][:, 0].T.astype(prior.dtype),
+    )
+
+
+def _add_over_examples(sums_ref: Any, terms_ref: Any) -> None:
+    def add(j: Array, _: None) -> None:
+        sums_ref[j] += jnp.sum(terms_ref[j], axis=0, keepdims=True)
+
+    lax.fori_loop(0, sums_ref.shape[0], add, None)
