@@ -54,16 +54,20 @@ ROUTING = {
 }
 # Kernels are interpreted here: as they are, and cut so small that there are several tiles and
 # panels of examples, the last ones past the end.
-INTERPRET_TPU = pltpu.InterpretParams(detect_races=True)
+MEMORY_MODELLED = "pallas_mosaic_tpu, its memory modelled"
 KERNELS = {
-    "pallas_mosaic_tpu": partial(pallas_mosaic_tpu.dynamic_routing, interpret=INTERPRET_TPU),
+    MEMORY_MODELLED: partial(
+        pallas_mosaic_tpu.dynamic_routing, interpret=pltpu.InterpretParams(detect_races=True)
+    ),
+    "pallas_mosaic_tpu": partial(pallas_mosaic_tpu.dynamic_routing, interpret=True),
     "pallas_mosaic_tpu, small tiles": partial(
         pallas_mosaic_tpu.dynamic_routing,
-        interpret=INTERPRET_TPU,
+        interpret=True,
         config=MosaicTpuConfig(capsules=128, examples=8, panel=1, weight_buffers=1, memory=2**24),
     ),
 }
 ANYWHERE = [name for name in dynamic_routing.IMPLEMENTATIONS if name not in KERNELS]
+IN_ALL_CASES = [name for name in (*ANYWHERE, *KERNELS) if name != MEMORY_MODELLED]
 HALF = ("T=1", "T=3", "last T=2", "all T=5", "all last", "one of each", "capsules past a tile")
 CONVOLUTIONS = {  # batch, image, kernel, outputs, stride
     "capsnet": (2, (20, 20, 3), (9, 9), 4, (2, 2)),
@@ -143,7 +147,7 @@ def exact_routing(case, dtype):
     ("name", "dtype"),
     [*((name, "float32") for name in ROUTING), *((name, "bfloat16") for name in HALF)],
 )
-@pytest.mark.parametrize("implementation", [*ANYWHERE, *KERNELS])
+@pytest.mark.parametrize("implementation", IN_ALL_CASES)
 def test_dynamic_routing_matches_the_oracle(implementation, name, dtype):
     case = ROUTING[name]
     plain = route("reference", case, dtype)
@@ -160,12 +164,19 @@ def test_dynamic_routing_matches_the_oracle(implementation, name, dtype):
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("name", ["all T=2", "one of each"])
-@pytest.mark.parametrize("implementation", [*ANYWHERE, *KERNELS, None])
+@pytest.mark.parametrize("implementation", [*IN_ALL_CASES, None])
 def test_dynamic_routing_under_transforms(implementation, name, transform):
     case = ROUTING[name]
     actual = route(implementation, case, "float32", transform)
     plain = route("reference", case, "float32", transform)
     tolerances.assert_as_exact(actual, plain, exact_routing(case, "float32"))
+
+
+@pytest.mark.parametrize("name", ["all T=2", "prior last"])
+def test_tpu_kernels_read_nothing_unwritten_and_do_not_race(name, capfd):
+    # This mode fills memory with NaN and prints what accesses the same place without an order.
+    test_dynamic_routing_matches_the_oracle(MEMORY_MODELLED, name, "float32")
+    assert "RACE" not in "".join(capfd.readouterr())
 
 
 @pytest.mark.parametrize("implementation", ANYWHERE)

@@ -1,0 +1,71 @@
+"""Programs reach the compilers of platforms that are not here, by the implementation meant."""
+
+import jax
+import pytest
+
+import capsjax
+from capsjax.kernels.dispatch import Unsupported
+from capsjax.kernels.dynamic_routing.cases import CASES
+from capsjax.kernels.dynamic_routing.config import TPU_MEMORY, mosaic_tpu_config_for
+
+KERNEL = {"tpu": "tpu_custom_call"}  # how a kernel's call is named in a lowered program
+
+
+def lowered(platform, case, implementation=None, **settings):
+    """The text of the program for value and gradients."""
+
+    def function(poses, weights):
+        route = lambda u, w: capsjax.dynamic_routing(  # noqa: E731
+            u, w, num_iterations=case.num_iterations, implementation=implementation, **settings
+        )
+        outputs, vjp = jax.vjp(route, poses, weights)
+        return outputs, vjp(outputs)
+
+    traced = jax.jit(function).trace(
+        jax.ShapeDtypeStruct((case.batch, case.capsules, case.length), case.dtype),
+        jax.ShapeDtypeStruct((case.capsules, case.length, case.parents, case.depth), case.dtype),
+    )
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("gradient", ["full", "last"])
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("platform", KERNEL)
+def test_each_case_is_lowered_to_kernels(platform, name, gradient):
+    assert KERNEL[platform] in lowered(platform, CASES[name], gradient=gradient)
+
+
+def test_other_platforms_get_the_plain_form():
+    text = lowered("cpu", CASES["capsnet_mnist"])
+    assert not any(name in text for name in KERNEL.values())
+
+
+@pytest.mark.parametrize(("name", "platform"), [("pallas_mosaic_tpu", "tpu")])
+def test_a_kernel_named_elsewhere_is_refused(name, platform):
+    message = f"dynamic_routing: implementation '{name}' runs on {platform}, got a program for cpu"
+    with pytest.raises(ValueError, match=message):
+        lowered("cpu", CASES["capsnet_mnist"], name)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_what_a_tpu_cannot_multiply_is_left_to_the_plain_form(dtype):
+    with jax.enable_x64(True):
+        case = CASES["capsnet_mnist"]._replace(dtype=dtype)
+        assert KERNEL["tpu"] not in lowered("tpu", case)
+        with pytest.raises(Unsupported, match=f"float32 and bfloat16, got {dtype}"):
+            lowered("tpu", case, "pallas_mosaic_tpu")
+
+
+def test_weights_too_large_for_vector_memory_are_left_to_the_plain_form():
+    case = CASES["capsnet_mnist"]._replace(length=64, parents=64, depth=64)
+    assert KERNEL["tpu"] not in lowered("tpu", case)
+    with pytest.raises(Unsupported, match=r"weights \[I, P, J, D\] = \(1152, 64, 64, 64\) exceed"):
+        lowered("tpu", case, "pallas_mosaic_tpu")
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("batch", [1, 3, 128, 1000, 4608])
+def test_a_tpu_tile_of_80_000_weights_a_capsule_fits(batch, size):
+    config = mosaic_tpu_config_for(batch, 1152, 50, 25, 64, 3, size)
+    assert config.memory < TPU_MEMORY + 2**24
+    assert -(-batch // config.examples) % config.panel == 0
