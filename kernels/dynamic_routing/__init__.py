@@ -5,6 +5,7 @@ and the settings `num_iterations` and `gradient`, and returns `[B, J, D]` in the
 """
 
 from capsjax.kernels.dynamic_routing import reference, xla
+from capsjax.kernels.dynamic_routing.config import tile_for
 
 IMPLEMENTATIONS = {
     "reference": reference.dynamic_routing,
@@ -12,3 +13,5 @@ IMPLEMENTATIONS = {
 }
 PREFERENCE = {"default": ("xla",)}
 PLATFORMS: dict[str, str] = {}
+# How those that take a `config` choose it, from batch, capsules, parents and depth.
+CONFIGS = {"xla": tile_for}

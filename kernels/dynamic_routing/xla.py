@@ -43,7 +43,9 @@ def dynamic_routing(
 def passes(config: Tile | None) -> Passes:
     """The passes over tiles of that size; `PASSES` are those of None."""
     return Passes(
-        *(partial(walk, config) for walk in (_sums, _logit_gradient_sums, _input_gradients))
+        sums=partial(_sums, config),
+        logit_gradient_sums=partial(_logit_gradient_sums, config),
+        input_gradients=partial(_input_gradients, config),
     )
 
 
