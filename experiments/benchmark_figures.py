@@ -81,10 +81,10 @@ def time_over_capsules(rows: Sequence[Row]) -> Figure:
         names.append("not measured")
     figure.legend(handles, names, loc="outside right upper")
     first = measured[0]
-    sizes = " ".join(f"{letter}={first[size]}" for letter, size in _SIZES.items())
-    figure.suptitle(
-        f"{first['case']}: {sizes}, {first['dtype']} on {first['device']}", x=0.01, ha="left"
-    )
+    what = [first["case"], *(f"{letter}={first[size]}" for letter, size in _SIZES.items())]
+    if not _several(row["dtype"] for row in rows):
+        what.append(first["dtype"])
+    figure.suptitle(f"{' '.join(what)}, on {first['device']}", x=0.01, ha="left")
     _room_for_decades(panels)
     settle_ticks(figure)
     return figure

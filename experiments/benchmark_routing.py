@@ -137,18 +137,18 @@ def best(rows: Sequence[dict[str, Any]]) -> list[str]:
 def draw(rows: Sequence[dict[str, Any]], folder: str, scaled: str) -> None:
     """Draws what was measured: time over I for one case, and all cases below their roofs."""
     measured = [row for row in rows if "reason" not in row]
-    if not measured:
-        raise InputError("no row could be measured, so there is nothing to draw")
-    figures = {
-        "time_over_capsules": benchmark_figures.time_over_capsules(
-            [row for row in rows if row["case"] == scaled]
-        ),
-        "roofline": benchmark_figures.roofline(
-            [row for row in measured if row["capsules"] == CASES[row["case"]].capsules]
-        ),
+    drawn = {
+        benchmark_figures.time_over_capsules: [row for row in rows if row["case"] == scaled],
+        benchmark_figures.roofline: [
+            row for row in measured if row["capsules"] == CASES[row["case"]].capsules
+        ],
     }
-    for name, figure in figures.items():
-        records.save_figure(figure, pathlib.Path(folder) / f"{name}.png")
+    for figure, its_rows in drawn.items():
+        path = pathlib.Path(folder) / f"{figure.__name__}.png"
+        if any(row in measured for row in its_rows):
+            records.save_figure(figure(its_rows), path)
+        else:
+            print(f"{path} is not drawn: none of its rows could be measured")
 
 
 def _title(row: dict[str, Any]) -> str:

@@ -129,6 +129,19 @@ def test_any_other_error_is_not_hidden(monkeypatch):
         main(Config(cases="tiny", implementations="failing", repeats=1))
 
 
+def test_a_figure_without_rows_is_not_drawn(monkeypatch, tmp_path, capsys):
+    def refuse_six(poses, *arrays, **settings):
+        if poses.shape[1] == 6:
+            raise Unsupported("six")
+        return dynamic_routing.reference.dynamic_routing(poses, *arrays, **settings)
+
+    monkeypatch.setitem(dynamic_routing.IMPLEMENTATIONS, "refusing", refuse_six)
+    settings = {"cases": "tiny", "implementations": "refusing", "modes": "forward", "repeats": 1}
+    assert main(Config(**settings, scaling="2", figures=str(tmp_path))) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["time_over_capsules.png"]
+    assert "roofline.png is not drawn: none of its rows" in capsys.readouterr().out
+
+
 def test_what_does_not_fit_into_memory_is_not_started():
     huge = Case(batch=32, capsules=10**9, length=8, parents=10, depth=16)
     (row,) = routing_rows.measure("huge", huge, [Way("xla", "forward", "float32")], repeats=1)
