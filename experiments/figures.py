@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis, XAxis
 from matplotlib.figure import Figure
@@ -19,32 +18,12 @@ from matplotlib.textpath import text_to_path
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
-# Okabe and Ito's palette, which stays distinct under the common colour-blindnesses and in grey.
-_BLUE, _RED, _GREY = "#0072B2", "#D55E00", "#666666"
+from experiments.figure_style import BLUE, GREY, POINTS, RED, STYLE, settle_ticks
+
 _HEAT = "Blues"
-_POINTS = 7.0
-_STYLE = style.context(
-    [
-        "default",
-        {
-            "axes.linewidth": 0.6,
-            "axes.spines.right": False,
-            "axes.spines.top": False,
-            "axes.titlelocation": "left",
-            "figure.constrained_layout.use": True,
-            "figure.dpi": 150,
-            "font.size": _POINTS,
-            "grid.alpha": 0.5,
-            "grid.linewidth": 0.4,
-            "legend.frameon": False,
-            "lines.markersize": 3,
-            "text.parse_math": False,  # a class may be called "$"
-        },
-    ]
-)
 
 
-@_STYLE
+@STYLE
 def learning_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
     """Draws loss and error in percent against epochs, and writes the last test error beside it.
 
@@ -63,7 +42,7 @@ def learning_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
     figure = Figure((7.2, 2.8))
     for axes, measure in zip(figure.subplots(1, 2), ("loss", "error"), strict=True):
         shown = [np.empty(0)]
-        for part, colour, width in (("train", _BLUE, 0.8), ("test", _RED, 1.3)):
+        for part, colour, width in (("train", BLUE, 0.8), ("test", RED, 1.3)):
             key = f"{part}_{measure}"
             points = [(row["epoch"], row[key]) for row in rows if key in row]
             if not points:
@@ -85,11 +64,11 @@ def learning_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
         if len(shown) > 1:
             # Beside the title, because every place inside may hold a curve.
             axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2, ncols=2)
-    _settle_ticks(figure)
+    settle_ticks(figure)
     return figure
 
 
-@_STYLE
+@STYLE
 def reconstructions(
     images: np.ndarray,
     reconstructions: np.ndarray,
@@ -132,17 +111,17 @@ def reconstructions(
     axes.set_xticks(range(N), captions)
     beside = (-3.5, -3.5)  # as far off as tick labels, so that the lines meet
     heads = axes.annotate("true class\npredicted\nlength", (0, 0), beside, xycoords="axes fraction")
-    heads.set(anncoords="offset points", color=_GREY, ha="right", va="top")
+    heads.set(anncoords="offset points", color=GREY, ha="right", va="top")
     for column in wrong:
-        axes.get_xticklabels()[column].set_color(_RED)
-        frame = Rectangle((column - 0.5, -0.5), 1, 2, fill=False, edgecolor=_RED, clip_on=False)
+        axes.get_xticklabels()[column].set_color(RED)
+        frame = Rectangle((column - 0.5, -0.5), 1, 2, fill=False, edgecolor=RED, clip_on=False)
         axes.add_patch(frame)
     if wrong.size:
         axes.set_title("Framed: wrong predictions")
     return figure
 
 
-@_STYLE
+@STYLE
 def dimension_tweaks(grid: np.ndarray, *, values: Sequence[float]) -> Figure:
     """Draws what the decoder makes of one capsule with one dimension changed at a time.
 
@@ -169,7 +148,7 @@ def dimension_tweaks(grid: np.ndarray, *, values: Sequence[float]) -> Figure:
     return figure
 
 
-@_STYLE
+@STYLE
 def couplings(
     couplings: np.ndarray, *, label: int, class_names: Sequence[str] | None = None
 ) -> Figure:
@@ -204,10 +183,10 @@ def couplings(
     )
     # An even split is at most half as dark as the darkest colour, so it reads as neither end.
     top = max(shares.max(), 2 / J)
-    colours = [_RED if j == winner else _BLUE for j in range(J)]
+    colours = [RED if j == winner else BLUE for j in range(J)]
     thickness = min(8, 0.6 * 72 * panel / J)
     for t, (above, below) in enumerate(grid.T):
-        above.axhline(1 / J, color=_GREY, lw=0.6, ls="--")
+        above.axhline(1 / J, color=GREY, lw=0.6, ls="--")
         above.vlines(range(J), low[t], high[t], color=colours, alpha=0.35, linewidth=thickness)
         above.scatter(range(J), means[t], c=colours, s=min(12, thickness**2), zorder=3)
         above.set_title(f"iteration {t + 1}", loc="center")
@@ -220,7 +199,7 @@ def couplings(
         _label_classes(below.xaxis, names, 0.8 * panel / J, always=winner)
         for j, text in zip(below.get_xticks(), below.get_xticklabels(), strict=True):
             if j == winner:
-                text.set(color=_RED, fontweight="bold")
+                text.set(color=RED, fontweight="bold")
     grid[0, 0].set(ylabel="coupling", ylim=(0, None))
     grid[1, 0].set_ylabel("child, by favourite parent")
     grid[1, 0].yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
@@ -229,11 +208,11 @@ def couplings(
         f"True class {true}; highlighted: most coupled parent {names[winner]}\n"
         f"dot: mean; bar: 5 to 95 % of {I} children; dashed: 1/{J}"
     )
-    _settle_ticks(figure)
+    settle_ticks(figure)
     return figure
 
 
-@_STYLE
+@STYLE
 def coupling_entropy(couplings: np.ndarray) -> Figure:
     """Draws how far each iteration leaves the children from an even split among the parents.
 
@@ -251,10 +230,10 @@ def coupling_entropy(couplings: np.ndarray) -> Figure:
     iterations = np.arange(1, T + 1)
     figure = Figure((4.8, 2.8))
     axes = figure.subplots()
-    axes.axhline(even, color=_GREY, label=f"even split:\nlog {J} = {even:.3f}", ls="--", lw=1)
-    axes.plot(iterations, entropy.mean(axis=1), color=_RED, label="mean", marker="o", zorder=3)
-    axes.vlines(iterations, *quantiles[[1, 2]], alpha=0.35, color=_BLUE, label="25 to 75 %", lw=6)
-    axes.vlines(iterations, *quantiles[[0, 3]], color=_BLUE, label="5 to 95 %", lw=1)
+    axes.axhline(even, color=GREY, label=f"even split:\nlog {J} = {even:.3f}", ls="--", lw=1)
+    axes.plot(iterations, entropy.mean(axis=1), color=RED, label="mean", marker="o", zorder=3)
+    axes.vlines(iterations, *quantiles[[1, 2]], alpha=0.35, color=BLUE, label="25 to 75 %", lw=6)
+    axes.vlines(iterations, *quantiles[[0, 3]], color=BLUE, label="5 to 95 %", lw=1)
     axes.set(
         title=f"Couplings of {N * I} children ({N} examples)",
         xlabel="iteration",
@@ -265,11 +244,11 @@ def coupling_entropy(couplings: np.ndarray) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(visible=True, axis="y")
     figure.legend(loc="outside right upper")
-    _settle_ticks(figure)
+    settle_ticks(figure)
     return figure
 
 
-@_STYLE
+@STYLE
 def confusion_matrix(counts: np.ndarray, *, class_names: Sequence[str] | None = None) -> Figure:
     """Draws how often each true class was predicted as each class, coloured by the errors alone.
 
@@ -307,7 +286,7 @@ def confusion_matrix(counts: np.ndarray, *, class_names: Sequence[str] | None = 
             text = axes.text(column, row, str(counts[row, column]))
             text.set(ha="center", va="center_baseline")
             dark, empty = luminance[row, column] < 0.18, not counts[row, column]
-            text.set_color("white" if dark else _GREY if empty else "black")
+            text.set_color("white" if dark else GREY if empty else "black")
     _label_classes(axes.xaxis, names, cell)
     _label_classes(axes.yaxis, names, cell)
     wrong, total = errors.sum(), counts.sum()
@@ -317,11 +296,11 @@ def confusion_matrix(counts: np.ndarray, *, class_names: Sequence[str] | None = 
         ylabel="true class",
     )
     figure.colorbar(heat, aspect=8 * side, label="errors, % of the true class", pad=0.15 / side)
-    _settle_ticks(figure)
+    settle_ticks(figure)
     return figure
 
 
-@_STYLE
+@STYLE
 def misclassified(
     images: np.ndarray,
     labels: np.ndarray,
@@ -404,13 +383,6 @@ def _scale_values(axes: Axes, values: np.ndarray) -> None:
     axes.set_yticks([], minor=True)
 
 
-def _settle_ticks(figure: Figure) -> None:
-    """Makes the ticks now: Matplotlib makes them while it draws, when the style is over."""
-    for axes in figure.axes:
-        axes.tick_params(labelsize=_POINTS)
-    figure.draw_without_rendering()
-
-
 def _draw_tiles(axes: Axes, tiles: np.ndarray) -> None:
     """Draws images `[rows, columns, H, W, C]` in one; the centre of each is at (column, row)."""
     rows, columns, H, W, C = tiles.shape
@@ -426,7 +398,7 @@ def _draw_tiles(axes: Axes, tiles: np.ndarray) -> None:
 
 def _label_classes(axis: Axis, names: list[str], inches: float, *, always: int = 0) -> None:
     """Labels the classes, `inches` apart, or as many as there is room for; `always` is one."""
-    height, width = 1.25 * _POINTS / 72, _text_inches(names) + 0.05
+    height, width = 1.25 * POINTS / 72, _text_inches(names) + 0.05
     across = isinstance(axis, XAxis)
     turned = across and width > inches
     every = math.ceil((width if across and not turned else height) / inches)
@@ -436,7 +408,7 @@ def _label_classes(axis: Axis, names: list[str], inches: float, *, always: int =
 
 def _text_inches(texts: Sequence[str]) -> float:
     """The width of the widest of one-line labels."""
-    font = FontProperties(size=_POINTS)
+    font = FontProperties(size=POINTS)
     measure = text_to_path.get_text_width_height_descent
     return max(measure(text, font, ismath=False)[0] for text in texts) / 72
 

@@ -113,17 +113,20 @@ def read_config(workdir: StrPath) -> dict[str, Any]:
 
 
 def save_figure(figure: "Figure", path: StrPath) -> None:
-    """Writes a figure as a PNG file of 150 dots an inch."""
+    """Writes a figure as a PNG file of 150 dots an inch, in a folder that is made if need be."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     with _writing(path):
+        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
         _write(pathlib.Path(path), buffer.getvalue())
 
 
 def append_lines(path: StrPath, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Adds rows to a file of JSON lines."""
-    with _writing(path), open(path, "ab") as file:
-        file.write(b"".join(_line(row) for row in rows))
+    """Adds rows to a file of JSON lines, in a folder that is made if need be."""
+    with _writing(path):
+        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab") as file:
+            file.write(b"".join(_line(row) for row in rows))
 
 
 def read_metrics(workdir: StrPath) -> list[dict[str, Any]]:

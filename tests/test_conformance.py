@@ -63,7 +63,7 @@ KERNELS = {
     "pallas_mosaic_tpu, small tiles": partial(
         pallas_mosaic_tpu.dynamic_routing,
         interpret=True,
-        config=MosaicTpuConfig(capsules=128, examples=8, panel=1, weight_buffers=1, memory=2**24),
+        config=MosaicTpuConfig(examples=8, panel=1, weight_buffers=1, memory=2**24),
     ),
 }
 ANYWHERE = [name for name in dynamic_routing.IMPLEMENTATIONS if name not in KERNELS]

@@ -5,7 +5,7 @@ import pytest
 
 import capsjax
 from capsjax.kernels.dispatch import Unsupported
-from capsjax.kernels.dynamic_routing.cases import CASES
+from capsjax.kernels.dynamic_routing.cases import CASES, Case
 from capsjax.kernels.dynamic_routing.config import TPU_MEMORY, mosaic_tpu_config_for
 
 KERNEL = {"tpu": "tpu_custom_call"}  # how a kernel's call is named in a lowered program
@@ -63,9 +63,8 @@ def test_weights_too_large_for_vector_memory_are_left_to_the_plain_form():
         lowered("tpu", case, "pallas_mosaic_tpu")
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("batch", [1, 3, 128, 1000, 4608])
-def test_a_tpu_tile_of_80_000_weights_a_capsule_fits(batch, size):
-    config = mosaic_tpu_config_for(batch, 1152, 50, 25, 64, 3, size)
-    assert config.memory < TPU_MEMORY + 2**24
-    assert -(-batch // config.examples) % config.panel == 0
+def test_a_tpu_tile_of_80_000_weights_a_capsule_fits(batch, dtype):
+    case = Case(batch, 1152, length=50, parents=25, depth=64, dtype=dtype)
+    assert mosaic_tpu_config_for(case).memory < TPU_MEMORY + 2**24

@@ -4,7 +4,7 @@ Each takes `(poses [B, I, P], weights [I, P, J, D], prior [I, J] or None, bias [
 and the settings `num_iterations` and `gradient`, and returns `[B, J, D]` in the poses' dtype.
 """
 
-from capsjax.kernels.dynamic_routing import pallas_mosaic_tpu, reference, xla
+from capsjax.kernels.dynamic_routing import config, pallas_mosaic_tpu, reference, xla
 
 IMPLEMENTATIONS = {
     "reference": reference.dynamic_routing,
@@ -13,3 +13,8 @@ IMPLEMENTATIONS = {
 }
 PREFERENCE = {"tpu": ("pallas_mosaic_tpu", "xla"), "default": ("xla",)}
 PLATFORMS = {"pallas_mosaic_tpu": "tpu"}
+# How those that take a `config` choose it for a `cases.Case`; None: no config will do.
+CONFIGS = {
+    "xla": lambda case: config.tile_for(case.batch, case.capsules, case.parents, case.depth),
+    "pallas_mosaic_tpu": config.mosaic_tpu_config_for,
+}

@@ -4,6 +4,10 @@ import dataclasses
 import itertools
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
+from capsjax.kernels.dynamic_routing.cases import Case
+
 
 class Tile(NamedTuple):
     """How many input capsules and how many examples share one tile of votes."""
@@ -30,9 +34,8 @@ def tile_for(batch: int, capsules: int, parents: int, depth: int) -> Tile:
 class MosaicTpuConfig:
     """How the kernels for TPUs cut a problem."""
 
-    capsules: int  # of a tile: along the lanes, 128 unless there are fewer
     examples: int  # of a tile: rows of its logits, a multiple of 8
-    panel: int  # tiles of examples whose states stay in vector memory while capsules pass by
+    panel: int  # at most so many tiles' states stay in vector memory while capsules pass by
     weight_buffers: int  # 2: the next tile's weights arrive while this tile's are used
     memory: int  # bytes of vector memory that a kernel may take
 
@@ -47,62 +50,36 @@ TPU_MEMORY = 96 * 2**20
 TPU_SPILLS = 8 * 2**20
 
 
-def mosaic_tpu_config_for(
-    batch: int, capsules: int, length: int, parents: int, depth: int, num_iterations: int, size: int
-) -> MosaicTpuConfig | None:
-    """The configuration for poses `[batch, capsules, length]` of `size` bytes a number.
-
-    None if tiles of even 8 examples do not fit into vector memory.
-    """
+def mosaic_tpu_config_for(case: Case) -> MosaicTpuConfig | None:
+    """The configuration for a case; None if tiles of even 8 examples do not fit into memory."""
     for examples, buffers in itertools.product(TPU_EXAMPLES, (2, 1)):
-        if examples > TPU_EXAMPLES[-1] and examples >= 2 * batch:
+        if examples > TPU_EXAMPLES[-1] and examples >= 2 * case.batch:
             continue  # more than half of it would be padding
-        need = tpu_memory(examples, buffers, length, parents, depth, num_iterations, size)
-        if need.tiles + need.states > TPU_MEMORY:
-            continue
-        tiles = -(-batch // examples)
-        panels = [n for n in range(1, tiles + 1) if tiles % n == 0]
-        fitting = [n for n in panels if need.tiles + n * need.states <= TPU_MEMORY]
-        return MosaicTpuConfig(
-            capsules=min(capsules, TPU_LANES),
-            examples=examples,
-            panel=fitting[-1],
-            weight_buffers=buffers,
-            memory=need.tiles + fitting[-1] * need.states + TPU_SPILLS,
-        )
+        tiles, states = _tpu_memory(case, examples, buffers)
+        panel = min(-(-case.batch // examples), (TPU_MEMORY - tiles) // states)
+        if panel > 0:
+            return MosaicTpuConfig(examples, panel, buffers, tiles + panel * states + TPU_SPILLS)
     return None
 
 
-class TpuMemory(NamedTuple):
-    """Bytes of vector memory in the pass that takes most, the gradients of poses and weights."""
+def _tpu_memory(case: Case, examples: int, weight_buffers: int) -> tuple[int, int]:
+    """Bytes of all tiles, and of the states of one tile of examples.
 
-    tiles: int
-    states: int  # of one tile of examples
-
-
-def tpu_memory(
-    rows: int,
-    weight_buffers: int,
-    length: int,
-    parents: int,
-    depth: int,
-    num_iterations: int,
-    size: int,
-) -> TpuMemory:
-    """What arrays take in tiles of 8 sublanes (16 in half precision) and 128 lanes."""
-    sublanes = 32 // size
-    lanes = TPU_LANES * 4
-    weights = length * parents * lanes
-    weights_tile = weights * _up(depth, sublanes) * size // 4
-    weights_sums = weights * _up(depth, 8) if size < 4 else 0
-    poses_tile = rows * _up(length, sublanes) * lanes * size // 4
-    spread_poses = rows * length * lanes
-    factors = 2 * num_iterations * parents * rows * lanes
+    They are those of the pass that takes most, the gradients of poses and weights. Arrays lie in
+    tiles of 8 sublanes (16 in half precision) and 128 lanes.
+    """
+    size = jnp.dtype(case.dtype).itemsize
+    sublanes, lanes = 32 // size, TPU_LANES * 4
+    weights = case.length * case.parents * lanes
+    weights_tile = weights * _up(case.depth, sublanes) * size // 4
+    weights_sums = weights * _up(case.depth, 8) if size < 4 else 0
+    poses_tile = examples * _up(case.length, sublanes) * lanes * size // 4
+    spread_poses = examples * case.length * lanes
+    factors = 2 * case.num_iterations * case.parents * examples * lanes
     buffered = 2 * (weight_buffers * weights_tile + 2 * poses_tile)
-    return TpuMemory(
-        tiles=buffered + weights_sums + 2 * spread_poses + factors,
-        states=2 * 2 * num_iterations * parents * _up(depth, 8) * _up(rows, TPU_LANES) * 4,
-    )
+    tiles = buffered + weights_sums + 2 * spread_poses + factors
+    state = case.parents * _up(case.depth, 8) * _up(examples, TPU_LANES) * 4
+    return tiles, 2 * 2 * case.num_iterations * state
 
 
 def _up(number: int, multiple: int) -> int:

@@ -22,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from capsjax.kernels.dispatch import Unsupported
 from capsjax.kernels.dynamic_routing import pallas_mosaic_tpu_tiles as tiles
 from capsjax.kernels.dynamic_routing import xla
+from capsjax.kernels.dynamic_routing.cases import Case
 from capsjax.kernels.dynamic_routing.config import MosaicTpuConfig, mosaic_tpu_config_for
 from capsjax.kernels.dynamic_routing.procedure import (
     InputGradients,
@@ -52,11 +53,8 @@ def dynamic_routing(
     if poses.dtype not in (jnp.float32, jnp.bfloat16):
         raise Unsupported(f"a TPU multiplies float32 and bfloat16, got {poses.dtype}")
     if config is None:
-        batch, capsules, length = poses.shape
-        parents, depth = weights.shape[2:]
-        config = mosaic_tpu_config_for(
-            batch, capsules, length, parents, depth, num_iterations, poses.dtype.itemsize
-        )
+        sizes = (*poses.shape, *weights.shape[2:], num_iterations, poses.dtype.name)
+        config = mosaic_tpu_config_for(Case(*sizes))
         if config is None:
             raise Unsupported(f"tiles of weights [I, P, J, D] = {weights.shape} exceed its memory")
     return route(passes(config, interpret), num_iterations, gradient, poses, weights, prior, bias)
@@ -109,7 +107,7 @@ def _weighted_sums(
 ) -> Array:
     """The sum over I of couplings, or with two states of the logits' gradients, times votes."""
     problem = tiles.Problem(config, *poses.shape, *weights.shape[2:])
-    m, n, panel = config.examples, config.capsules, config.panel
+    m, n, panel = config.examples, problem.n, problem.panel
     uniform = prior is None and not states
     operands, specs = tiles.cut_operands(problem, ("q", "i", "s"), poses, weights, prior, states)
 
@@ -181,7 +179,7 @@ def _input_gradients(
     couplings times `d_sums`, and gradients of logits times V.
     """
     problem = tiles.Problem(config, *poses.shape, *weights.shape[2:])
-    m, n, panel = config.examples, config.capsules, config.panel
+    m, n, panel = config.examples, problem.n, problem.panel
     full, has_prior = gradient == "full", prior is not None
     states = [state for r in routes for state in r if state is not None]
     softmaxes = sum(has_prior or r.total is not None for r in routes)

@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from capsjax.kernels.dynamic_routing.config import MosaicTpuConfig
+from capsjax.kernels.dynamic_routing.config import TPU_LANES, MosaicTpuConfig
 
 # Loops over the length of a pose up to this are written out.
 UNROLLED = 16
@@ -34,14 +34,24 @@ class Problem(NamedTuple):
         return pl.cdiv(self.B, self.config.examples)
 
     @property
+    def panel(self) -> int:
+        """Tiles of a panel: all panels are full."""
+        return next(n for n in range(self.config.panel, 0, -1) if self.S % n == 0)
+
+    @property
     def Q(self) -> int:  # noqa: N802
-        """Panels of them."""
-        return self.S // self.config.panel
+        """Panels."""
+        return self.S // self.panel
+
+    @property
+    def n(self) -> int:
+        """Capsules of a tile."""
+        return min(self.I, TPU_LANES)
 
     @property
     def N(self) -> int:  # noqa: N802
         """Tiles of capsules."""
-        return pl.cdiv(self.I, self.config.capsules)
+        return pl.cdiv(self.I, self.n)
 
 
 def cut_operands(
@@ -53,7 +63,7 @@ def cut_operands(
     states: Sequence[Array],
 ) -> tuple[list[Array], list[pl.BlockSpec]]:
     """The kernels' operands and their blocks; `order` names the grid's axes q, i and s."""
-    m, n, panel = problem.config.examples, problem.config.capsules, problem.config.panel
+    m, n, panel = problem.config.examples, problem.n, problem.panel
 
     def spec(shape: tuple[int, ...], index: Callable[..., Any], buffers: int = 2) -> pl.BlockSpec:
         return pl.BlockSpec(
@@ -142,7 +152,7 @@ def split_refs(
     """The inputs among a kernel's references, and the other references."""
     poses_ref, weights_ref, *refs = all_refs
     prior_ref = refs.pop(0) if has_prior else None
-    exists, n = None, problem.config.capsules
+    exists, n = None, problem.n
     if problem.I % n:
         lane = lax.broadcasted_iota(jnp.int32, (1, n), 1)
         exists = lane < problem.I - capsule_tile * n

@@ -5,14 +5,14 @@ those of `capsjax.shapes`; M tiles of m examples, N tiles of n capsules.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from capsjax.kernels.dynamic_routing.config import tile_for
+from capsjax.kernels.dynamic_routing.config import Tile, tile_for
 from capsjax.kernels.dynamic_routing.procedure import InputGradients, Passes, Route, route
 from capsjax.kernels.squash import accumulation_dtype
 
@@ -33,30 +33,49 @@ def dynamic_routing(
     *,
     num_iterations: int,
     gradient: str,
+    config: Tile | None = None,
 ) -> Array:
-    """Routes without stored votes, on any platform."""
-    return route(PASSES, num_iterations, gradient, poses, weights, prior, bias)
+    """Routes without stored votes, on any platform; a config of None is chosen for the shapes."""
+    return route(passes(config), num_iterations, gradient, poses, weights, prior, bias)
 
 
-def _sums(poses: Array, weights: Array, prior: Array | None, total: Array | None) -> Array:
+@cache  # the same object for the same config, since JAX compares static arguments
+def passes(config: Tile | None) -> Passes:
+    """The passes over tiles of that size; `PASSES` are those of None."""
+    return Passes(
+        sums=partial(_sums, config),
+        logit_gradient_sums=partial(_logit_gradient_sums, config),
+        input_gradients=partial(_input_gradients, config),
+    )
+
+
+def _sums(
+    config: Tile | None, poses: Array, weights: Array, prior: Array | None, total: Array | None
+) -> Array:
     """The sum over I of couplings times votes, `[B, J, D]`; a total of None is zero."""
     if total is None and prior is None:  # uniform couplings: one matrix product
         accumulate = accumulation_dtype(poses.dtype)
         product = jnp.einsum("bip,ipjd->bjd", poses, weights, preferred_element_type=accumulate)
         return product / weights.shape[2]
     states = () if total is None else (total,)
-    return _weighted_sums(_cut(poses, weights, prior), _couplings, states, poses, weights)
+    return _weighted_sums(_cut(config, poses, weights, prior), _couplings, states, poses, weights)
 
 
 def _logit_gradient_sums(
-    poses: Array, weights: Array, prior: Array | None, total: Array, d_sums: Array
+    config: Tile | None,
+    poses: Array,
+    weights: Array,
+    prior: Array | None,
+    total: Array,
+    d_sums: Array,
 ) -> Array:
     """The sum over I of the logits' gradients times votes, `[B, J, D]`."""
-    tiles = _cut(poses, weights, prior)
+    tiles = _cut(config, poses, weights, prior)
     return _weighted_sums(tiles, _logit_gradients, (total, d_sums), poses, weights)
 
 
 def _input_gradients(
+    config: Tile | None,
     poses: Array,
     weights: Array,
     prior: Array | None,
@@ -67,7 +86,7 @@ def _input_gradients(
     accumulate = accumulation_dtype(poses.dtype)
     batch, capsules, length = poses.shape
     parents, depth = weights.shape[2:]
-    tiles = _cut(poses, weights, prior)
+    tiles = _cut(config, poses, weights, prior)
     examples = tiles.poses.shape[-1]
     cut_routes = jax.tree.map(partial(_cut_examples, examples=examples), routes)
 
@@ -189,10 +208,10 @@ def _fold(x: Array, axis: int) -> Array:
 # Cutting into tiles.
 
 
-def _cut(poses: Array, weights: Array, prior: Array | None) -> Tiles:
+def _cut(config: Tile | None, poses: Array, weights: Array, prior: Array | None) -> Tiles:
     batch, capsules, length = poses.shape
     parents, depth = weights.shape[2:]
-    tile = tile_for(batch, capsules, parents, depth)
+    tile = config or tile_for(batch, capsules, parents, depth)
     count = -(-capsules // tile.capsules)
     padding = (0, count * tile.capsules - capsules)
     poses = _cut_examples(jnp.pad(poses, ((0, 0), padding, (0, 0))), examples=tile.examples)
@@ -214,4 +233,4 @@ def _cut_examples(x: Array, *, examples: int) -> Array:
     return x.reshape(count, examples, *x.shape[1:]).transpose(0, 2, 3, 1)
 
 
-PASSES = Passes(_sums, _logit_gradient_sums, _input_gradients)
+PASSES = passes(None)
