@@ -1,10 +1,14 @@
 """Programs reach the compilers of platforms that are not here, by the implementation meant."""
 
+from functools import partial
+
 import jax
+import jax.numpy as jnp
 import pytest
 
 import capsjax
 from capsjax.kernels.dispatch import Unsupported
+from capsjax.kernels.dynamic_routing import pallas_mosaic_tpu
 from capsjax.kernels.dynamic_routing.cases import CASES, Case
 from capsjax.kernels.dynamic_routing.config import TPU_MEMORY, mosaic_tpu_config_for
 
@@ -68,3 +72,19 @@ def test_weights_too_large_for_vector_memory_are_left_to_the_plain_form():
 def test_a_tpu_tile_of_80_000_weights_a_capsule_fits(batch, dtype):
     case = Case(batch, 1152, length=50, parents=25, depth=64, dtype=dtype)
     assert mosaic_tpu_config_for(case).memory < TPU_MEMORY + 2**24
+
+
+def test_one_program_for_all_platforms():
+    poses, weights = jnp.ones((2, 6, 4)), jnp.ones((6, 4, 3, 5))
+    exported = jax.export.export(jax.jit(capsjax.dynamic_routing), platforms=("cpu", "tpu"))(
+        poses, weights
+    )
+    outputs = exported.call(poses, weights)
+    assert jnp.allclose(outputs, capsjax.dynamic_routing(poses, weights))
+
+
+def test_a_kernel_that_is_run_elsewhere_is_an_error():
+    poses, weights = jnp.ones((2, 6, 4)), jnp.ones((6, 4, 3, 5))
+    run = partial(pallas_mosaic_tpu.dynamic_routing, num_iterations=2, gradient="full")
+    with pytest.raises(ValueError, match="a kernel for tpu in a program for cpu"):
+        jax.jit(lambda u, w: run(u, w, None, None))(poses, weights)

@@ -53,8 +53,9 @@ def dynamic_routing(
     if poses.dtype not in (jnp.float32, jnp.bfloat16):
         raise Unsupported(f"a TPU multiplies float32 and bfloat16, got {poses.dtype}")
     if config is None:
-        sizes = (*poses.shape, *weights.shape[2:], num_iterations, poses.dtype.name)
-        config = mosaic_tpu_config_for(Case(*sizes))
+        (batch, capsules, length), (parents, depth) = poses.shape, weights.shape[2:]
+        sizes = batch, capsules, length, parents, depth
+        config = mosaic_tpu_config_for(Case(*sizes, num_iterations, poses.dtype.name))
         if config is None:
             raise Unsupported(f"tiles of weights [I, P, J, D] = {weights.shape} exceed its memory")
     return route(passes(config, interpret), num_iterations, gradient, poses, weights, prior, bias)
@@ -68,7 +69,7 @@ def passes(config: MosaicTpuConfig, interpret: Any) -> Passes:
         logit_gradient_sums=partial(_logit_gradient_sums, config, interpret),
         input_gradients=partial(_input_gradients, config, interpret),
     )
-    return kernel_passes(kernels, xla.PASSES)
+    return kernel_passes(kernels, xla.PASSES, platform=None if interpret else "tpu")
 
 
 def _sums(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_batching import custom_vmap
 
+from capsjax.kernels.only_on import only_on
 from capsjax.kernels.squash import accumulation_dtype, squash
 
 
@@ -129,7 +130,7 @@ def _backward(
 route.defvjp(_forward, _backward)
 
 
-def kernel_passes(kernels: Passes, plain: Passes) -> Passes:
+def kernel_passes(kernels: Passes, plain: Passes, *, platform: str | None) -> Passes:
     """Passes made of kernels, with what a kernel alone lacks.
 
     A kernel has no derivative: here it has that of the plain pass, so that gradients of gradients
@@ -140,7 +141,11 @@ def kernel_passes(kernels: Passes, plain: Passes) -> Passes:
     Args:
       kernels: Passes that can be neither differentiated nor mapped over cheaply.
       plain: The same passes in plain JAX.
+      platform: The one that the kernels are for; None for any, which is what interpreted ones are.
     """
+
+    def bound(function: Callable[..., Any]) -> Callable[..., Any]:
+        return function if platform is None else only_on(platform, function)
 
     def input_gradients(
         poses: Array,
@@ -150,15 +155,15 @@ def kernel_passes(kernels: Passes, plain: Passes) -> Passes:
         gradient: str,
     ) -> InputGradients:
         differentiable = _differentiable(
-            lambda u, w, p, r: kernels.input_gradients(u, w, p, r, gradient),
+            bound(lambda u, w, p, r: kernels.input_gradients(u, w, p, r, gradient)),
             lambda u, w, p, r: plain.input_gradients(u, w, p, r, gradient),
         )
         return differentiable(poses, weights, prior, routes)
 
     return Passes(
-        sums=_differentiable(_more_examples(kernels.sums), plain.sums),
+        sums=_differentiable(_more_examples(bound(kernels.sums)), plain.sums),
         logit_gradient_sums=_differentiable(
-            _more_examples(kernels.logit_gradient_sums), plain.logit_gradient_sums
+            _more_examples(bound(kernels.logit_gradient_sums)), plain.logit_gradient_sums
         ),
         input_gradients=input_gradients,
     )
