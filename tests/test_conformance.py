@@ -16,7 +16,7 @@ import capsjax
 from capsjax.kernels import dynamic_routing, strided_conv
 from capsjax.kernels.dynamic_routing import pallas_mosaic_tpu, pallas_triton
 from capsjax.kernels.dynamic_routing.cases import CASES
-from capsjax.kernels.dynamic_routing.config import MosaicTpuConfig, TritonConfig, TritonTile
+from capsjax.kernels.dynamic_routing.config import MosaicTpuConfig, TritonConfig
 
 
 class Routing(NamedTuple):
@@ -57,8 +57,16 @@ ROUTING = {
 MEMORY_MODELLED = "pallas_mosaic_tpu, its memory modelled"
 TRITON_IN_SMALL_TILES = "pallas_triton, small tiles"
 SMALL_TRITON = TritonConfig(
-    sums=TritonTile(examples=16, parents=4, capsules=3, num_warps=4, programs=3),
-    gradients=TritonTile(examples=16, parents=2, capsules=2, num_warps=4, programs=3),
+    sums_examples=16,
+    sums_parents=4,
+    sums_capsules=3,
+    sums_warps=4,
+    sums_programs=3,
+    gradients_examples=16,
+    gradients_parents=2,
+    gradients_capsules=2,
+    gradients_warps=4,
+    gradients_programs=3,
 )
 KERNELS = {
     MEMORY_MODELLED: partial(

@@ -86,8 +86,7 @@ def _up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-@dataclasses.dataclass(frozen=True)
-class TritonTile:
+class TritonTile(NamedTuple):
     """What a program of a Pallas-Triton kernel handles at once; powers of two but `capsules`."""
 
     examples: int  # at least 16, the rows of a matrix instruction
@@ -99,10 +98,42 @@ class TritonTile:
 
 @dataclasses.dataclass(frozen=True)
 class TritonConfig:
-    """How the Pallas-Triton kernels cut a problem."""
+    """How the Pallas-Triton kernels cut a problem: two tiles, as `TritonTile` says."""
 
-    sums: TritonTile  # for the passes that return sums over capsules
-    gradients: TritonTile  # for the pass that returns the gradients of poses and weights
+    # For the passes that return sums over capsules.
+    sums_examples: int
+    sums_parents: int
+    sums_capsules: int
+    sums_warps: int
+    sums_programs: int
+    # For the pass that returns the gradients of poses and weights.
+    gradients_examples: int
+    gradients_parents: int
+    gradients_capsules: int
+    gradients_warps: int
+    gradients_programs: int
+
+    @property
+    def sums(self) -> TritonTile:
+        """The tile of the passes that return sums."""
+        return TritonTile(
+            self.sums_examples,
+            self.sums_parents,
+            self.sums_capsules,
+            self.sums_warps,
+            self.sums_programs,
+        )
+
+    @property
+    def gradients(self) -> TritonTile:
+        """The tile of the pass that returns gradients."""
+        return TritonTile(
+            self.gradients_examples,
+            self.gradients_parents,
+            self.gradients_capsules,
+            self.gradients_warps,
+            self.gradients_programs,
+        )
 
 
 # Each of an H100's 132 processors (108 in an A100) holds eight warps of so many registers.
@@ -146,8 +177,8 @@ def triton_config_for(case: Case) -> TritonConfig:
     gradients_votes = TRITON_GRADIENTS_VOTES // (1 if simple else 2)
     all_fit = power_of_two(parents) * power_of_two(depth) <= TRITON_ALL_COLUMNS
     return TritonConfig(
-        sums=tile(TRITON_SUMS_VOTES, TRITON_ALL_COLUMNS if all_fit else TRITON_SUMS_COLUMNS),
-        gradients=tile(gradients_votes, TRITON_GRADIENTS_COLUMNS),
+        *tile(TRITON_SUMS_VOTES, TRITON_ALL_COLUMNS if all_fit else TRITON_SUMS_COLUMNS),
+        *tile(gradients_votes, TRITON_GRADIENTS_COLUMNS),
     )
 
 
