@@ -14,9 +14,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 import capsjax
 from capsjax.kernels import dynamic_routing, strided_conv
-from capsjax.kernels.dynamic_routing import pallas_mosaic_tpu
+from capsjax.kernels.dynamic_routing import pallas_mosaic_tpu, pallas_triton
 from capsjax.kernels.dynamic_routing.cases import CASES
-from capsjax.kernels.dynamic_routing.config import MosaicTpuConfig
+from capsjax.kernels.dynamic_routing.config import MosaicTpuConfig, TritonConfig
 
 
 class Routing(NamedTuple):
@@ -53,8 +53,21 @@ ROUTING = {
     "capsules past a tile": Routing(batch=2, capsules=301, parents=37, depth=16, bias=True),
 }
 # Kernels are interpreted here: as they are, and cut so small that there are several tiles and
-# panels of examples, the last ones past the end.
+# panels of examples, chunks of parents and groups of capsules, the last ones past the end.
 MEMORY_MODELLED = "pallas_mosaic_tpu, its memory modelled"
+TRITON_IN_SMALL_TILES = "pallas_triton, small tiles"
+SMALL_TRITON = TritonConfig(
+    sums_examples=16,
+    sums_parents=4,
+    sums_capsules=3,
+    sums_warps=4,
+    sums_programs=3,
+    gradients_examples=16,
+    gradients_parents=2,
+    gradients_capsules=2,
+    gradients_warps=4,
+    gradients_programs=3,
+)
 KERNELS = {
     MEMORY_MODELLED: partial(
         pallas_mosaic_tpu.dynamic_routing, interpret=pltpu.InterpretParams(detect_races=True)
@@ -65,9 +78,14 @@ KERNELS = {
         interpret=True,
         config=MosaicTpuConfig(examples=8, panel=1, weight_buffers=1, memory=2**24),
     ),
+    "pallas_triton": partial(pallas_triton.dynamic_routing, interpret=True),
+    TRITON_IN_SMALL_TILES: partial(
+        pallas_triton.dynamic_routing, interpret=True, config=SMALL_TRITON
+    ),
 }
 ANYWHERE = [name for name in dynamic_routing.IMPLEMENTATIONS if name not in KERNELS]
-IN_ALL_CASES = [name for name in (*ANYWHERE, *KERNELS) if name != MEMORY_MODELLED]
+IN_SOME_CASES = (MEMORY_MODELLED, TRITON_IN_SMALL_TILES)
+IN_ALL_CASES = [name for name in (*ANYWHERE, *KERNELS) if name not in IN_SOME_CASES]
 HALF = ("T=1", "T=3", "last T=2", "all T=5", "all last", "one of each", "capsules past a tile")
 CONVOLUTIONS = {  # batch, image, kernel, outputs, stride
     "capsnet": (2, (20, 20, 3), (9, 9), 4, (2, 2)),
@@ -122,7 +140,8 @@ def route(implementation, case, dtype, transform="jit"):
         outputs, vjp = jax.vjp(lambda *a: function(*a, arguments[-1]), *arguments[:-1])
         return outputs, vjp(cotangent)
 
-    if transform == "jit":
+    passes_are_jitted = str(implementation).startswith("pallas_triton")  # and compiled once
+    if transform == "jit" and not passes_are_jitted:
         values_and_gradients = jax.jit(values_and_gradients)
     return values_and_gradients(*arguments)
 
@@ -187,6 +206,20 @@ def test_dynamic_routing_in_float64(implementation):
     for value, wanted in zip(*map(jax.tree.leaves, results), strict=True):
         assert value.dtype == jnp.float64
         np.testing.assert_allclose(value, wanted, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, "float32") for name in (*HALF, "batch past a tile")), ("all T=5", "bfloat16")],
+)
+def test_triton_kernels_in_small_tiles_match_the_oracle(name, dtype):
+    test_dynamic_routing_matches_the_oracle(TRITON_IN_SMALL_TILES, name, dtype)
+
+
+def test_triton_kernels_give_the_same_bits_twice():
+    case = ROUTING["batch past a tile"]
+    twice = [route.__wrapped__(TRITON_IN_SMALL_TILES, case, "float32") for _ in range(2)]
+    jax.tree.map(np.testing.assert_array_equal, *twice)
 
 
 def test_dynamic_routing_never_stores_the_votes():

@@ -1,10 +1,13 @@
 """Programs reach the compilers of platforms that are not here, by the implementation meant."""
 
+import contextlib
+import warnings
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import capsjax
 from capsjax.kernels.dispatch import Unsupported
@@ -12,11 +15,22 @@ from capsjax.kernels.dynamic_routing import pallas_mosaic_tpu
 from capsjax.kernels.dynamic_routing.cases import CASES, Case
 from capsjax.kernels.dynamic_routing.config import TPU_MEMORY, mosaic_tpu_config_for
 
-KERNEL = {"tpu": "tpu_custom_call"}  # how a kernel's call is named in a lowered program
+# How a kernel's call is named in a lowered program.
+KERNEL = {"tpu": "tpu_custom_call", "cuda": "routing_input_gradients"}
 
 
-def lowered(platform, case, implementation=None, **settings):
-    """The text of the program for value and gradients."""
+@contextlib.contextmanager
+def for_h100():
+    """What Pallas-Triton asks and says from JAX 0.11 on: for which GPU, and that it will end."""
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    with warnings.catch_warnings(), use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        message = "The Pallas Triton backend is deprecated"
+        warnings.filterwarnings("ignore", message, DeprecationWarning)
+        yield
+
+
+def lowered(platform, case, implementation=None, mapped=False, **settings):
+    """The text of the program for value and gradients, of two problems at once if `mapped`."""
 
     def function(poses, weights):
         route = lambda u, w: capsjax.dynamic_routing(  # noqa: E731
@@ -25,11 +39,16 @@ def lowered(platform, case, implementation=None, **settings):
         outputs, vjp = jax.vjp(route, poses, weights)
         return outputs, vjp(outputs)
 
-    traced = jax.jit(function).trace(
-        jax.ShapeDtypeStruct((case.batch, case.capsules, case.length), case.dtype),
-        jax.ShapeDtypeStruct((case.capsules, case.length, case.parents, case.depth), case.dtype),
-    )
-    return traced.lower(lowering_platforms=(platform,)).as_text()
+    with for_h100() if platform == "cuda" else contextlib.nullcontext():
+        traced = jax.jit(jax.vmap(function, (0, None)) if mapped else function).trace(
+            jax.ShapeDtypeStruct(
+                (*(2,) * mapped, case.batch, case.capsules, case.length), case.dtype
+            ),
+            jax.ShapeDtypeStruct(
+                (case.capsules, case.length, case.parents, case.depth), case.dtype
+            ),
+        )
+        return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
 @pytest.mark.parametrize("gradient", ["full", "last"])
@@ -44,7 +63,9 @@ def test_other_platforms_get_the_plain_form():
     assert not any(name in text for name in KERNEL.values())
 
 
-@pytest.mark.parametrize(("name", "platform"), [("pallas_mosaic_tpu", "tpu")])
+@pytest.mark.parametrize(
+    ("name", "platform"), [("pallas_mosaic_tpu", "tpu"), ("pallas_triton", "cuda")]
+)
 def test_a_kernel_named_elsewhere_is_refused(name, platform):
     message = f"dynamic_routing: implementation '{name}' runs on {platform}, got a program for cpu"
     with pytest.raises(ValueError, match=message):
@@ -74,11 +95,14 @@ def test_a_tpu_tile_of_80_000_weights_a_capsule_fits(batch, dtype):
     assert mosaic_tpu_config_for(case).memory < TPU_MEMORY + 2**24
 
 
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
 def test_one_program_for_all_platforms():
     poses, weights = jnp.ones((2, 6, 4)), jnp.ones((6, 4, 3, 5))
-    exported = jax.export.export(jax.jit(capsjax.dynamic_routing), platforms=("cpu", "tpu"))(
-        poses, weights
-    )
+    with for_h100():
+        export = jax.export.export(jax.jit(capsjax.dynamic_routing), platforms=PLATFORMS)
+        exported = export(poses, weights)
     outputs = exported.call(poses, weights)
     assert jnp.allclose(outputs, capsjax.dynamic_routing(poses, weights))
 
@@ -88,3 +112,36 @@ def test_a_kernel_that_is_run_elsewhere_is_an_error():
     run = partial(pallas_mosaic_tpu.dynamic_routing, num_iterations=2, gradient="full")
     with pytest.raises(ValueError, match="a kernel for tpu in a program for cpu"):
         jax.jit(lambda u, w: run(u, w, None, None))(poses, weights)
+
+
+# One of each, what no tile divides, and the ends of what is supported.
+TRITON = {
+    "one of each": Case(batch=1, capsules=1, length=1, parents=1, depth=1),
+    "odd": Case(batch=5000, capsules=7, length=5, parents=37, depth=3),
+    "long poses": Case(batch=4, capsules=9, length=128, parents=3, depth=256, dtype="bfloat16"),
+}
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("name", TRITON)
+def test_odd_sizes_are_lowered_for_a_gpu_under_vmap_too(name, mapped):
+    text = lowered("cuda", TRITON[name], "pallas_triton", mapped)
+    kernels = ("routing_sums", "routing_logit_gradient_sums", "routing_input_gradients")
+    assert all(kernel in text for kernel in kernels)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"length": 129}, "P must be at most 128 and D at most 256, got 129 and 16"),
+        ({"depth": 257}, "P must be at most 128 and D at most 256, got 8 and 257"),
+        ({"dtype": "float64"}, "poses must be float32 or bfloat16, got float64"),
+        ({"dtype": "float16"}, "poses must be float32 or bfloat16, got float16"),
+    ],
+)
+def test_what_triton_kernels_do_not_take_is_left_to_the_plain_form(changes, reason):
+    with jax.enable_x64(True):
+        case = CASES["capsnet_mnist"]._replace(**changes)
+        assert KERNEL["cuda"] not in lowered("cuda", case)
+        with pytest.raises(Unsupported, match=reason):
+            lowered("cuda", case, "pallas_triton")

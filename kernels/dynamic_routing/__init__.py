@@ -4,17 +4,29 @@ Each takes `(poses [B, I, P], weights [I, P, J, D], prior [I, J] or None, bias [
 and the settings `num_iterations` and `gradient`, and returns `[B, J, D]` in the poses' dtype.
 """
 
-from capsjax.kernels.dynamic_routing import config, pallas_mosaic_tpu, reference, xla
+from capsjax.kernels.dynamic_routing import (
+    config,
+    pallas_mosaic_tpu,
+    pallas_triton,
+    reference,
+    xla,
+)
 
 IMPLEMENTATIONS = {
     "reference": reference.dynamic_routing,
     "xla": xla.dynamic_routing,
     "pallas_mosaic_tpu": pallas_mosaic_tpu.dynamic_routing,
+    "pallas_triton": pallas_triton.dynamic_routing,
 }
-PREFERENCE = {"tpu": ("pallas_mosaic_tpu", "xla"), "default": ("xla",)}
-PLATFORMS = {"pallas_mosaic_tpu": "tpu"}
+PREFERENCE = {
+    "tpu": ("pallas_mosaic_tpu", "xla"),
+    "cuda": ("pallas_triton", "xla"),
+    "default": ("xla",),
+}
+PLATFORMS = {"pallas_mosaic_tpu": "tpu", "pallas_triton": "cuda"}
 # How those that take a `config` choose it for a `cases.Case`; None: no config will do.
 CONFIGS = {
     "xla": lambda case: config.tile_for(case.batch, case.capsules, case.parents, case.depth),
     "pallas_mosaic_tpu": config.mosaic_tpu_config_for,
+    "pallas_triton": config.triton_config_for,
 }

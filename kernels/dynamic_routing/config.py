@@ -84,3 +84,104 @@ def _tpu_memory(case: Case, examples: int, weight_buffers: int) -> tuple[int, in
 
 def _up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
+
+
+class TritonTile(NamedTuple):
+    """What a program of a Pallas-Triton kernel handles at once; powers of two but `capsules`."""
+
+    examples: int  # at least 16, the rows of a matrix instruction
+    parents: int  # with their depth at least 16 columns
+    capsules: int  # that one reading of the examples' states serves, from a cache
+    num_warps: int  # of 32 threads each
+    programs: int  # of a launch, unless the examples alone fill more
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonConfig:
+    """How the Pallas-Triton kernels cut a problem: two tiles, as `TritonTile` says."""
+
+    # For the passes that return sums over capsules.
+    sums_examples: int
+    sums_parents: int
+    sums_capsules: int
+    sums_warps: int
+    sums_programs: int
+    # For the pass that returns the gradients of poses and weights.
+    gradients_examples: int
+    gradients_parents: int
+    gradients_capsules: int
+    gradients_warps: int
+    gradients_programs: int
+
+    @property
+    def sums(self) -> TritonTile:
+        """The tile of the passes that return sums."""
+        return TritonTile(
+            self.sums_examples,
+            self.sums_parents,
+            self.sums_capsules,
+            self.sums_warps,
+            self.sums_programs,
+        )
+
+    @property
+    def gradients(self) -> TritonTile:
+        """The tile of the pass that returns gradients."""
+        return TritonTile(
+            self.gradients_examples,
+            self.gradients_parents,
+            self.gradients_capsules,
+            self.gradients_warps,
+            self.gradients_programs,
+        )
+
+
+# Each of an H100's 132 processors (108 in an A100) holds eight warps of so many registers.
+TRITON_WARPS = 132 * 8
+# Votes of a tile, in registers: 32 a thread where two to four arrays of that size are needed,
+# 16 where the gradients' products need operands as well, of which a thread can have 255.
+TRITON_SUMS_VOTES = 8192
+TRITON_GRADIENTS_VOTES = 4096
+# Poses longer than this need more operands, and a depth that is no power of two more addresses:
+# then half as many votes.
+TRITON_SHORT = 32
+# Columns (parents x depth). Sums take all parents at once if 16 rows are left; else fewer columns,
+# since more rows share what is loaded of the weights. The products of the gradients contract
+# over columns, and each warp reads all of them.
+TRITON_ALL_COLUMNS = 512
+TRITON_SUMS_COLUMNS = 256
+TRITON_GRADIENTS_COLUMNS = 64
+MAX_TRITON_CAPSULES = 8
+
+
+def triton_config_for(case: Case) -> TritonConfig:
+    """The configuration for arrays of the sizes of `case`."""
+    batch, capsules, length, parents, depth, *_ = case
+
+    def tile(votes: int, columns: int) -> TritonTile:
+        least = power_of_two(depth)
+        columns = max(least, min(power_of_two(parents) * least, columns), 16)
+        examples = min(64, max(16, power_of_two(batch)), max(16, votes // columns))
+        num_warps = min(8, max(4, 8 * examples * columns // votes))
+        programs = TRITON_WARPS // num_warps
+        return TritonTile(
+            examples=examples,
+            parents=columns // least,
+            # As many as make a reading of two states no heavier than the weights of them all.
+            capsules=min(MAX_TRITON_CAPSULES, -(-capsules // programs), -(-2 * examples // length)),
+            num_warps=num_warps,
+            programs=programs,
+        )
+
+    simple = length <= TRITON_SHORT and depth == power_of_two(depth)
+    gradients_votes = TRITON_GRADIENTS_VOTES // (1 if simple else 2)
+    all_fit = power_of_two(parents) * power_of_two(depth) <= TRITON_ALL_COLUMNS
+    return TritonConfig(
+        *tile(TRITON_SUMS_VOTES, TRITON_ALL_COLUMNS if all_fit else TRITON_SUMS_COLUMNS),
+        *tile(gradients_votes, TRITON_GRADIENTS_COLUMNS),
+    )
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least `n`."""
+    return 1 << (n - 1).bit_length()
