@@ -18,7 +18,19 @@ from jax.extend import core
 # Named by JAX; what they do to an element is counted as one operation.
 _ELEMENTWISE = {
     *("add", "sub", "mul", "div", "neg", "abs", "sign", "max", "min", "rem", "pow", "integer_pow"),
-    *("exp", "exp2", "log", "log1p", "expm1", "tanh", "logistic", "sqrt", "rsqrt", "cbrt", "square"),
+    *(
+        "exp",
+        "exp2",
+        "log",
+        "log1p",
+        "expm1",
+        "tanh",
+        "logistic",
+        "sqrt",
+        "rsqrt",
+        "cbrt",
+        "square",
+    ),
     *("sin", "cos", "erf", "add_any", "select_n", "clamp", "eq", "ne", "lt", "le", "gt", "ge"),
 }
 _REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "argmax", "argmin"}
@@ -90,7 +102,7 @@ def _operations(jaxpr: core.Jaxpr) -> Operations:
     return sum((_equation(equation) for equation in jaxpr.eqns), Operations())
 
 
-def _equation(equation: core.JaxprEqn) -> Operations:
+def _equation(equation: Any) -> Operations:
     name = equation.primitive.name
     inner = [_operations(sub) for sub in _jaxprs(equation)]
     if name == "cond":
@@ -189,11 +201,10 @@ def _count_requests(
 ) -> None:
     """Adds the bytes that a kernel's body loads and stores, by the operand that it refers to."""
     for equation in jaxpr.eqns:
-        if equation.primitive.name in _MEMORY:
-            value = (equation.outvars or equation.invars[1:])[0].aval
-            if equation.invars[0] in references:
-                size = math.prod(value.shape) * value.dtype.itemsize
-                requested[references[equation.invars[0]]] += times * size
+        if equation.primitive.name in _MEMORY and equation.invars[0] in references:
+            value: Any = (equation.outvars or equation.invars[1:])[0].aval
+            size = math.prod(value.shape) * value.dtype.itemsize
+            requested[references[equation.invars[0]]] += times * size
         branches = []
         for sub in _jaxprs(equation):
             # The arguments of a branch follow the number of the branch.

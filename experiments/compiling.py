@@ -6,6 +6,7 @@ Compilers read their settings once a process, and end the process when something
 import dataclasses
 import json
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,8 +20,6 @@ from experiments import arithmetic, dumps, hlo
 from experiments.targets import TARGETS, Target, compile_for, environment
 
 MB = 1e6
-# What a process says in one line when it gives up.
-_REASONS = ("RESOURCE_EXHAUSTED", "Unsupported", "error")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +59,9 @@ def measure(program: Program) -> dict[str, Any]:
         )
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    telling = [line for line in lines if any(word in line for word in _REASONS)]
-    reason = (telling or lines or [f"exit status {done.returncode}"])[-1]
-    return {"reason": reason}
+    if done.returncode < 0:
+        return {"reason": f"the compiler ended by {signal.Signals(-done.returncode).name}"}
+    raise RuntimeError(f"compiling {program} failed:\n{done.stderr}")
 
 
 def routing(program: Program) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
@@ -89,9 +87,7 @@ def routing(program: Program) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
     return (forward_and_gradients, structs) if program.gradients else (forward, structs[:2])
 
 
-def kernel_traffic(
-    target: Target, called: hlo.KernelCall, kernels: list[arithmetic.Kernel]
-) -> int:
+def kernel_traffic(target: Target, called: hlo.KernelCall, kernels: list[arithmetic.Kernel]) -> int:
     """Bytes that one kernel moves between the device's memory and the chip, over all its calls.
 
     On a TPU: each operand's blocks, as often as their index changes from one step of the grid to
@@ -120,11 +116,12 @@ def _measure_here(program: Program, folder: pathlib.Path) -> dict[str, Any]:
     """Does what `measure` says, in a process with the target's environment."""
     target = TARGETS[program.target]
     function, shapes = routing(program)
-    compiled = compile_for(program.target, function, *shapes)
+    try:
+        compiled = compile_for(program.target, function, *shapes)
+    except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
+        return {"reason": str(error).splitlines()[0]}
     memory = compiled.memory_analysis()
-    needed = (
-        memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
-    )
+    needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
     if needed > target.memory:
         return {"reason": f"needs {needed / 1e9:.1f} GB of {target.memory / 1e9:.0f} GB"}
     traffic = hlo.traffic(compiled.as_text())

@@ -36,7 +36,7 @@ def gpu_kernels(folder: pathlib.Path, capability: tuple[int, int]) -> list[GpuKe
     shared: dict[str, int] = {}
     for path in folder.glob("*.thunk_sequence.txt"):
         shared |= parse_shared_memory(path.read_text())
-    kernels = []
+    kernels: list[GpuKernel] = []
     # An empty one holds the module's constants.
     for path in (path for path in sorted(folder.glob("*.ptx")) if path.stat().st_size > 1):
         target = re.search(r"^\.target (\w+)", path.read_text(), re.MULTILINE)
@@ -74,10 +74,11 @@ def tpu_kernels(folder: pathlib.Path) -> list[TpuKernel]:
     kernels = []
     for path in sorted(folder.glob("*-schedule-analysis_final_bundles.txt")):
         found = re.match(r"(\d+-(.+))-\d+-schedule", path.name)
-        if found and found[2][0] != "<" and found[2] != "TLP":  # not the program around them
-            bundles = parse_bundles(path.read_text())
-            original = next(folder.glob(f"{found[1]}-*-original.txt"))
-            kernels.append(TpuKernel(found[2], bundles, parse_vector_memory(original.read_text())))
+        if not found or found[2][0] == "<" or found[2] == "TLP":  # the program around them
+            continue
+        if analysis := path.read_text():  # empty for what only names memory
+            code = next(folder.glob(f"{found[1]}-*-original.txt")).read_text()
+            kernels.append(TpuKernel(found[2], parse_bundles(analysis), parse_vector_memory(code)))
     return kernels
 
 

@@ -10,10 +10,6 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 
-_ITEM_BITS = {
-    **{"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16},
-    **{"s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "c128": 128},
-}
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([\d,]*)(?::((?:[A-Z]\([^)]*\)|\([^)]*\))*))?\})?")
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%([\w.\-]+) = (.*)")
 _FREE = {
@@ -127,8 +123,7 @@ def _closing(text: str) -> int:
 
 def _arrays(text: str) -> Iterator[Array]:
     for dtype, shape, order, tiles in _ARRAY.findall(text):
-        if dtype not in _ITEM_BITS:
-            continue
+        bits = 8 if dtype == "pred" else int("".join(re.findall(r"^[a-z]+(\d+)", dtype)) or 0)
         sizes = [int(size) for size in shape.split(",") if size]
         # From the slowest to the fastest axis, the last ones filled up to whole tiles.
         physical = [sizes[int(axis)] for axis in reversed(order.split(","))] if order else sizes
@@ -138,7 +133,7 @@ def _arrays(text: str) -> Iterator[Array]:
         yield Array(
             dtype=dtype,
             shape=tuple(sizes),
-            size=_padded(physical, unit) * _ITEM_BITS[dtype] // 8,
+            size=_padded(physical, unit) * bits // 8,
             in_memory=space is None or space[1] == "0",
         )
 
@@ -186,7 +181,9 @@ def _called(
     if instruction.opcode == "conditional":
         names = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
         branches = names[1].split(", ") if names else []
-        branches = branches or [_attribute(instruction, f"{b}_computation") for b in ("true", "false")]
+        branches = branches or [
+            _attribute(instruction, f"{b}_computation") for b in ("true", "false")
+        ]
         counted = [_computation(computations, computations[name.strip("%")]) for name in branches]
         return max(counted, key=lambda branch: branch.moved), 1
     if instruction.opcode in ("call", "async-start"):
@@ -244,13 +241,11 @@ def _moved(
         reads, written = _fusion(computations, fused)
     else:
         reads, written = _reads(instruction, operands), _written(computation, instruction)
-    results = sum(
-        min(array.size, limit) if array.in_memory else 0
-        for array, limit in zip(instruction.arrays, written, strict=True)
-    )
-    return results + sum(
-        min(_all(arrays), limit) for arrays, limit in zip(operands, reads, strict=True)
-    )
+    pairs = [
+        *zip(map(_all, operands), reads, strict=True),
+        *zip((array.moved for array in instruction.arrays), written, strict=True),
+    ]
+    return round(sum(min(moved, limit) for moved, limit in pairs))
 
 
 def _all(arrays: Sequence[Array]) -> int:

@@ -105,7 +105,7 @@ def check_installed(name: str) -> None:
       InputError: there is no such target, or a package is missing.
     """
     if name not in TARGETS:
-        raise InputError(f"target must be one of {', '.join(TARGETS)}, got {name!r}")
+        raise InputError(f"--target must name any of {', '.join(TARGETS)}, got {name!r}")
     for package in TARGETS[name].packages:
         try:
             importlib.metadata.version(package)
