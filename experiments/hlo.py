@@ -14,7 +14,15 @@ _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([\d,]*)(?::((?:[A-Z]\([^)]*\)|\([^)
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%([\w.\-]+) = (.*)")
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"),
-    *("opt-barrier", "partition-id", "replica-id", "copy-done", "slice-done", "async-done"),
+    *(
+        "opt-barrier",
+        "partition-id",
+        "replica-id",
+        "copy-done",
+        "slice-done",
+        "async-done",
+        "fusion-done",
+    ),
 }
 _SLICES = {"slice", "dynamic-slice", "gather", "slice-start"}
 _KERNELS = {"tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu_v2"}
@@ -236,14 +244,18 @@ def _moved(
     if instruction.opcode == "slice-start":
         result = instruction.arrays[1]
         return result.moved + (result.size if operands[0][0].in_memory else 0)
-    if instruction.opcode == "fusion":
+    results = instruction.arrays
+    if instruction.opcode in ("fusion", "fusion-start"):
         fused = computations[_attribute(instruction, "calls")]
         reads, written = _fusion(computations, fused)
+        if instruction.opcode == "fusion-start":  # its type also holds its operands, and a context
+            first = sum(map(len, operands))
+            results = results[first : first + len(written)]
     else:
         reads, written = _reads(instruction, operands), _written(computation, instruction)
     pairs = [
         *zip(map(_all, operands), reads, strict=True),
-        *zip((array.moved for array in instruction.arrays), written, strict=True),
+        *zip((array.moved for array in results), written, strict=True),
     ]
     return round(sum(min(moved, limit) for moved, limit in pairs))
 

@@ -119,7 +119,8 @@ def environment(name: str, dumps: pathlib.Path) -> dict[str, str]:
     """The environment of a process that compiles for a target and leaves dumps in a folder."""
     common = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
     if TARGETS[name].gpu:
-        return {**common, "XLA_FLAGS": f"--xla_dump_to={dumps}"}
+        # From jax 0.11 on, PTX is dumped for the emitters that are asked for.
+        return {**common, "XLA_FLAGS": f"--xla_dump_to={dumps} --xla_dump_emitter_re=.*"}
     flags = {
         "xla_jf_dump_to": dumps,
         "xla_jf_dump_llo_text": "true",

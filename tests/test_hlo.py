@@ -26,6 +26,21 @@ def test_a_gpu_program_moves_operands_results_and_slices_at_each_step_of_its_loo
     assert hlo.traffic(recorded("h100")) == hlo.Traffic(expected, ())
 
 
+def test_a_fusion_that_starts_and_is_done_later_moves_the_same():
+    row = "%loop_dynamic_slice_fusion = f32[1,64,64]{2,1,0}"
+    started = (  # as jax 0.12 writes it
+        "%fusion-start = ((f32[5,64,64]{2,1,0}, s32[]), f32[1,64,64]{2,1,0}, u32[]) fusion-start"
+    )
+    lines = []
+    for line in recorded("h100").splitlines():
+        if row in line:
+            lines += [line.replace(f"{row} fusion", started), f"  {row} fusion-done(%fusion-start)"]
+        else:
+            lines.append(line)
+    assert any("fusion-start(" in line for line in lines)
+    assert hlo.traffic("\n".join(lines)) == hlo.traffic(recorded("h100"))
+
+
 def test_what_lies_in_vector_memory_moves_nothing():
     padded = 64 * 128 * 4  # in tiles of 8 x 128
     before = (4 + 4) + padded + STEPS * padded  # a copy; y and x are read, their casts stay
