@@ -58,8 +58,9 @@ class Operand:
 
     shape: tuple[int, ...]
     itemsize: int  # bytes
-    block: tuple[int, ...]
-    fetches: int  # of a block, over the grid: as often as its index changes
+    # How often a block is moved, by its size: as often as its index changes along the grid. Blocks
+    # at the end of the array are cut.
+    blocks: dict[tuple[int, ...], int]
     requested: int  # bytes that the programs load and store by themselves, over the grid
 
     @property
@@ -177,8 +178,7 @@ def _kernel(equation: core.JaxprEqn, calls: int) -> Kernel:
             Operand(
                 shape=tuple(block.array_aval.shape),
                 itemsize=block.array_aval.dtype.itemsize,
-                block=tuple(getattr(size, "block_size", 1) for size in block.block_shape),
-                fetches=_fetches(mapping.grid, block.index_map_jaxpr),
+                blocks=_blocks(mapping.grid, block),
                 requested=requested[position],
             )
             for position, block in enumerate(mapping.block_mappings)
@@ -188,12 +188,16 @@ def _kernel(equation: core.JaxprEqn, calls: int) -> Kernel:
     )
 
 
-def _fetches(grid: tuple[int, ...], index_map: core.ClosedJaxpr) -> int:
-    """How often the index of a block changes along the grid, whose last axis runs fastest."""
+def _blocks(grid: tuple[int, ...], mapping: Any) -> dict[tuple[int, ...], int]:
+    """The sizes of the blocks that are moved along the grid, whose last axis runs fastest."""
     steps = jnp.asarray(np.indices(grid, np.int32).reshape(len(grid), -1))
-    function = core.jaxpr_as_fun(index_map)
+    function = core.jaxpr_as_fun(mapping.index_map_jaxpr)
     indices = np.asarray(jax.vmap(lambda step: jnp.stack(function(*step)), 1)(steps))
-    return 1 + int(np.any(indices[1:] != indices[:-1], axis=1).sum())
+    changes = np.any(indices[1:] != indices[:-1], axis=1)
+    block = np.array([getattr(size, "block_size", 1) for size in mapping.block_shape])
+    moved = indices[np.concatenate([[True], changes])]
+    sizes = np.minimum(block, np.array(mapping.array_aval.shape) - moved * block)
+    return dict(collections.Counter(tuple(size.tolist()) for size in sizes))
 
 
 def _count_requests(

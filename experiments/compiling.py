@@ -107,8 +107,10 @@ def kernel_traffic(target: Target, called: hlo.KernelCall, kernels: list[arithme
         if target.gpu:
             moved += operand.size if operand.size <= target.gpu.l2_cache else operand.requested
         elif array.in_memory:
-            block = hlo.tiled_size(operand.block, operand.itemsize)
-            moved += operand.fetches * block
+            moved += sum(
+                times * hlo.tiled_size(block, operand.itemsize)
+                for block, times in operand.blocks.items()
+            )
     return moved * called.calls
 
 

@@ -1,13 +1,18 @@
 """Operations, and blocks of kernels, against counts by hand."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
 from jax.experimental import pallas as pl
 
+from capsjax.kernels import dynamic_routing
+from capsjax.kernels.dynamic_routing.cases import CASES
 from experiments import arithmetic
 from experiments.arithmetic import Operations
+from experiments.compiling import Program, routing
 
 
 def shape(*sizes, dtype="float32"):
@@ -39,7 +44,7 @@ def test_a_loop_of_unknown_length_is_an_error():
         arithmetic.operations(halve, shape())
 
 
-def product(x, y, *, block, cost_estimate=None):
+def product(x, y, *, block, rows=None, cost_estimate=None):
     """A matrix product whose grid is rows x columns x depth."""
     (m, k), n = x.shape, y.shape[1]
 
@@ -52,7 +57,7 @@ def product(x, y, *, block, cost_estimate=None):
 
     return pl.pallas_call(
         kernel,
-        grid=(m // block, n // block, k // block),
+        grid=(rows or m // block, n // block, k // block),
         in_specs=[
             pl.BlockSpec((block, block), lambda i, j, k: (i, k)),
             pl.BlockSpec((block, block), lambda i, j, k: (k, j)),
@@ -76,17 +81,19 @@ def test_a_kernel_is_counted_along_its_grid():
     assert kernel.declared == 2
     x, y, z = kernel.operands
     assert (x.shape, y.shape, z.shape) == ((16, 32), (32, 24), (16, 24))
-    assert x.block == y.block == z.block == (8, 8)
-    assert (x.fetches, y.fetches, z.fetches) == (24, 24, 6)
+    assert (x.blocks, y.blocks, z.blocks) == ({(8, 8): 24}, {(8, 8): 24}, {(8, 8): 6})
     # What a body asks for: each step reads x, y and z and writes z, and may write zeros to z.
     assert (x.requested, y.requested, z.requested) == (24 * 256, 24 * 256, 24 * 3 * 256)
     assert arithmetic.operations(program, *shapes).matrix == 10 * 2 * 16 * 32 * 24
 
 
-def test_a_block_that_stays_is_fetched_once():
-    (kernel,) = arithmetic.kernels(lambda x, y: product(x, y, block=8), shape(16, 8), shape(8, 8))
+def test_a_block_that_stays_is_moved_once_and_one_at_the_end_is_cut():
+    (kernel,) = arithmetic.kernels(
+        lambda x, y: product(x, y, block=8, rows=3), shape(20, 8), shape(8, 8)
+    )
     x, y, z = kernel.operands
-    assert (x.fetches, y.fetches, z.fetches) == (2, 1, 2)
+    assert x.blocks == z.blocks == {(8, 8): 2, (4, 8): 1}
+    assert y.blocks == {(8, 8): 1}
 
 
 def test_requests_are_followed_into_loops():
@@ -101,3 +108,22 @@ def test_requests_are_followed_into_loops():
 
     (found,) = arithmetic.kernels(program, shape(6, 16))
     assert [operand.requested for operand in found.operands] == [2 * 6 * 64, 2 * 64]
+
+
+TPU = [name for name, platform in dynamic_routing.PLATFORMS.items() if platform == "tpu"]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("implementation", TPU)
+def test_tpu_kernels_declare_the_bytes_that_their_blocks_move(implementation, case):
+    program = Program("tpu_v5e", implementation, CASES[case], gradients=True)
+    function, shapes = routing(program)
+    kernels = arithmetic.kernels(function, *shapes)
+    assert kernels
+    for kernel in kernels:
+        moved = sum(
+            times * math.prod(block) * operand.itemsize
+            for operand in kernel.operands
+            for block, times in operand.blocks.items()
+        )
+        assert kernel.declared == moved, kernel
