@@ -103,7 +103,7 @@ def test_on_a_gpu_the_roofline_is_an_eighth_of_that_of_stored_votes(
 
 @pytest.mark.parametrize(("target", "implementation"), programs(only=("tpu_v5e",)))
 def test_stored_votes_do_not_fit_where_tiles_do(target, implementation):
-    case = CASES["many_parents"]
+    case = CASES["long"]
     stored = compiled(Program(target, compile_report.STORED_VOTES, case, True))
     assert "RESOURCE_EXHAUSTED" in stored["reason"]
     assert "reason" not in compiled(Program(target, implementation, case, True))
