@@ -74,10 +74,10 @@ def test_the_longest_case_needs_little_memory(target, implementation):
 @pytest.mark.parametrize(("target", "implementation"), programs(kernels_only=True))
 def test_temporaries_do_not_grow_with_the_number_of_capsules(target, implementation):
     cases = compile_report.scaling_cases()
-    few, many = (
-        row(target, implementation, cases[size])["temporary_mb"] for size in (2**14, 2**20)
-    )
-    assert many <= 1.1 * few
+    sizes = 2**14, 2**20
+    few, many = (row(target, implementation, cases[size])["temporary_mb"] for size in sizes)
+    # Not by a single float32 a capsule.
+    assert many - few < 4 * (sizes[1] - sizes[0]) / 1e6
 
 
 @pytest.mark.parametrize(("gradients", "megabytes"), [(False, 60), (True, 160)])
