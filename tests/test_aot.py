@@ -1,0 +1,128 @@
+"""Every implementation and case through the real compilers of devices that are not there."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+
+from capsjax.kernels.dynamic_routing import PLATFORMS
+from capsjax.kernels.dynamic_routing.cases import CASES
+from experiments import compile_report, targets
+from experiments.compiling import Program, measure
+from experiments.errors import InputError
+
+pytestmark = pytest.mark.aot
+
+compiled = cache(measure)
+REGISTERS = 255
+
+
+def programs(*, kernels_only=False, only=tuple(targets.TARGETS)):
+    """Targets with their implementations, stored votes apart."""
+    found = []
+    for target in only:
+        try:
+            targets.check_installed(target)
+            marks = []
+        except InputError as missing:
+            marks = [pytest.mark.skip(reason=str(missing))]
+        for implementation in compile_report.implementations(target):
+            wanted = implementation in PLATFORMS or not kernels_only
+            if wanted and implementation != compile_report.STORED_VOTES:
+                found.append(pytest.param(target, implementation, marks=marks))
+    return found
+
+
+def row(target, implementation, case, gradients=True):
+    """The measurements of a program, which must compile."""
+    case = CASES[case] if isinstance(case, str) else case
+    found = compiled(Program(target, implementation, case, gradients))
+    assert "reason" not in found, found["reason"]
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("target", "implementation"), programs())
+def test_it_compiles_within_registers_and_shared_memory(target, implementation, case):
+    kernels = [k for k in row(target, implementation, case)["kernels"] if k["pallas"]]
+    assert bool(kernels) == (implementation in PLATFORMS)
+    gpu = targets.TARGETS[target].gpu
+    for kernel in kernels:
+        if gpu:
+            assert kernel["spills"] == 0, kernel
+            assert kernel["registers"] <= REGISTERS, kernel
+            assert kernel["shared_memory"] <= gpu.shared_memory - 1024, kernel
+        else:
+            assert kernel["bundles"] > 0, kernel
+
+
+@pytest.mark.parametrize(("target", "implementation"), programs())
+def test_votes_are_not_stored(target, implementation):
+    case = CASES["capsnet_mnist"]
+    votes = 4 * case.batch * case.capsules * case.parents * case.depth
+    assert row(target, implementation, "capsnet_mnist")["temporary_mb"] <= 12 < votes / 1e6
+
+
+@pytest.mark.parametrize(("target", "implementation"), programs(kernels_only=True))
+def test_the_longest_case_needs_little_memory(target, implementation):
+    assert row(target, implementation, "long")["temporary_mb"] < 400
+
+
+@pytest.mark.parametrize(("target", "implementation"), programs(kernels_only=True))
+def test_temporaries_do_not_grow_with_the_number_of_capsules(target, implementation):
+    cases = compile_report.scaling_cases()
+    sizes = 2**14, 2**20
+    few, many = (row(target, implementation, cases[size])["temporary_mb"] for size in sizes)
+    # Not by a single float32 a capsule.
+    assert many - few < 4 * (sizes[1] - sizes[0]) / 1e6
+
+
+@pytest.mark.parametrize(("gradients", "megabytes"), [(False, 60), (True, 160)])
+@pytest.mark.parametrize(("target", "implementation"), programs(only=("tpu_v5e",)))
+def test_a_tpu_moves_little(target, implementation, gradients, megabytes):
+    found = row(target, implementation, "capsnet_mnist", gradients)
+    assert found["moved_mb"] <= megabytes
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize(
+    ("target", "implementation"), programs(kernels_only=True, only=("h100", "a100"))
+)
+def test_on_a_gpu_the_roofline_is_an_eighth_of_that_of_stored_votes(
+    target, implementation, gradients
+):
+    own, stored = (
+        row(target, name, "capsnet_mnist", gradients)["roofline_us"]
+        for name in (implementation, compile_report.STORED_VOTES)
+    )
+    assert own <= stored / 8
+
+
+@pytest.mark.parametrize(("target", "implementation"), programs(only=("tpu_v5e",)))
+def test_stored_votes_do_not_fit_where_tiles_do(target, implementation):
+    case = CASES["long"]
+    stored = compiled(Program(target, compile_report.STORED_VOTES, case, True))
+    assert "RESOURCE_EXHAUSTED" in stored["reason"]
+    assert "reason" not in compiled(Program(target, implementation, case, True))
+
+
+@pytest.mark.parametrize(("target", "implementation"), programs(only=("h100",)))
+def test_the_report_needs_no_settings_in_its_environment(target, implementation, tmp_path):
+    output = tmp_path / "rows.jsonl"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "experiments.compile_report", f"--target={target}"),
+            *(f"--implementation={implementation}", "--case=capsnet_mnist", f"--output={output}"),
+        ],
+        env={name: value for name, value in os.environ.items() if not name.startswith("JAX_")},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    written = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [r["gradients"] for r in written] == [False, True]
+    assert all(r["roofline_us"] > 0 for r in written)
+    assert len(done.stdout.splitlines()) == 3

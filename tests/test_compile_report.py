@@ -1,0 +1,134 @@
+"""The compile report without its compilers: what it asks for, and how it tells it."""
+
+import json
+
+import pytest
+
+from capsjax.kernels.dynamic_routing.cases import CASES
+from experiments import compile_report, targets
+from experiments.compile_report import Config
+from experiments.compiling import Program
+from experiments.errors import InputError
+
+GPU = {
+    "temporary_mb": 107.3,
+    "moved_mb": 660.9,
+    "accessed_mb": None,
+    "matrix_gflop": 0.5,
+    "vector_gflop": 0.13,
+    "roofline_us": 200.0,
+    "bound": "memory",
+    "kernels": [
+        {"name": "a", "registers": 50, "spills": 0, "shared_memory": 8320, "pallas": False},
+        {"name": "b", "registers": 40, "spills": 8, "shared_memory": 0, "pallas": False},
+    ],
+}
+OWN = {"name": "mine", "registers": 30, "spills": 0, "shared_memory": 4096, "pallas": True}
+TPU = {
+    **GPU,
+    "accessed_mb": 707.1,
+    "kernels": [{"name": "c", "bundles": 530, "vector_memory": 168000, "pallas": True}],
+}
+
+
+@pytest.fixture(autouse=True)
+def _installed(monkeypatch):
+    monkeypatch.setattr(targets, "check_installed", lambda name: None)
+
+
+def test_every_implementation_and_case_of_a_target_is_compiled_with_and_without_gradients():
+    asked = compile_report.programs(Config(target="h100,tpu_v5e"))
+    assert len(set(asked)) == len(asked)
+    for target in ("h100", "tpu_v5e"):
+        for name, case in CASES.items():
+            for implementation in ("reference", "xla"):
+                for gradients in (False, True):
+                    program = Program(target, implementation, case, gradients)
+                    assert (name, program) in asked
+
+
+def test_the_choice_can_be_narrowed():
+    config = Config(target="a100", case="long,capsnet_mnist", implementation="xla")
+    asked = [(name, p.implementation, p.gradients) for name, p in compile_report.programs(config)]
+    assert asked == [(n, "xla", g) for n in ("long", "capsnet_mnist") for g in (False, True)]
+
+
+def test_scaling_goes_from_1k_to_1m_capsules_without_stored_votes():
+    asked = compile_report.programs(Config(target="a100", scaling=True))
+    sizes = {program.case.capsules for _, program in asked}
+    assert (min(sizes), max(sizes)) == (2**10, 2**20)
+    assert len({program.case._replace(capsules=0) for _, program in asked}) == 1
+    assert all(p.gradients and p.implementation != "reference" for _, p in asked)
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "unknown"), [("case", "mnist", "mnist"), ("implementation", "xla,", "")]
+)
+def test_an_unknown_name_is_refused(flag, text, unknown):
+    with pytest.raises(InputError, match=rf"^--{flag} must name any of .*, got '{unknown}'$"):
+        compile_report.programs(Config(**{flag: text}))
+
+
+def rows(*measured):
+    """Rows of the same program with stored votes first, then of "xla"."""
+    found = []
+    for implementation, one in zip(("reference", "xla"), measured, strict=True):
+        program = Program("h100", implementation, CASES["capsnet_mnist"], True)
+        found.append(compile_report.describe("capsnet_mnist", program, one, found))
+    return found
+
+
+def test_a_gain_is_over_stored_votes():
+    first, second = rows(GPU, {**GPU, "roofline_us": 25.0})
+    assert "gain" not in first
+    assert second["gain"] == 8
+    assert compile_report.line(second).split()[-1] == "8.0"
+
+
+def test_without_stored_votes_there_is_no_gain():
+    first, second = rows({"reason": "needs 99.0 GB of 80 GB"}, GPU)
+    assert "gain" not in second
+    assert compile_report.line(first).endswith("not compiled: needs 99.0 GB of 80 GB")
+
+
+def cells(row):
+    """The cells of a printed row by their heading."""
+    head, text = compile_report.heading(), compile_report.line(row)
+    start, found = len(head), {}
+    for name, width in reversed(compile_report._COLUMNS.items()):
+        start -= width
+        found[name] = text[start : start + width].strip()
+    return found
+
+
+def test_the_largest_figures_stand_for_all_kernels():
+    shown = cells(rows(GPU, GPU)[0])
+    assert (shown["regs"], shown["spill B"], shown["chip kB"]) == ("50", "8", "8")
+    assert (shown["bundles"], shown["XLA's MB"], shown["GFLOP"]) == ("", "", "0.63")
+
+
+def test_kernels_of_our_own_stand_before_those_of_the_compiler():
+    shown = cells(rows(GPU, {**GPU, "kernels": [*GPU["kernels"], OWN]})[1])
+    assert (shown["regs"], shown["spill B"], shown["chip kB"]) == ("30", "0", "4")
+
+
+def test_a_tpu_has_bundles_and_the_compilers_own_count():
+    shown = cells(rows(GPU, TPU)[1])
+    assert (shown["regs"], shown["bundles"], shown["chip kB"]) == ("", "530", "168")
+    assert shown["XLA's MB"] == "707.1"
+
+
+def test_rows_are_printed_and_written(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(
+        compile_report, "measure", lambda program: TPU if program.gradients else {"reason": "why"}
+    )
+    output = tmp_path / "rows.jsonl"
+    config = Config(target="tpu_v5e", case="long", output=str(output))
+    assert compile_report.main(config) == 0
+    written = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(written) == len(compile_report.programs(config))
+    assert written[0]["sizes"] == CASES["long"]._asdict()
+    assert written[0]["reason"] == "why"
+    assert written[1]["kernels"] == TPU["kernels"]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [compile_report.heading(), *map(compile_report.line, written)]
