@@ -101,7 +101,10 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 def test_one_program_for_all_platforms():
     poses, weights = jnp.ones((2, 6, 4)), jnp.ones((6, 4, 3, 5))
     with for_h100():
-        export = jax.export.export(jax.jit(capsjax.dynamic_routing), platforms=PLATFORMS)
+        # JAX promises nothing about the future of Pallas-Triton's call.
+        triton = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
+        function = jax.jit(capsjax.dynamic_routing)
+        export = jax.export.export(function, platforms=PLATFORMS, disabled_checks=[triton])
         exported = export(poses, weights)
     outputs = exported.call(poses, weights)
     assert jnp.allclose(outputs, capsjax.dynamic_routing(poses, weights))
