@@ -46,16 +46,22 @@ def dynamic_routing(
       gradient: `"full"` goes through every iteration, as in the paper's own code; `"last"`
         takes the last couplings as constants, which is cheaper and misses 2 % to 44 % of the
         full gradient (T = 3, weights of deviation 0.02 to 0.1).
-      implementation: None chooses when the program is lowered. `"xla"` never stores votes,
-        forward or backward, and has no forward-mode derivative; `"reference"` is the paper's
-        procedure with stored votes, differentiable in every mode.
+      implementation: None chooses when the program is lowered. `"pallas_mosaic_tpu"` on a TPU and
+        `"pallas_triton"` on an NVIDIA GPU (sm_80 and newer) are fused kernels, `"xla"` runs
+        anywhere; these never store votes, forward or backward, and have no forward-mode
+        derivative. `"reference"` is the paper's procedure with stored votes, differentiable in
+        every mode. Kernels take float32 and bfloat16; for a TPU the weights of 128 capsules must
+        fit into vector memory (P·J·D up to about 80,000), for a GPU P is at most 128 and D
+        256. For anything else None takes `"xla"`.
 
     Returns:
       Outputs `[..., J, D]`, in the dtype of `poses`; each has a length below 1.
 
     Raises:
-      ValueError: A shape or setting is wrong.
+      ValueError: A shape or setting is wrong, or the implementation that is named runs on another
+        platform than the program is for.
       TypeError: A dtype is wrong.
+      Unsupported: The implementation that is named does not take these arguments.
 
     Example:
       >>> poses, weights = jnp.ones((2, 6, 4)), jnp.full((6, 4, 3, 5), 0.1)
