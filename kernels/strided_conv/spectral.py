@@ -154,7 +154,7 @@ def _split_phases(x: Array, size: Pair, stride: Pair) -> Array:
     return x.reshape(math.prod(size), x.shape[2], math.prod(stride), *x.shape[5:])
 
 
-def _join_phases(x: Array, size: Pair, stride: Pair, target: Pair) -> Array:
+def _join_phases(x: Array, size: Pair, stride: Pair, target: tuple[int, ...]) -> Array:
     """The transpose of `_split_phases`, to `[b, *target, …]`."""
     x = x.reshape(*size, x.shape[1], *stride, *x.shape[3:])
     x = jnp.moveaxis(x, (0, 1), (1, 3))
@@ -162,7 +162,7 @@ def _join_phases(x: Array, size: Pair, stride: Pair, target: Pair) -> Array:
     return _fit(x, target)
 
 
-def _fit(x: Array, target: Pair) -> Array:
+def _fit(x: Array, target: tuple[int, ...]) -> Array:
     """Cuts rows and columns of `[b, rows, columns, …]` off, or adds zeros."""
     x = x[:, : target[0], : target[1]]
     missing = [(0, n - m) for n, m in zip(target, x.shape[1:3], strict=True)]
