@@ -186,7 +186,9 @@ def _worthwhile(
     pairs = phases * channels * outputs
     direct = math.prod(output) * height * width * channels * (outputs + MOVED)
     image = math.prod(extent) * phases * channels + math.prod(output) * outputs + pairs
-    spectral = 1.5 * math.prod(extent) * (image + pairs * (math.prod(taps) + MOVED) / batch)
+    # With gradients the kernel is transformed twice, and its gradient once.
+    of_kernel = pairs * (2 * math.prod(taps) + 3 * MOVED)
+    spectral = 1.5 * math.prod(extent) * (image + of_kernel / batch)
     return spectral < direct
 
 
