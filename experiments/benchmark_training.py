@@ -1,24 +1,41 @@
-"""Measures the paper's network on this machine: training, inference, and the parts of a step."""
+"""Measures the paper's network on this machine, beside plain JAX and PyTorch, and part by part.
 
+Every program has a process of its own, as its users run it, and only one of them runs at a time:
+each round times every row of every program once.
+"""
+
+import contextlib
 import dataclasses
 import datetime
+import importlib.metadata
+import importlib.util
+import json
+import os
 import platform
-import resource
-import time
-from collections.abc import Callable
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-import capsjax
 from capsjax.models import CapsNet
-from experiments import cli, records, training
+from experiments import charts, cli, programs, records, step_parts
 from experiments.cli import flag
+from experiments.errors import InputError
 
-MATRIX = 2048
+PARTS = (
+    "routing",
+    "first convolution, with gradients",
+    "primary capsules, with gradients",
+    "decoder, with gradients",
+    "matrix product",
+)
+COMMON = ("training", "inference", "routing, with gradients")
+TOLERANCE = 1e-4  # of class capsules, whose length is below 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,115 +44,179 @@ class Config:
 
     batch_size: int = flag(128, "Images in one step.", minimum=1)
     image_size: int = flag(28, "Height and width of the images, in pixels.", minimum=17)
-    repeats: int = flag(5, "Timed runs of each row, in turn with those of the others.", minimum=1)
+    repeats: int = flag(5, "Timed rounds.", minimum=1)
+    plain_repeats: int = flag(1, "Rounds that time plain JAX, a step a minute; 0: none.", minimum=0)
+    torch: bool = flag(False, "Time two forms in PyTorch too.")
     output: str = flag("", "File that a JSON line for each row is added to; empty: none.")
+    figure: str = flag("", "File of a bar chart, .png; empty: none.")
+
+
+class Contender:
+    """One program in its process."""
+
+    def __init__(self, name: str, arguments: list[str]):
+        """Starts it; `started` says what it reports of its first steps."""
+        self.name = name
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "experiments.contender", f"--name={name}", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.started = self._answer()
+
+    def seconds(self, row: str) -> float:
+        """Runs one row once."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{row}\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def stop(self) -> None:
+        """Ends the process, whatever it does."""
+        self.process.kill()
+        self.process.communicate()
+
+    def _answer(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process of {self.name} ended with {self.process.wait()}")
+        return json.loads(line)
 
 
 def main(config: Config) -> int:
     """Times every row in turn, and prints medians with their spread."""
-    shape = (config.image_size, config.image_size, 1)
-    trainer = training.Trainer(
-        CapsNet(shape, rngs=nnx.Rngs(0)),
-        training.Objective(num_classes=10, reconstruction_weight=0.0005, shift=2),
-        training.adam(1e-3, final_learning_rate=1e-4, num_steps=1000),
-    )
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (config.batch_size, *shape), np.uint8)
-    labels = rng.integers(0, 10, config.batch_size, np.int32)
+    names = ["capsjax"] + ["plain_jax"] * (config.plain_repeats > 0)
+    if config.torch:
+        if importlib.util.find_spec("torch") is None:
+            raise InputError("--torch needs the package torch: pip install 'capsjax[torch]'")
+        names += ["torch", "torch_notebook"]
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        arguments = [
+            f"--params={_params(folder, config)}",
+            f"--batch_size={config.batch_size}",
+            f"--image_size={config.image_size}",
+        ]
 
-    started = time.perf_counter()
-    state = trainer.step(trainer.initial_state(0), images, labels)
-    jax.block_until_ready(state)
-    first_step = time.perf_counter() - started
+        def start(name: str, *more: str) -> Contender:
+            contender = Contender(name, [*arguments, *more])
+            stack.callback(contender.stop)
+            return contender
 
-    def train() -> Any:
-        nonlocal state
-        state = trainer.step(state, images, labels)
-        return state
-
-    # A copy, since every step gives the parameters before it away.
-    params = jax.tree.map(jnp.copy, state.params)
-    rows = {"training step": train, **parts(trainer, params, images)}
-    seconds: dict[str, list[float]] = {name: [] for name in rows}
-    for repeat in range(config.repeats + 1):  # the first run warms up
-        for name, run in rows.items():
-            started = time.perf_counter()
-            jax.block_until_ready(run())
-            if repeat:
-                seconds[name].append(time.perf_counter() - started)
-    lines = [describe(name, values, config) for name, values in seconds.items()]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"first step, compilation included: {first_step:.1f} s; peak memory {peak:.0f} MiB")
-    print(f"{'':34}{'median':>10}{'min':>10}{'max':>10}{'images/s':>10}{'GFLOP/s':>10}")
-    for line in lines:
-        times = "".join(f"{1000 * line[key]:7.1f} ms" for key in ("median", "min", "max"))
-        print(f"{line['row']:34}{times}{line['images_per_second']:10.1f}{line['gflops'] or '':>10}")
+        kept = [f"--compilation_cache={os.path.join(folder, 'compiled')}", "--more_steps=0"]
+        for _ in range(2):  # the first of them fills the folder
+            second = start("capsjax", *kept)
+            second.stop()
+        contenders = [
+            start(name, *(["--more_steps=0"] if name == "plain_jax" else [])) for name in names
+        ]
+        _check_equal(contenders)
+        seconds: dict[tuple[str, str], list[float]] = {}
+        for contender, row in _rounds(contenders, config):
+            seconds.setdefault((contender.name, row), []).append(contender.seconds(row))
+    lines = [_line(*key, values, config) for key, values in seconds.items()]
+    lines += [
+        _line(contender.name, row, [contender.started[key]], config, unit=unit)
+        for contender in contenders
+        for row, key, unit in (
+            ("first step", "first_step", "s"),
+            ("peak memory", "peak_mib", "MiB"),
+        )
+    ]
+    again = second.started["first_step"]
+    lines.append(_line("capsjax", "first step, compiled before", [again], config))
+    for text in table(lines):
+        print(text)
     if config.output:
         records.append_lines(config.output, lines)
+    if config.figure:
+        records.save_figure(charts.throughput(lines), config.figure)
     return 0
 
 
-def parts(
-    trainer: training.Trainer, params: training.Params, images: np.ndarray
-) -> dict[str, Callable[[], Any]]:
-    """The rows beside the training step, compiled; gradients are of all that the row computes."""
-    model = trainer.model(params)
-    pixels = training.scaled(jnp.asarray(images))
-    features = jax.nn.relu(model.convolution(pixels))
-    poses = model.primary(features)
-    weights = model.capsules.weights[...]
-    capsules = model.capsules(poses)
-    chosen = jnp.argmax(capsjax.lengths(capsules), axis=1)
-    matrix = jnp.ones((MATRIX, MATRIX))
-
-    def bind(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-        compiled = jax.jit(function).lower(*arguments).compile()
-        return lambda: compiled(*arguments)
-
-    def gradients(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-        def run(*arguments: Any) -> Any:
-            outputs, vjp = jax.vjp(function, *arguments)
-            return outputs, vjp(outputs)
-
-        return bind(run, *arguments)
-
-    def layer(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda params, *inputs: function(trainer.model(params), *inputs)
-
-    first = layer(lambda model, x: model.convolution(x))
-    return {
-        "inference": bind(layer(lambda model, x: capsjax.lengths(model(x))), params, pixels),
-        "first convolution, with gradients": gradients(lambda p: first(p, pixels), params),
-        "primary capsules, with gradients": gradients(
-            layer(lambda model, x: model.primary(x)), params, features
-        ),
-        "routing": bind(capsjax.dynamic_routing, poses, weights),
-        "routing, with gradients": gradients(capsjax.dynamic_routing, poses, weights),
-        "decoder, with gradients": gradients(
-            layer(lambda model, c: model.reconstruct(c, chosen)), params, capsules
-        ),
-        f"matrix product of {MATRIX}": bind(jnp.matmul, matrix, matrix),
-    }
+def table(lines: list[dict[str, Any]]) -> Iterator[str]:
+    """The lines as text, and how many times as much capsjax does."""
+    yield f"{'':16}{'':36}{'median':>12}{'min':>12}{'max':>12}{'images/s':>10}{'capsjax':>9}"
+    own = {line["row"]: line["median"] for line in lines if line["program"] == "capsjax"}
+    for line in lines:
+        unit = line["unit"]
+        scale, shown = (1000, "ms") if unit == "s" else (1, unit)
+        values = "".join(f"{scale * line[k]:9.1f} {shown:2}" for k in ("median", "min", "max"))
+        ratio = line["median"] / own[line["row"]]
+        speed = line["images_per_second"]
+        yield (
+            f"{line['program']:16}{line['row']:36}{values}"
+            f"{'' if speed is None else format(speed, '.1f'):>10}{ratio:8.2f}x"
+        )
+    product = own["matrix product"]
+    flop = 2 * step_parts.MATRIX**3
+    yield f"matrix product of {step_parts.MATRIX}: {1e-9 * flop / product:.0f} GFLOP/s"
 
 
-def describe(name: str, seconds: list[float], config: Config) -> dict[str, Any]:
+def _params(folder: str, config: Config) -> str:
+    """The file of the parameters that all programs are compared with."""
+    model = CapsNet((config.image_size, config.image_size, 1), rngs=nnx.Rngs(0))
+    path = os.path.join(folder, "params.npz")
+    programs.save_params(path, nnx.to_pure_dict(nnx.split(model)[1]))
+    return path
+
+
+def _check_equal(contenders: list[Contender]) -> None:
+    """Raises RuntimeError unless all programs compute the same."""
+    wanted, *others = (np.array(contender.started["class_capsules"]) for contender in contenders)
+    for contender, capsules in zip(contenders[1:], others, strict=True):
+        if (error := np.abs(capsules - wanted).max()) > TOLERANCE:
+            raise RuntimeError(f"{contender.name} differs from capsjax by {error:.1e}")
+
+
+def _rounds(contenders: list[Contender], config: Config) -> Iterator[tuple[Contender, str]]:
+    """What to time next; plain JAX in the last rounds only."""
+    for contender in contenders:  # compile, and warm up
+        for row in (*COMMON, *(PARTS if contender.name == "capsjax" else ())):
+            if contender.name != "plain_jax":
+                contender.seconds(row)
+    for left in reversed(range(config.repeats)):
+        for row in (*COMMON, *PARTS):
+            for contender in contenders:
+                is_plain = contender.name == "plain_jax"
+                if contender.name == "capsjax" or (
+                    row in COMMON and not (is_plain and left >= config.plain_repeats)
+                ):
+                    yield contender, row
+
+
+def _line(
+    program: str, row: str, values: list[float], config: Config, *, unit: str = "s"
+) -> dict[str, Any]:
     """One row's numbers, with what is needed to compare them."""
-    median = float(np.median(seconds))
-    is_product = name.startswith("matrix product")
+    median = float(np.median(values))
+    is_rate = unit == "s" and row != "matrix product" and "first step" not in row
     return {
-        "row": name,
+        "program": program,
+        "row": row,
+        "unit": unit,
         "median": median,
-        "min": min(seconds),
-        "max": max(seconds),
-        "images_per_second": 0.0 if is_product else config.batch_size / median,
-        "gflops": round(2e-9 * MATRIX**3 / median) if is_product else None,
+        "min": min(values),
+        "max": max(values),
+        "repeats": len(values),
+        "images_per_second": config.batch_size / median if is_rate else None,
         "batch_size": config.batch_size,
         "image_size": config.image_size,
         "device": jax.devices()[0].device_kind,
         "machine": platform.processor() or platform.machine(),
-        "jax": jax.__version__,
+        "cores": os.cpu_count(),
+        "versions": {name: _version(name) for name in ("jax", "torch")},
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _version(package: str) -> str | None:
+    """The version of a package, or None without it; importing it would take a second."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import dataclasses
 import signal
 
-import jax
 import jax.numpy as jnp
 from absl import logging
 from flax import nnx
@@ -97,7 +96,7 @@ def num_steps(config: Config, dataset: data.Dataset) -> int:
 def main(config: Config) -> int:
     """Trains from the workdir's newest checkpoint to the end, and draws the figures."""
     if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
+        training.keep_compiled(config.compilation_cache)
     dataset = data.load(config.dataset, data_dir=config.data_dir, download=config.download)
     trainer = build(config, dataset)
     workdir = records.open_workdir(config.workdir, config=config, data_sha256=dataset.sha256)

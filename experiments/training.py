@@ -163,6 +163,12 @@ class Trainer:
         return self.objective.loss(self.model(params), scaled(images), labels, training=False)
 
 
+def keep_compiled(folder: str) -> None:
+    """Has compiled programs kept in a folder, the small ones too: a start has dozens."""
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
 def empty_window() -> Window:
     """No steps yet."""
     integer, real = jnp.int32, jnp.float32

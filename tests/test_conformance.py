@@ -249,6 +249,7 @@ def test_dynamic_routing_never_stores_the_votes():
 def test_strided_conv_matches_the_oracle(implementation, name, dtype, monkeypatch):
     # Whether the spectral form pays is not in question here, and its own answer would be no.
     monkeypatch.setattr(strided_conv.spectral, "_worthwhile", lambda *arguments: True)
+    monkeypatch.setattr(strided_conv.spectral, "CHANNELS", 2)  # several chunks, one not full
     batch, image, kernel_size, outputs, stride = CONVOLUTIONS[name]
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.random((batch, *image)), dtype)

@@ -3,17 +3,22 @@
 A stride of s splits an image into s² interleaved phases, and the convolution into one of stride 1
 over s² as many channels. There the transform turns each frequency into one matrix product over
 channels: 148 real products in place of 729 for the 9x9 kernel of stride 2 over a 20x20 image. The
-transforms are products with fixed matrices, so every gradient is made of matrix products too.
+transforms are products with fixed matrices.
+
+Transforms are larger than what they are made of (155 MB for a kernel of 21 MB), so they exist for
+some channels at a time, and the gradient makes them anew. Letters: F frequencies, Q phases, b
+examples, c input and o output channels.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from capsjax.kernels.dispatch import Unsupported
 
@@ -22,6 +27,18 @@ Pair = tuple[int, int]
 # 2 Zen 4 cores: about 80 billion multiplications and 1.5 billion such moves a second. It places
 # the measured break-even points of BUILD_NOTES.md, "Convolution on a CPU".
 MOVED = 50
+# Input channels transformed at a time: 32, 128 and all 256 take 1.19, 1.16 and 1.34 times as long.
+CHANNELS = 64
+
+
+class Plan(NamedTuple):
+    """The static sizes of one convolution."""
+
+    stride: Pair
+    extent: Pair  # pixels of a phase
+    taps: Pair  # of a phase
+    output: Pair  # pixels
+    channels: int  # transformed at a time, a divisor of all
 
 
 class Transforms(NamedTuple):
@@ -39,11 +56,13 @@ class Transforms(NamedTuple):
 def strided_conv(images: Array, kernel: Array, *, stride: Pair) -> Array:
     """Convolves, in float32 at least; its error is that of the direct sum.
 
+    There is no forward-mode derivative: `"patches"` and `"xla"` have it.
+
     Raises:
       Unsupported: The transforms would cost more than they spare.
     """
     batch, height, width, channels = images.shape
-    kernel_size, outputs = kernel.shape[:2], kernel.shape[3]
+    kernel_size = kernel.shape[:2]
     taps = _each(lambda k, s: -(-k // s), kernel_size, stride)
     output = _each(lambda n, k, s: (n - k) // s + 1, (height, width), kernel_size, stride)
     extent = _each(lambda o, t: o + t - 1, output, taps)
@@ -51,34 +70,108 @@ def strided_conv(images: Array, kernel: Array, *, stride: Pair) -> Array:
         raise Unsupported(f"transforms of {extent} phases cost more than the direct sum")
 
     dtype = jnp.promote_types(images.dtype, jnp.float32)
-    matrices = Transforms(*(m.astype(dtype) for m in _transforms(extent, taps, output)))
-    (rows, row_step), (columns, column_step) = zip(extent, stride, strict=True)
-    # The last phases may reach past the image, and the image past the last window.
-    x = images[:, : rows * row_step, : columns * column_step].astype(dtype)
-    x = jnp.pad(x, _padding(x.shape, (batch, rows * row_step, columns * column_step, channels)))
-    x = x.reshape(batch, rows, row_step, columns, column_step, channels)
-    x = x.transpose(1, 3, 0, 2, 4, 5).reshape(rows * columns, batch, -1)
-    k = jnp.pad(
-        kernel.astype(dtype),
-        _padding(kernel.shape, (taps[0] * row_step, taps[1] * column_step, channels, outputs)),
-    )
-    k = k.reshape(taps[0], row_step, taps[1], column_step, channels, outputs)
-    k = k.transpose(0, 2, 1, 3, 4, 5).reshape(math.prod(taps), -1, outputs)
+    chunks = -(-channels // CHANNELS)
+    size = -(-channels // chunks)
+    missing = (0, chunks * size - channels)
+    x = jnp.pad(images.astype(dtype), ((0, 0), (0, 0), (0, 0), missing))
+    k = jnp.pad(kernel.astype(dtype), ((0, 0), (0, 0), missing, (0, 0)))
+    return _convolve(Plan(stride, extent, taps, output, size), x, k).astype(images.dtype)
 
-    x = jnp.einsum("fs,sbc->fbc", matrices.image, x)
-    k = jnp.einsum("ft,tco->fco", matrices.kernel, k)
-    products = jnp.einsum("fbc,fco->fbo", x, k)
-    y = jnp.einsum("sf,fbo->bso", matrices.output, products)
-    return y.reshape(batch, *output, outputs).astype(images.dtype)
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _convolve(plan: Plan, images: Array, kernel: Array) -> Array:
+    """Convolves float32 or float64 images whose channels are so many chunks."""
+    return _forward(plan, images, kernel)[0]
+
+
+def _forward(plan: Plan, images: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    matrices = _transforms(plan.extent, plan.taps, plan.output)
+
+    def add_chunk(chunk: Array, y: Array) -> Array:
+        x, k = _transformed_chunk(plan, images, kernel, chunk)
+        return y + jnp.einsum("fbc,fco->fbo", x, k)
+
+    outputs = kernel.shape[-1]
+    y = jnp.zeros((len(matrices.image), len(images), outputs), images.dtype)
+    y = lax.fori_loop(0, kernel.shape[2] // plan.channels, add_chunk, y)
+    y = _apply(matrices.output, y).reshape(*plan.output, -1, outputs)
+    return y.transpose(2, 0, 1, 3), (images, kernel)
+
+
+def _backward(plan: Plan, residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    images, kernel = residuals
+    matrices = _transforms(plan.extent, plan.taps, plan.output)
+    dy = dy.transpose(1, 2, 0, 3).reshape(math.prod(plan.output), len(images), -1)
+    # Autodiff would put the frequencies last in what follows, for 0.3 GB of copies.
+    dy = _apply(matrices.output.T, dy)
+
+    def set_chunk(chunk: Array, gradients: tuple[Array, Array]) -> tuple[Array, Array]:
+        x, k = _transformed_chunk(plan, images, kernel, chunk)
+        dx = _apply(matrices.image.T, jnp.einsum("fbo,fco->fbc", dy, k))
+        dk = _apply(matrices.kernel.T, jnp.einsum("fbc,fbo->fco", x, dy))
+        dx = dx.reshape(*dx.shape[:2], math.prod(plan.stride), -1)
+        dk = dk.reshape(len(dk), 1, math.prod(plan.stride), plan.channels, -1)
+        dx = _join_phases(dx, plan.extent, plan.stride, images.shape[1:3])
+        dk = _join_phases(dk, plan.taps, plan.stride, kernel.shape[:2])[0]
+        start = chunk * plan.channels
+        return (
+            lax.dynamic_update_slice_in_dim(gradients[0], dx, start, 3),
+            lax.dynamic_update_slice_in_dim(gradients[1], dk, start, 2),
+        )
+
+    zeros = jnp.zeros_like(images), jnp.zeros_like(kernel)
+    return lax.fori_loop(0, kernel.shape[2] // plan.channels, set_chunk, zeros)
+
+
+_convolve.defvjp(_forward, _backward)
+
+
+def _transformed_chunk(
+    plan: Plan, images: Array, kernel: Array, chunk: Array
+) -> tuple[Array, Array]:
+    """The transforms of a chunk of channels, `[F, b, Q c]` and `[F, Q c, o]`."""
+    matrices = _transforms(plan.extent, plan.taps, plan.output)
+    start = chunk * plan.channels
+    x = lax.dynamic_slice_in_dim(images, start, plan.channels, 3)
+    k = lax.dynamic_slice_in_dim(kernel, start, plan.channels, 2)
+    x = _apply(matrices.image, _split_phases(x, plan.extent, plan.stride))
+    k = _apply(matrices.kernel, _split_phases(k[None], plan.taps, plan.stride))
+    return x.reshape(*x.shape[:2], -1), k.reshape(len(k), -1, k.shape[-1])
+
+
+def _apply(matrix: np.ndarray, x: Array) -> Array:
+    """The product with the first axis of `x`, in its dtype."""
+    product = jnp.asarray(matrix, x.dtype) @ x.reshape(len(x), -1)
+    return product.reshape(-1, *x.shape[1:])
+
+
+def _split_phases(x: Array, size: Pair, stride: Pair) -> Array:
+    """`[b, rows, columns, …]` to `[pixels of a phase, b, Q, …]`, phases having `size` pixels."""
+    # The last phases may reach past the image, and the image past the last window.
+    x = _fit(x, _each(lambda n, s: n * s, size, stride))
+    x = x.reshape(len(x), size[0], stride[0], size[1], stride[1], *x.shape[3:])
+    x = jnp.moveaxis(x, (1, 3), (0, 1))
+    return x.reshape(math.prod(size), x.shape[2], math.prod(stride), *x.shape[5:])
+
+
+def _join_phases(x: Array, size: Pair, stride: Pair, target: tuple[int, ...]) -> Array:
+    """The transpose of `_split_phases`, to `[b, *target, …]`."""
+    x = x.reshape(*size, x.shape[1], *stride, *x.shape[3:])
+    x = jnp.moveaxis(x, (0, 1), (1, 3))
+    x = x.reshape(len(x), size[0] * stride[0], size[1] * stride[1], *x.shape[5:])
+    return _fit(x, target)
+
+
+def _fit(x: Array, target: tuple[int, ...]) -> Array:
+    """Cuts rows and columns of `[b, rows, columns, …]` off, or adds zeros."""
+    x = x[:, : target[0], : target[1]]
+    missing = [(0, n - m) for n, m in zip(target, x.shape[1:3], strict=True)]
+    return jnp.pad(x, [(0, 0), *missing, *[(0, 0)] * (x.ndim - 3)])
 
 
 def _each(function: Callable[..., int], *pairs: tuple[int, ...]) -> Pair:
     rows, columns = (function(*values) for values in zip(*pairs, strict=True))
     return rows, columns
-
-
-def _padding(shape: tuple[int, ...], target: tuple[int, ...]) -> list[Pair]:
-    return [(0, t - n) for n, t in zip(shape, target, strict=True)]
 
 
 def _worthwhile(
@@ -93,7 +186,9 @@ def _worthwhile(
     pairs = phases * channels * outputs
     direct = math.prod(output) * height * width * channels * (outputs + MOVED)
     image = math.prod(extent) * phases * channels + math.prod(output) * outputs + pairs
-    spectral = 1.5 * math.prod(extent) * (image + pairs * (math.prod(taps) + MOVED) / batch)
+    # With gradients the kernel is transformed twice, and its gradient once.
+    of_kernel = pairs * (2 * math.prod(taps) + 3 * MOVED)
+    spectral = 1.5 * math.prod(extent) * (image + of_kernel / batch)
     return spectral < direct
 
 
