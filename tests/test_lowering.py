@@ -148,3 +148,18 @@ def test_what_triton_kernels_do_not_take_is_left_to_the_plain_form(changes, reas
         assert KERNEL["cuda"] not in lowered("cuda", case)
         with pytest.raises(Unsupported, match=reason):
             lowered("cuda", case, "pallas_triton")
+
+
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)])
+def test_mapped_kernels_stay_kernels(axes):
+    shapes = [(2, 6, 4), (6, 4, 3, 5)]
+    arrays = [
+        jnp.ones(s if axis is None else (7, *s)) for s, axis in zip(shapes, axes, strict=True)
+    ]
+
+    @jax.jit
+    def gradients(poses, weights):
+        outputs, vjp = jax.vjp(jax.vmap(capsjax.dynamic_routing, axes), poses, weights)
+        return vjp(outputs)
+
+    assert KERNEL["tpu"] in gradients.trace(*arrays).lower(lowering_platforms=("tpu",)).as_text()
