@@ -19,7 +19,8 @@ def strided_conv(
       stride: Pixels from one window to the next, along both axes.
       implementation: None chooses when the program is lowered: XLA's own convolution (`"xla"`),
         but on a CPU, where XLA's gradients of a strided one are tens of times slower than its
-        values, `"spectral"` (matrix products in Fourier space) or `"patches"` (one matrix product).
+        values, `"spectral"` (matrix products in Fourier space; no forward-mode derivative) or
+        `"patches"` (one matrix product).
 
     Returns:
       `[..., (H - h) // stride + 1, (W - w) // stride + 1, O]`, in the dtype of `images`.
