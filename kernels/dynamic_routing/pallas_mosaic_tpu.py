@@ -229,9 +229,13 @@ def _input_gradients(
 
             def add_component(p: Array, _: None) -> None:
                 weights, poses = inputs.weights(p, j), poses_ref[p]
+                d_poses, d_weights = [], []
                 for factor, column, row in zip(factors, columns, rows, strict=True):
-                    d_poses_sums_ref[p] += factor * tiles.dot(row, weights, 1, 0)
-                    d_weights_sums_ref[p, j] += tiles.dot(column, factor * poses, 1, 0)
+                    d_poses.append(factor * tiles.dot(row, weights, 1, 0))
+                    d_weights.append(tiles.dot(column, factor * poses, 1, 0))
+                # Terms of one vote first: they cancel in part.
+                d_poses_sums_ref[p] += sum(d_poses[1:], d_poses[0])
+                d_weights_sums_ref[p, j] += sum(d_weights[1:], d_weights[0])
 
             tiles.loop(problem.P, add_component, None)
 
