@@ -45,10 +45,10 @@ def row(target, implementation, case, gradients=True):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("target", "implementation"), programs())
+@pytest.mark.parametrize(("target", "implementation"), programs(kernels_only=True))
 def test_it_compiles_within_registers_and_shared_memory(target, implementation, case):
     kernels = [k for k in row(target, implementation, case)["kernels"] if k["pallas"]]
-    assert bool(kernels) == (implementation in PLATFORMS)
+    assert kernels
     gpu = targets.TARGETS[target].gpu
     for kernel in kernels:
         if gpu:
