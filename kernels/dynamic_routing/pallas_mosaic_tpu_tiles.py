@@ -192,25 +192,25 @@ def write_factors(
 
     largest = lax.fori_loop(0, parents, agree, jnp.full_like(zeros, -jnp.inf))
 
-    def exponentiate(j: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
-        whole, mean = sums
+    def exponentiate(j: Array, whole: Array) -> Array:
         exponential = jnp.exp(couplings_ref[j] - largest)
         couplings_ref[j] = exponential
-        if d_sums is not None:
-            mean += exponential * d_logits_ref[j]
-        return whole + exponential, mean
+        return whole + exponential
 
-    whole, mean = lax.fori_loop(0, parents, exponentiate, (zeros, zeros))
-    scale = 1 / whole
-    mean *= scale
+    whole = lax.fori_loop(0, parents, exponentiate, zeros)
 
-    def normalise(j: Array, _: None) -> None:
-        couplings = couplings_ref[j] * scale
+    def normalise(j: Array, mean: Array) -> Array:
+        couplings = couplings_ref[j] / whole
         couplings_ref[j] = couplings
-        if d_sums is not None:
-            d_logits_ref[j] = couplings * (d_logits_ref[j] - mean)
+        return mean if d_sums is None else mean + couplings * d_logits_ref[j]
 
-    lax.fori_loop(0, parents, normalise, None)
+    mean = lax.fori_loop(0, parents, normalise, zeros)
+
+    def differentiate(j: Array, _: None) -> None:
+        d_logits_ref[j] = couplings_ref[j] * (d_logits_ref[j] - mean)
+
+    if d_sums is not None:
+        lax.fori_loop(0, parents, differentiate, None)
 
 
 def dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:

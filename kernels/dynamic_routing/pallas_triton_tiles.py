@@ -258,9 +258,8 @@ def couplings_and_gradients(
     """
     if statistics is None:
         statistics = statistics_of(logits, d_couplings)
-    inverse = 1 / statistics.total
-    couplings = jnp.exp(logits - statistics.largest[:, None]) * inverse[:, None]
+    couplings = jnp.exp(logits - statistics.largest[:, None]) / statistics.total[:, None]
     if d_couplings is None:
         return couplings, None
-    mean = statistics.weighted * inverse
+    mean = statistics.weighted / statistics.total
     return couplings, couplings * (d_couplings - mean[:, None])
