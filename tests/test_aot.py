@@ -99,7 +99,9 @@ def test_the_roofline_of_kernels_is_an_eighth_of_that_of_stored_votes(
     assert own <= stored / 8
 
 
-@pytest.mark.parametrize(("target", "implementation"), programs(only=("tpu_v5e",)))
+@pytest.mark.parametrize(
+    ("target", "implementation"), programs(kernels_only=True, only=("tpu_v5e",))
+)
 def test_stored_votes_do_not_fit_where_tiles_do(target, implementation):
     case = CASES["long"]
     stored = compiled(Program(target, compile_report.STORED_VOTES, case, True))
