@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -44,11 +44,35 @@ _WORKING_SIZE = 1024  # pixels a side: larger images are scaled down before anyt
 _IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 
 
+class Examples(Protocol):
+    """What training takes batches from: examples in memory, or made when asked for."""
+
+    @property
+    def size(self) -> int:
+        """N, how many there are."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The labels of all, int32 `[N, ...]`."""
+
+    def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The images, uint8, and the labels of these examples."""
+
+
 class Split(NamedTuple):
     """The training or the test half of a data set."""
 
     images: np.ndarray  # uint8 [N, S, S, C]
     labels: np.ndarray  # int32 [N]
+
+    @property
+    def size(self) -> int:
+        """N."""
+        return len(self.labels)
+
+    def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The images and labels at these indices."""
+        return self.images[indices], self.labels[indices]
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +140,22 @@ def load(name: str, *, data_dir: str = "", download: bool = False) -> Dataset:
         "--data_dir=DIR, or let TFDS fetch it with --download, or train on the images that come "
         "with the programs with --dataset=mnist_small."
     )
+
+
+def placed(split: Split, canvas: int) -> Split:
+    """The images, each somewhere on a black canvas; where is the same in every call.
+
+    As the expanded MNIST test set of Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules",
+    section 5.1, https://arxiv.org/abs/1710.09829, with 40 pixels.
+    """
+    size, side = split.size, split.images.shape[1]
+    # As in `_batches`: bits whose meaning does not change between versions of NumPy.
+    bits = np.random.Philox(key=np.array([canvas, size], np.uint64)).random_raw(2 * size)
+    corners = (bits % np.uint64(canvas - side + 1)).astype(int).reshape(size, 2)
+    images = np.zeros((size, canvas, canvas, split.images.shape[3]), np.uint8)
+    for image, original, (row, column) in zip(images, split.images, corners, strict=True):
+        image[row : row + side, column : column + side] = original
+    return Split(images, split.labels)
 
 
 def batches(

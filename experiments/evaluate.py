@@ -2,17 +2,12 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-import capsjax
-from experiments import cli, data, inspection, records, train_mnist, training
+from experiments import cli, data, inspection, trained, training
 from experiments.cli import flag
-from experiments.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,63 +24,19 @@ class Config:
 
 def main(config: Config) -> int:
     """Restores the run's newest checkpoint, and prints what its network says."""
-    run = records.read_config(config.workdir)
-    settings = trained_config(run["config"], config.workdir)
-    dataset = data.load(settings.dataset, data_dir=config.data_dir or settings.data_dir)
-    if dataset.sha256 != run["data_sha256"]:
-        raise InputError(
-            f"workdir {config.workdir} was trained on {settings.dataset} with sha256 "
-            f"{run['data_sha256']}, but the data found have {dataset.sha256}; name the folder of "
-            "the run's data with --data_dir"
-        )
+    run = trained.load(config.workdir, data_dir=config.data_dir)
     paths = config.images.split(",") if config.images else []
     if paths:
-        size, _, channels = dataset.train.images.shape[1:]
+        size, _, channels = run.test.images.shape[1:]
         images = data.read_images(paths, image_size=size, channels=channels)
-    trainer = train_mnist.build(settings, dataset)
-    with records.Checkpoints(config.workdir) as checkpoints:
-        restored = checkpoints.restore(trainer.initial_state(settings.seed))
-    if restored is None:
-        raise InputError(f"workdir {config.workdir} has no checkpoint yet; let it train further")
-    step, state = restored
-    logging.info("the network of %s after %d steps on %s", config.workdir, step, dataset.name)
-    if paths:
-        lines = classification(paths, classify(trainer.model(state.params), images))
+        lines = classification(paths, run.trainer.scores(run.params, images))
     else:
-        evaluation = trainer.evaluate(state.params, dataset.test, batch_size=config.batch_size)
-        lines = summary(evaluation, dataset.test.labels)
+        evaluation = run.trainer.evaluate(run.params, run.test, batch_size=config.batch_size)
+        lines = summary(evaluation, run.test.labels)
+    logging.info("%s after %d steps on %s", config.workdir, run.step, run.dataset.name)
     for line in lines:
         print(line)
     return 0
-
-
-def trained_config(settings: dict[str, Any], workdir: str) -> train_mnist.Config:
-    """The Config of a run, from the settings in its config.json.
-
-    Raises:
-      InputError: They are not those of train_mnist, or one has a value that is not allowed.
-    """
-    fields = {field.name for field in dataclasses.fields(train_mnist.Config)}
-    for names, problem in (
-        (fields - settings.keys(), "lacks"),
-        (settings.keys() - fields, "has the unknown"),
-    ):
-        if names:
-            raise InputError(
-                f"workdir {workdir} holds a run of another program or version: its config.json "
-                f"{problem} {', '.join(sorted(names))}"
-            )
-    config = train_mnist.Config(**settings)
-    try:
-        cli.validate(config)
-    except InputError as error:
-        raise InputError(f"workdir {workdir} has a damaged config.json: {error}") from error
-    return config
-
-
-def classify(model: training.CapsNet, images: np.ndarray) -> np.ndarray:
-    """The lengths of the class capsules, float32 [N, J], for images in 0 … 1."""
-    return np.asarray(capsjax.lengths(jax.jit(model)(jnp.asarray(images))), np.float32)
 
 
 def summary(evaluation: training.Evaluation, labels: np.ndarray) -> Iterator[str]:

@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from matplotlib.figure import Figure
 
 import capsjax
-from experiments import data, figures, records, training
+from capsjax.models import CapsNet
+from experiments import data, figures, objectives, records, training
+from experiments.transforms import scaled
 
 TWEAKS = tuple(np.linspace(-0.25, 0.25, 11).tolist())
 SHOWN, ENTROPY_EXAMPLES = 12, 64
@@ -18,17 +21,17 @@ SHOWN, ENTROPY_EXAMPLES = 12, 64
 def report(
     trainer: training.Trainer,
     params: training.Params,
-    dataset: data.Dataset,
-    workdir: pathlib.Path,
+    test: data.Split,
+    workdir: records.StrPath,
     *,
     batch_size: int,
 ) -> None:
     """Logs test error and accuracy of each class, and draws every figure into the workdir."""
-    evaluation = trainer.evaluate(params, dataset.test, batch_size=batch_size)
-    for line in accuracy(evaluation, dataset.test.labels):
+    evaluation = trainer.evaluate(params, test, batch_size=batch_size)
+    for line in accuracy(evaluation, test.labels):
         logging.info("%s", line)
-    folder = workdir / "figures"
-    draw(trainer, params, dataset, evaluation, records.read_metrics(workdir), folder)
+    folder = pathlib.Path(workdir) / "figures"
+    draw(trainer, params, test, evaluation, records.read_metrics(workdir), folder)
     logging.info("figures are in %s", folder)
 
 
@@ -44,7 +47,7 @@ def accuracy(evaluation: training.Evaluation, labels: np.ndarray) -> Iterator[st
 
 def confusion(evaluation: training.Evaluation, labels: np.ndarray) -> np.ndarray:
     """Counts of test examples, int [true class, predicted class]."""
-    num_classes = evaluation.lengths.shape[1]
+    num_classes = evaluation.scores.shape[1]
     counts = np.zeros((num_classes, num_classes), int)
     np.add.at(counts, (labels, evaluation.predictions), 1)
     return counts
@@ -53,28 +56,39 @@ def confusion(evaluation: training.Evaluation, labels: np.ndarray) -> np.ndarray
 def draw(
     trainer: training.Trainer,
     params: training.Params,
-    dataset: data.Dataset,
+    test: data.Split,
     evaluation: training.Evaluation,
     rows: list[dict[str, float]],
     folder: pathlib.Path,
 ) -> None:
-    """Draws learning curves, confusions, reconstructions, tweaks and couplings."""
-    images, labels = dataset.test
+    """Draws curves and confusions, and of capsules reconstructions, tweaks and couplings."""
+    images, labels = test
     model = trainer.model(params)
     drawn = {
         "learning_curves": figures.learning_curves(rows),
         "confusion_matrix": figures.confusion_matrix(
-            confusion(evaluation, labels), class_names=[str(k) for k in range(dataset.num_classes)]
+            confusion(evaluation, labels),
+            class_names=[str(k) for k in range(evaluation.scores.shape[1])],
         ),
         "misclassified": figures.misclassified(
-            images / np.float32(255), labels, evaluation.predictions, evaluation.lengths
+            images / np.float32(255), labels, evaluation.predictions, evaluation.scores
         ),
     }
-    few = training.scaled(jnp.asarray(images[:ENTROPY_EXAMPLES]))
-    capsules = model(few)
-    if trainer.objective.reconstruction_weight:
+    if isinstance(model, CapsNet):
+        few = scaled(jnp.asarray(images[:ENTROPY_EXAMPLES]))
+        drawn |= _capsule_figures(model, few, labels, trainer.objective)
+    for name, figure in drawn.items():
+        records.save_figure(figure, folder / f"{name}.png")
+
+
+def _capsule_figures(
+    model: CapsNet, images: jax.Array, labels: np.ndarray, objective: objectives.Objective
+) -> dict[str, Figure]:
+    drawn = {}
+    capsules = model(images)
+    if isinstance(objective, objectives.CapsuleClassification) and objective.reconstruction_weight:
         drawn["reconstructions"] = figures.reconstructions(
-            np.asarray(few[:SHOWN]),
+            np.asarray(images[:SHOWN]),
             np.asarray(model.reconstruct(capsules[:SHOWN])),
             np.asarray(capsjax.lengths(capsules[:SHOWN])),
             labels[:SHOWN],
@@ -84,7 +98,7 @@ def draw(
         )
     couplings = np.asarray(
         capsjax.routing_couplings(
-            model.primary_poses(few),
+            model.primary_poses(images),
             model.capsules.weights[...].astype(model.capsules.dtype),
             num_iterations=model.capsules.num_iterations,
             bias=None if model.capsules.bias is None else model.capsules.bias[...],
@@ -92,11 +106,10 @@ def draw(
     )
     drawn["couplings"] = figures.couplings(couplings[:, 0], label=int(labels[0]))
     drawn["coupling_entropy"] = figures.coupling_entropy(couplings)
-    for name, figure in drawn.items():
-        records.save_figure(figure, folder / f"{name}.png")
+    return drawn
 
 
-def tweaked(model: training.CapsNet, capsules: jax.Array) -> jax.Array:
+def tweaked(model: CapsNet, capsules: jax.Array) -> jax.Array:
     """Draws one example with each dimension of its longest capsule moved, `[D, 11, H, W, C]`."""
     parents, depth = capsules.shape
     winner = jnp.argmax(capsjax.lengths(capsules))

@@ -10,7 +10,8 @@ from flax import nnx
 
 import capsjax
 from capsjax.models import CapsNet
-from experiments import programs, training
+from experiments import objectives, programs, training
+from experiments.transforms import scaled
 
 MATRIX = 2048
 
@@ -19,8 +20,11 @@ def program(params: training.Params, images: np.ndarray, labels: np.ndarray) -> 
     """What there is to measure; training starts from parameters of its own making."""
     trainer = training.Trainer(
         CapsNet(images.shape[1:], rngs=nnx.Rngs(0)),
-        training.Objective(
-            num_classes=10, reconstruction_weight=programs.RECONSTRUCTION_WEIGHT, shift=2
+        objectives.CapsuleClassification(
+            num_classes=10,
+            shift=2,
+            canvas=0,
+            reconstruction_weight=programs.RECONSTRUCTION_WEIGHT,
         ),
         training.adam(1e-3, final_learning_rate=1e-4, num_steps=1000),
     )
@@ -33,7 +37,7 @@ def program(params: training.Params, images: np.ndarray, labels: np.ndarray) -> 
 
     return programs.Program(
         train,
-        lambda images: trainer.model(params)(training.scaled(jnp.asarray(images))),
+        lambda images: trainer.model(params)(scaled(jnp.asarray(images))),
         # A copy, since every step gives the parameters before it away.
         lambda: parts(trainer, jax.tree.map(jnp.copy, state.params), images),
     )
@@ -44,7 +48,7 @@ def parts(
 ) -> dict[str, Callable[[], Any]]:
     """Inference and the parts of a step, compiled; gradients are of all that the row computes."""
     model = trainer.model(params)
-    pixels = training.scaled(jnp.asarray(images))
+    pixels = scaled(jnp.asarray(images))
     features = jax.nn.relu(model.convolution(pixels))
     poses = model.primary(features)
     weights = model.capsules.weights[...]
@@ -69,7 +73,7 @@ def parts(
     first = layer(lambda model, x: model.convolution(x))
     return {
         "inference": bind(
-            layer(lambda model, x: capsjax.lengths(model(training.scaled(x)))), params, images
+            layer(lambda model, x: capsjax.lengths(model(scaled(x)))), params, images
         ),
         "routing": bind(capsjax.dynamic_routing, poses, weights),
         "routing, with gradients": gradients(capsjax.dynamic_routing, poses, weights),

@@ -1,6 +1,5 @@
-"""Training of capsule networks: a step, an evaluation, and a loop that yields metrics."""
+"""Training of networks: a step, an evaluation, and a loop that yields metrics."""
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -13,10 +12,10 @@ import optax
 from flax import nnx
 from jax import Array
 
-import capsjax
-from capsjax.models import CapsNet
 from experiments import data
 from experiments.errors import InputError
+from experiments.objectives import Objective
+from experiments.transforms import scaled
 
 Params = dict[str, Any]
 
@@ -43,13 +42,13 @@ class State(NamedTuple):
 class Evaluation(NamedTuple):
     """What a network says about a whole split."""
 
-    lengths: np.ndarray  # float32 [N, J]
+    scores: np.ndarray  # float32 [N, K]: lengths of class capsules, or what the objective says
     loss: float  # mean over the examples
 
     @property
     def predictions(self) -> np.ndarray:
-        """The class of the longest capsule, int [N]."""
-        return self.lengths.argmax(axis=1)
+        """The class of the highest score, int [N]."""
+        return self.scores.argmax(axis=1)
 
     def error(self, labels: np.ndarray) -> float:
         """Wrong predictions in percent."""
@@ -64,35 +63,11 @@ class Progress(NamedTuple):
     row: dict[str, float | int] | None  # metrics, where they are due
 
 
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """What is minimised, and how the images are moved first."""
-
-    num_classes: int
-    reconstruction_weight: float
-    shift: int
-
-    def loss(
-        self, model: CapsNet, images: Array, labels: Array, *, training: bool
-    ) -> tuple[Array, Array]:
-        """The loss of each example, and its capsule lengths.
-
-        The decoder draws the true class in training, and that of the longest capsule otherwise.
-        """
-        capsules = model(images)
-        lengths = capsjax.lengths(capsules).astype(jnp.float32)
-        loss = capsjax.margin_loss(lengths, jax.nn.one_hot(labels, self.num_classes))
-        if self.reconstruction_weight:
-            drawn = model.reconstruct(capsules, labels if training else None).astype(jnp.float32)
-            loss += capsjax.reconstruction_loss(drawn, images, weight=self.reconstruction_weight)
-        return loss, lengths
-
-
 class Trainer:
     """The compiled functions of one network, objective and optimizer."""
 
     def __init__(
-        self, model: CapsNet, objective: Objective, optimizer: optax.GradientTransformation
+        self, model: nnx.Module, objective: Objective, optimizer: optax.GradientTransformation
     ):
         """Splits the model; its parameters become the start."""
         self.graph, state = nnx.split(model)
@@ -101,6 +76,7 @@ class Trainer:
         self.optimizer = optimizer
         self.step = jax.jit(self._step, donate_argnums=0)
         self._evaluate_batch = jax.jit(self._evaluate)
+        self._score_batch = jax.jit(lambda params, x: objective.scores(self.model(params), x))
 
     def initial_state(self, seed: int) -> State:
         """The state before the first step, in buffers of its own: a step gives them away."""
@@ -113,37 +89,42 @@ class Trainer:
         )
         return jax.device_put(state, jax.devices()[0])
 
-    def model(self, params: Params) -> CapsNet:
-        """The network with these parameters."""
+    def model(self, params: Params) -> Any:
+        """The network with these parameters, of the type given to the constructor."""
         return nnx.merge(self.graph, params)
 
-    def evaluate(self, params: Params, split: data.Split, *, batch_size: int) -> Evaluation:
-        """Runs the network on every example of a split, the last, smaller batch included."""
-        lengths, losses = [], []
-        for start in range(0, len(split.labels), batch_size):
-            images = split.images[start : start + batch_size]
-            labels = split.labels[start : start + batch_size]
+    def evaluate(self, params: Params, examples: data.Examples, *, batch_size: int) -> Evaluation:
+        """Scores and mean loss over a whole split: the last, smaller batch included."""
+        scores, losses = [], []
+        for start in range(0, examples.size, batch_size):
+            indices = np.arange(start, min(start + batch_size, examples.size))
             # One compiled size: the last batch is filled up, and what was added is cut off.
-            missing = batch_size - len(labels) if start else 0
-            images = np.concatenate([images, images[:1].repeat(missing, 0)])
-            labels = np.concatenate([labels, labels[:1].repeat(missing, 0)])
-            batch_losses, batch_lengths = self._evaluate_batch(params, images, labels)
-            kept = len(labels) - missing
+            kept = len(indices)
+            missing = batch_size - kept if start else 0
+            images, labels = examples.take(np.append(indices, np.full(missing, start)))
+            batch_losses, batch_scores = self._evaluate_batch(params, images, labels)
             losses.append(np.asarray(batch_losses)[:kept])
-            lengths.append(np.asarray(batch_lengths)[:kept])
-        return Evaluation(np.concatenate(lengths), float(np.concatenate(losses).mean()))
+            scores.append(np.asarray(batch_scores)[:kept])
+        return Evaluation(np.concatenate(scores), float(np.concatenate(losses).mean()))
+
+    def scores(self, params: Params, images: np.ndarray, *, batch_size: int = 128) -> np.ndarray:
+        """The scores of the classes, float32 `[N, K]`, for images `[N, H, W, C]` in 0 … 1."""
+        starts = range(0, len(images), batch_size)
+        batches = (images[start : start + batch_size] for start in starts)
+        return np.concatenate([np.asarray(self._score_batch(params, x)) for x in batches])
 
     def _step(self, state: State, images: Array, labels: Array) -> State:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        images = shifted(scaled(images), key, self.objective.shift)
+        images = self.objective.augment(scaled(images), key)
 
         def mean_loss(params: Params) -> tuple[Array, Array]:
-            losses, lengths = self.objective.loss(self.model(params), images, labels, training=True)
-            return losses.mean(), lengths
+            model = self.model(params)
+            losses, scores = self.objective.loss(model, images, labels, key)
+            return losses.mean(), scores
 
-        (loss, lengths), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+        (loss, scores), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
         updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
-        errors = jnp.mean(jnp.argmax(lengths, axis=1) != labels)
+        errors = jnp.mean(self.objective.errors(scores, labels).astype(jnp.float32))
         finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
         seen = state.window
         return State(
@@ -160,7 +141,7 @@ class Trainer:
         )
 
     def _evaluate(self, params: Params, images: Array, labels: Array) -> tuple[Array, Array]:
-        return self.objective.loss(self.model(params), scaled(images), labels, training=False)
+        return self.objective.loss(self.model(params), scaled(images), labels, None)
 
 
 def keep_compiled(folder: str) -> None:
@@ -179,24 +160,6 @@ def empty_window() -> Window:
     return jax.device_put(window, jax.devices()[0])
 
 
-def scaled(images: Array) -> Array:
-    """Bytes to float32 in 0 … 1."""
-    return images.astype(jnp.float32) / 255
-
-
-def shifted(images: Array, key: Array, limit: int) -> Array:
-    """Moves each image by up to `limit` pixels along each axis, filling up with 0."""
-    if limit == 0:
-        return images
-    offsets = jax.random.randint(key, (images.shape[0], 2), 0, 2 * limit + 1)
-    padded = jnp.pad(images, ((0, 0), (limit, limit), (limit, limit), (0, 0)))
-
-    def cut(image: Array, offset: Array) -> Array:
-        return jax.lax.dynamic_slice(image, (offset[0], offset[1], 0), images.shape[1:])
-
-    return jax.vmap(cut)(padded, offsets)
-
-
 def adam(
     learning_rate: float, *, final_learning_rate: float, num_steps: int
 ) -> optax.GradientTransformation:
@@ -208,7 +171,8 @@ def adam(
 def train(
     trainer: Trainer,
     state: State,
-    dataset: data.Dataset,
+    train_examples: data.Examples,
+    test_examples: data.Examples,
     *,
     batch_size: int,
     last_step: int,
@@ -221,7 +185,8 @@ def train(
     Args:
       trainer: The compiled functions.
       state: The start; its buffers are given away.
-      dataset: Training batches come from `train`, the test error from `test`.
+      train_examples: What the batches are taken from.
+      test_examples: What the test error is measured on.
       batch_size: Examples in a step.
       last_step: Where to end, counted from the first step of all.
       log_every_steps: Steps from one row of metrics to the next.
@@ -235,14 +200,12 @@ def train(
     Raises:
       InputError: The loss is no longer a finite number.
     """
-    examples = len(dataset.train.labels)
-    epoch_steps = examples // batch_size
+    epoch_steps = train_examples.size // batch_size
     step = int(state.step)
-    order = data.batches(examples, batch_size=batch_size, seed=seed, first_step=step)
+    order = data.batches(train_examples.size, batch_size=batch_size, seed=seed, first_step=step)
     started, started_at = time.perf_counter(), step
     while step < last_step and not stopped():
-        chosen = next(order)
-        state = trainer.step(state, dataset.train.images[chosen], dataset.train.labels[chosen])
+        state = trainer.step(state, *train_examples.take(next(order)))
         step += 1
         epoch_ends = step % epoch_steps == 0 or step == last_step
         if not (epoch_ends or step % log_every_steps == 0):
@@ -255,11 +218,11 @@ def train(
         )
         state = state._replace(window=empty_window())
         if epoch_ends:
-            evaluation = trainer.evaluate(state.params, dataset.test, batch_size=batch_size)
+            evaluation = trainer.evaluate(state.params, test_examples, batch_size=batch_size)
             if not math.isfinite(evaluation.loss):
                 raise _not_finite("the loss on the test data", step)
             row["test_loss"] = evaluation.loss
-            row["test_error"] = evaluation.error(dataset.test.labels)
+            row |= trainer.objective.test_metrics(evaluation.scores, test_examples.labels)
         started, started_at = time.perf_counter(), step
         yield Progress(step, state, row)
 

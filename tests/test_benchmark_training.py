@@ -12,8 +12,10 @@ from flax import nnx
 from matplotlib.image import imread
 
 from capsjax.models import CapsNet
-from experiments import benchmark_training, charts, plain_capsnet, programs, step_parts, training
+from experiments import benchmark_training, charts, plain_capsnet, programs, step_parts
 from experiments.errors import InputError
+from experiments.objectives import CapsuleClassification
+from experiments.transforms import scaled
 
 SMALL = partial(CapsNet, conv_channels=4, primary_types=2, hidden=(8,))
 TOLERANCE = 1e-4
@@ -44,11 +46,12 @@ def own(params, digits):
     """Capsjax's class capsules, drawings and gradients of the loss."""
     images, labels = digits
     graph = nnx.split(SMALL((20, 20, 1), rngs=nnx.Rngs(0)))[0]
-    objective = training.Objective(10, programs.RECONSTRUCTION_WEIGHT, 0)
-    pixels = training.scaled(jnp.asarray(images))
+    objective = CapsuleClassification(10, 0, 0, programs.RECONSTRUCTION_WEIGHT)
+    pixels = scaled(jnp.asarray(images))
 
     def mean_loss(params):
-        return objective.loss(nnx.merge(graph, params), pixels, labels, training=True)[0].mean()
+        model = nnx.merge(graph, params)
+        return objective.loss(model, pixels, labels, jax.random.key(0))[0].mean()
 
     model = nnx.merge(graph, params)
     capsules = model(pixels)
@@ -63,7 +66,7 @@ def assert_close(actual, wanted):
 
 def test_plain_jax_computes_what_capsjax_does(params, digits, own):
     images, labels = digits
-    pixels = training.scaled(jnp.asarray(images))
+    pixels = scaled(jnp.asarray(images))
     capsules = plain_capsnet.class_capsules(params, pixels)
     drawn = plain_capsnet.reconstruct(params, capsules, labels)
     loss = partial(plain_capsnet.loss, reconstruction_weight=programs.RECONSTRUCTION_WEIGHT)

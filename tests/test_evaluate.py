@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from experiments import cli, data, evaluate, idx, inspection, records, train_mnist, training
+from experiments import trained as load_trained
 from experiments.errors import InputError
 
 
@@ -132,7 +133,7 @@ def test_images_are_classified_in_either_polarity(program, workdir, trained, ima
     lines = stdout.splitlines()
     assert lines[0].split() == ["image", "class", "length", "|", *"0123456789"]
     pixels = data.read_images(images, image_size=17, channels=1)
-    lengths = evaluate.classify(trainer.model(params), pixels)
+    lengths = trainer.scores(params, pixels)
     assert lengths.shape == (2, 10)
     assert np.ptp(lengths[0]) > 0.01
     for line, path, row in zip(lines[1:], images, lengths, strict=True):
@@ -147,8 +148,8 @@ def test_images_are_classified_in_either_polarity(program, workdir, trained, ima
 def test_images_are_seen_as_the_test_set_is(trained):
     _, trainer, params, dataset = trained
     pixels = dataset.test.images / np.float32(255)
-    wanted = trainer.evaluate(params, dataset.test, batch_size=8).lengths
-    found = evaluate.classify(trainer.model(params), pixels)
+    wanted = trainer.evaluate(params, dataset.test, batch_size=8).scores
+    found = trainer.scores(params, pixels)
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
@@ -235,9 +236,9 @@ def test_what_cannot_be_used_is_one_line(program, workdir, flags, message):
 
 
 def test_a_config_comes_back_as_it_was(workdir, settings):
-    found = evaluate.trained_config(dataclasses.asdict(settings), "run")
+    found = load_trained.config_of(train_mnist.Config, dataclasses.asdict(settings), "run")
     assert found == settings
     lacking = dataclasses.asdict(settings)
     del lacking["dtype"], lacking["dataset"]
     with pytest.raises(InputError, match=r"^workdir run .* lacks dataset, dtype$"):
-        evaluate.trained_config(lacking, "run")
+        load_trained.config_of(train_mnist.Config, lacking, "run")

@@ -18,9 +18,10 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 import capsjax
-from experiments import cli, data, figures, idx, inspection, records, train_mnist, training
+from experiments import cli, data, figures, idx, inspection, records, runs, train_mnist, training
 from experiments.display import Display
 from experiments.errors import InputError
+from experiments.transforms import scaled
 
 ROOT = pathlib.Path(__file__).parents[1]
 DRAWN_BY_DECODER = {"reconstructions", "dimension_tweaks"}
@@ -184,11 +185,11 @@ def draw(tiny, monkeypatch):
         params = trainer.initial_state(0).params
         params["capsules"]["weights"] *= 100  # long capsules, so that it matters which is drawn
         model = trainer.model(params)
-        lengths = np.asarray(capsjax.lengths(model(training.scaled(dataset.test.images))))
+        lengths = np.asarray(capsjax.lengths(model(scaled(dataset.test.images))))
         wrong = (lengths.argmax(axis=1) + 1).astype(np.int32) % 10
         dataset = dataclasses.replace(dataset, test=dataset.test._replace(labels=wrong))
         evaluation = training.Evaluation(lengths, 0.5)
-        inspection.draw(trainer, params, dataset, evaluation, [], pathlib.Path())
+        inspection.draw(trainer, params, dataset.test, evaluation, [], pathlib.Path())
         return drawn, model, lengths
 
     return draw
@@ -263,6 +264,8 @@ EFFECTS = {
     "gradient": ("last", what_is_trained),
     "reconstruction_weight": (0.01, what_is_trained),
     "shift": (1, what_is_trained),
+    "canvas": (32, what_is_trained),
+    "network": ("pooling_cnn", what_is_trained),
     "conv_channels": (3, what_is_trained),
     "primary_types": (2, what_is_trained),
     "primary_scale": (0.5, what_is_trained),
@@ -324,7 +327,7 @@ def test_a_signal_saves_and_the_run_goes_on(train, finished, monkeypatch, caplog
     handler = signal.getsignal(number)
     caplog.set_level("INFO", logger="absl")
     with monkeypatch.context() as patch:
-        patch.setattr(train_mnist, "Display", Interrupted)
+        patch.setattr(runs, "Display", Interrupted)
         workdir = train(status=128 + number)
     name = signal.Signals(number).name
     message = f"{name}: saved at step {last}; the same --workdir goes on from there"
@@ -342,7 +345,7 @@ def test_a_second_signal_acts_as_usual(train, monkeypatch):
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(train_mnist, "Display", Impatient)
+    monkeypatch.setattr(runs, "Display", Impatient)
     usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist ignores it
     try:
         with pytest.raises(KeyboardInterrupt):

@@ -16,6 +16,8 @@ import capsjax
 from capsjax.models import CapsNet
 from experiments import data, training
 from experiments.errors import InputError
+from experiments.objectives import CapsuleClassification
+from experiments.transforms import scaled, shifted
 
 BATCH, EPOCH_STEPS, LAST_STEP = 64, 50, 80
 
@@ -54,7 +56,7 @@ def trainer():
         rngs=nnx.Rngs(0),
     )
     optimizer = training.adam(0.01, final_learning_rate=0.003, num_steps=LAST_STEP)
-    return Counted(model, training.Objective(10, 0.0005, 1), optimizer)
+    return Counted(model, CapsuleClassification(10, 1, 0, 0.0005), optimizer)
 
 
 def run(trainer, state, dataset, *, last_step=LAST_STEP, log_every_steps=10, stopped=lambda: 0):
@@ -62,7 +64,8 @@ def run(trainer, state, dataset, *, last_step=LAST_STEP, log_every_steps=10, sto
     progress = training.train(
         trainer,
         state,
-        dataset,
+        dataset.train,
+        dataset.test,
         batch_size=BATCH,
         last_step=last_step,
         log_every_steps=log_every_steps,
@@ -87,7 +90,7 @@ def without_speed(progress):
 
 
 def batch(dataset, size=8):
-    return training.scaled(jnp.asarray(dataset.test.images[:size])), dataset.test.labels[:size]
+    return scaled(jnp.asarray(dataset.test.images[:size])), dataset.test.labels[:size]
 
 
 # The images
@@ -109,7 +112,7 @@ def offset(image, moved, limit):
 @pytest.mark.parametrize("limit", [1, 2])
 def test_each_image_moves_by_an_offset_of_its_own_within_the_limit(limit):
     images = np.random.default_rng(0).integers(1, 256, (400, 6, 6, 3), dtype=np.uint8)
-    moved = np.asarray(training.shifted(jnp.asarray(images), jax.random.key(0), limit))
+    moved = np.asarray(shifted(jnp.asarray(images), jax.random.key(0), limit))
     offsets = {offset(a, b, limit) for a, b in zip(images, moved, strict=True)}
     assert offsets == set(itertools.product(range(-limit, limit + 1), repeat=2))
     assert moved.dtype == images.dtype
@@ -117,18 +120,18 @@ def test_each_image_moves_by_an_offset_of_its_own_within_the_limit(limit):
 
 def test_no_shift_changes_nothing():
     images = jnp.ones((2, 5, 5, 1))
-    assert training.shifted(images, jax.random.key(0), 0) is images
+    assert shifted(images, jax.random.key(0), 0) is images
 
 
 def test_shifts_depend_on_the_key_alone():
     images = jnp.arange(40 * 25.0).reshape(40, 5, 5, 1)
-    one, same, other = (training.shifted(images, jax.random.key(k), 2) for k in (1, 1, 2))
+    one, same, other = (shifted(images, jax.random.key(k), 2) for k in (1, 1, 2))
     chex.assert_trees_all_equal(one, same)
     assert (one != other).any(axis=(1, 2, 3)).sum() > 20
 
 
 def test_bytes_become_0_to_1():
-    images = training.scaled(jnp.array([0, 51, 255], jnp.uint8))
+    images = scaled(jnp.array([0, 51, 255], jnp.uint8))
     assert images.dtype == jnp.float32
     np.testing.assert_allclose(images, [0, 0.2, 1], rtol=1e-6)
 
@@ -173,14 +176,15 @@ def test_the_decoder_sees_the_label_in_training_and_the_longest_capsule_after(
     trainer, drawings, is_training
 ):
     model, images, labels, drawn = drawings
-    losses, _ = trainer.objective.loss(model, images, labels, training=is_training)
+    key = jax.random.key(0) if is_training else None
+    losses, _ = trainer.objective.loss(model, images, labels, key)
     np.testing.assert_allclose(losses, drawn[is_training], rtol=1e-5)
 
 
 def test_without_weight_there_is_no_decoder(drawings):
     model, images, labels, drawn = drawings
-    objective = training.Objective(10, 0.0, 0)
-    losses, lengths = objective.loss(model, images, labels, training=True)
+    objective = CapsuleClassification(10, 0, 0, 0.0)
+    losses, lengths = objective.loss(model, images, labels, jax.random.key(0))
     margin = capsjax.margin_loss(lengths, jax.nn.one_hot(labels, 10))
     np.testing.assert_array_equal(losses, margin)
     assert (losses < drawn[True]).all()
@@ -192,11 +196,11 @@ def test_a_step_and_an_evaluation_use_these_masks(trainer, dataset, unbroken):
     model = trainer.model(unbroken[LAST_STEP - 1][1].params)  # the step takes those of the state
     key = jax.random.wrap_key_data(np.array(state.key))
     images, labels = dataset.test.images[:BATCH], (dataset.test.labels[:BATCH] + 1) % 10
-    whole = training.scaled(jnp.asarray(images))
-    moved = training.shifted(whole, jax.random.fold_in(key, LAST_STEP), 1)
+    whole = scaled(jnp.asarray(images))
+    moved = shifted(whole, jax.random.fold_in(key, LAST_STEP), 1)
 
     def mean_loss(shown, is_training):
-        losses, _ = trainer.objective.loss(model, shown, labels, training=is_training)
+        losses, _ = trainer.objective.loss(model, shown, labels, key if is_training else None)
         return pytest.approx(float(losses.mean()), rel=1e-5)
 
     split = data.Split(images, labels)
@@ -215,8 +219,8 @@ def test_the_last_smaller_batch_counts(trainer, unbroken, dataset):
     params, labels = unbroken[-1][1].params, dataset.test.labels
     parts = trainer.evaluate(params, dataset.test, batch_size=BATCH)
     whole = trainer.evaluate(params, dataset.test, batch_size=len(labels))
-    assert parts.lengths.shape == (2 * BATCH + 21, 10)
-    np.testing.assert_allclose(parts.lengths, whole.lengths, rtol=1e-5, atol=1e-6)
+    assert parts.scores.shape == (2 * BATCH + 21, 10)
+    np.testing.assert_allclose(parts.scores, whole.scores, rtol=1e-5, atol=1e-6)
     assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
     assert parts.error(labels) == whole.error(labels) == 100 * np.mean(parts.predictions != labels)
 
@@ -225,7 +229,7 @@ def test_a_split_smaller_than_a_batch_is_no_special_case(trainer, unbroken, data
     params, few = unbroken[-1][1].params, data.Split(*(x[:BATCH] for x in dataset.test))
     found = trainer.evaluate(params, few, batch_size=10 * BATCH)
     wanted = trainer.evaluate(params, few, batch_size=BATCH)
-    np.testing.assert_array_equal(found.lengths, wanted.lengths)
+    np.testing.assert_array_equal(found.scores, wanted.scores)
     assert found.loss == wanted.loss
 
 

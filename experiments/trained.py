@@ -1,0 +1,93 @@
+"""A network that train_mnist has trained, as it lies in the folder of its run."""
+
+import dataclasses
+from typing import Any, NamedTuple, TypeVar
+
+from experiments import cli, data, records, runs, train_mnist, training
+from experiments.errors import InputError
+
+C = TypeVar("C", bound=runs.Settings)
+
+
+class Trained(NamedTuple):
+    """A run's settings, data and network."""
+
+    config: train_mnist.Config
+    dataset: data.Dataset
+    test: data.Split  # as the network sees it: on the canvas, if there is one
+    trainer: training.Trainer
+    params: training.Params
+    step: int
+
+    @property
+    def model(self) -> Any:
+        """The network: a `CapsNet` or a `networks.Cnn`."""
+        return self.trainer.model(self.params)
+
+
+def load(workdir: str, *, data_dir: str = "") -> Trained:
+    """Restores the newest checkpoint of a run of train_mnist.
+
+    Args:
+      workdir: The folder of the run; nothing is written to it.
+      data_dir: Folder of the data set's files; empty: where the run had them.
+
+    Raises:
+      InputError: It holds no such run, no checkpoint, or one trained on other data than are found.
+    """
+    run = records.read_config(workdir)
+    config = config_of(train_mnist.Config, run["config"], workdir)
+    dataset = data.load(config.dataset, data_dir=data_dir or config.data_dir)
+    check_data(config, dataset, run["data_sha256"], workdir)
+    trainer = train_mnist.build(config, dataset)
+    step, params = restored(trainer, config, workdir)
+    test = train_mnist.test_split(config, dataset)
+    return Trained(config, dataset, test, trainer, params, step)
+
+
+def config_of(kind: type[C], settings: dict[str, Any], workdir: str) -> C:
+    """The Config of a run, from the settings in its config.json.
+
+    Raises:
+      InputError: They are not those of the program, or one has a value that is not allowed.
+    """
+    fields = {field.name for field in dataclasses.fields(kind)}
+    for names, problem in (
+        (fields - settings.keys(), "lacks"),
+        (settings.keys() - fields, "has the unknown"),
+    ):
+        if names:
+            raise InputError(
+                f"workdir {workdir} holds a run of another program or version: its config.json "
+                f"{problem} {', '.join(sorted(names))}"
+            )
+    config = kind(**settings)
+    try:
+        cli.validate(config)
+    except InputError as error:
+        raise InputError(f"workdir {workdir} has a damaged config.json: {error}") from error
+    return config
+
+
+def check_data(config: runs.Settings, dataset: data.Dataset, sha256: str, workdir: str) -> None:
+    """Raises InputError unless a run was trained on this data set."""
+    if dataset.sha256 != sha256:
+        raise InputError(
+            f"workdir {workdir} was trained on {config.dataset} with sha256 {sha256}, but the data "
+            f"found have {dataset.sha256}; name the folder of the run's data with --data_dir"
+        )
+
+
+def restored(
+    trainer: training.Trainer, config: runs.Settings, workdir: str
+) -> tuple[int, training.Params]:
+    """The newest checkpoint's step and parameters.
+
+    Raises:
+      InputError: There is none.
+    """
+    with records.Checkpoints(workdir) as checkpoints:
+        found = checkpoints.restore(trainer.initial_state(config.seed))
+    if found is None:
+        raise InputError(f"workdir {workdir} has no checkpoint yet; let it train further")
+    return found[0], found[1].params
