@@ -106,7 +106,7 @@ def reconstructions(
     height = 2 * tile * H / W + (0.85 if wrong.size else 0.65)
     figure = Figure((max(2.6, N * tile + 0.9), height))
     axes = figure.subplots()
-    _draw_tiles(axes, np.stack([images, decoded]))
+    draw_tiles(axes, np.stack([images, decoded]))
     axes.set_yticks([0, 1], ["original", "reconstruction"])
     axes.set_xticks(range(N), captions)
     beside = (-3.5, -3.5)  # as far off as tick labels, so that the lines meet
@@ -139,7 +139,7 @@ def dimension_tweaks(grid: np.ndarray, *, values: Sequence[float]) -> Figure:
     tile = max(0.5, _text_inches(numbers) + 0.1)
     figure = Figure((max(3.2, V * tile + 0.6), D * tile * H / W + 0.5))
     axes = figure.subplots()
-    _draw_tiles(axes, grid)
+    draw_tiles(axes, grid)
     axes.set_xticks(range(V), numbers)
     axes.set_yticks(range(D), [str(d + 1) for d in range(D)])
     axes.set(xlabel="added to one dimension of the capsule", ylabel="dimension")
@@ -383,7 +383,7 @@ def _scale_values(axes: Axes, values: np.ndarray) -> None:
     axes.set_yticks([], minor=True)
 
 
-def _draw_tiles(axes: Axes, tiles: np.ndarray) -> None:
+def draw_tiles(axes: Axes, tiles: np.ndarray) -> None:
     """Draws images `[rows, columns, H, W, C]` in one; the centre of each is at (column, row)."""
     rows, columns, H, W, C = tiles.shape
     gap = max(1, H // 28)

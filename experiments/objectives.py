@@ -103,3 +103,94 @@ class SoftmaxClassification(Classification):
     def scores(self, model: Any, images: Array) -> Array:
         """The classes' probabilities."""
         return jax.nn.softmax(model(images).astype(jnp.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Overlaid:
+    """Two digits of different classes on one image, for `multimnist.OverlaidDigits`.
+
+    Images come as layers `[B, 2, H, W, C]`, labels as `[B, 2]`; the two highest scores are the
+    prediction. An error is one where not both are right; the error per digit counts each.
+    """
+
+    num_classes: int
+
+    def augment(self, images: Array, key: Array) -> Array:
+        """Nothing: the digits were shifted when they were laid over each other."""
+        del key
+        return images
+
+    def errors(self, scores: Array, labels: Array) -> Array:
+        """Whether the two highest scores are not the two classes."""
+        return self._found(scores, labels).sum(1) < 2
+
+    def test_metrics(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Percent of images without both digits right, and of digits not found."""
+        found = np.asarray(self._found(jnp.asarray(scores), jnp.asarray(labels)))
+        return {
+            "test_error": 100 * float(np.mean(~found.all(1))),
+            "test_error_per_digit": 100 * float(np.mean(~found)),
+        }
+
+    def _targets(self, labels: Array) -> Array:
+        return jax.nn.one_hot(labels, self.num_classes).sum(1)
+
+    def _found(self, scores: Array, labels: Array) -> Array:
+        """Whether each digit is among the two highest scores, bool `[B, 2]`."""
+        _, predicted = jax.lax.top_k(scores, 2)
+        return (labels[:, :, None] == predicted[:, None, :]).any(2)
+
+
+def overlay(layers: Array) -> Array:
+    """Lays the images `[B, 2, H, W, C]` over each other: their sum, at most 1."""
+    return jnp.minimum(layers.sum(1), 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class OverlaidCapsules(Overlaid):
+    """Margin loss for two classes; the decoder draws one digit at a time.
+
+    Source: Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules", section 6.
+    """
+
+    reconstruction_weight: float
+
+    def loss(
+        self, model: Any, images: Array, labels: Array, key: Array | None
+    ) -> tuple[Array, Array]:
+        """Each digit is drawn from its true class's capsule, in a test too.
+
+        In a test the drawings count in the loss alone, which no prediction depends on.
+        """
+        del key
+        capsules = model(overlay(images))
+        lengths = capsjax.lengths(capsules).astype(jnp.float32)
+        loss = capsjax.margin_loss(lengths, self._targets(labels))
+        if self.reconstruction_weight:
+            both = jnp.broadcast_to(capsules[:, None], (*labels.shape, *capsules.shape[1:]))
+            drawn = model.reconstruct(both, labels).astype(jnp.float32)
+            weight = self.reconstruction_weight
+            loss += capsjax.reconstruction_loss(drawn, images, weight=weight).sum(1)
+        return loss, lengths
+
+    def scores(self, model: Any, images: Array) -> Array:
+        """The lengths of the class capsules."""
+        return capsjax.lengths(model(overlay(images))).astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class OverlaidSigmoids(Overlaid):
+    """Cross-entropy of each class by itself, for the logits of an ordinary network."""
+
+    def loss(
+        self, model: Any, images: Array, labels: Array, key: Array | None
+    ) -> tuple[Array, Array]:
+        """Drops units in training."""
+        dropout_key = None if key is None else jax.random.fold_in(key, 2)
+        logits = model(overlay(images), dropout_key=dropout_key).astype(jnp.float32)
+        loss = optax.sigmoid_binary_cross_entropy(logits, self._targets(labels)).sum(1)
+        return loss, jax.nn.sigmoid(logits)
+
+    def scores(self, model: Any, images: Array) -> Array:
+        """The classes' probabilities, each by itself."""
+        return jax.nn.sigmoid(model(overlay(images)).astype(jnp.float32))

@@ -121,6 +121,14 @@ def save_figure(figure: "Figure", path: StrPath) -> None:
         _write(pathlib.Path(path), buffer.getvalue())
 
 
+def write_json(path: StrPath, value: Any) -> None:
+    """Writes results as JSON, in a folder that is made if need be."""
+    with _writing(path):
+        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(value, indent=2, allow_nan=False)
+        _write(pathlib.Path(path), f"{text}\n".encode())
+
+
 def append_lines(path: StrPath, rows: Iterable[Mapping[str, Any]]) -> None:
     """Adds rows to a file of JSON lines, in a folder that is made if need be."""
     with _writing(path):

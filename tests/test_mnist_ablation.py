@@ -1,0 +1,128 @@
+"""The ablation: what its variants are, and that its table says what the runs did."""
+
+import json
+import re
+import statistics
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import capsjax
+from capsjax.models import CapsNet
+from experiments import cli, data, mnist_ablation, records, train_mnist
+
+
+def test_one_iteration_is_the_control_without_routing():
+    """Every parent gets the plain mean of its votes, as if there were no couplings at all."""
+    model = CapsNet(
+        (17, 17, 1), conv_channels=2, primary_types=2, num_iterations=1, rngs=nnx.Rngs(0)
+    )
+    images = jax.random.uniform(jax.random.key(0), (3, 17, 17, 1))
+    weights = model.capsules.weights[...]
+    votes = jnp.einsum("bip,ipjd->bijd", model.primary_poses(images), weights)
+    wanted = capsjax.squash(votes.sum(1) / 10)
+    np.testing.assert_allclose(model(images), wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_controls_differ_from_routing_in_what_they_name_alone():
+    config = mnist_ablation.Config(seed=5, learning_rate=0.01, workdir="w")
+    runs = {name: mnist_ablation.run_config(config, name, 6) for name in mnist_ablation.VARIANTS}
+    usual = train_mnist.Config(learning_rate=0.01, seed=6)
+    for name, run in runs.items():
+        differing = {
+            field: value for field, value in vars(run).items() if value != getattr(usual, field)
+        }
+        assert differing.pop("workdir") == f"w/{name}/seed_6"
+        wanted = mnist_ablation.VARIANTS[name]
+        assert differing == {k: v for k, v in wanted.items() if getattr(usual, k) != v}
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch, capsys):
+    """Runs the program in this process, with tiny networks: exit status and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_configure_logging", lambda config_class: None)
+    whole = data.load("mnist_small")
+    few = [data.Split(s.images[:40, 5:22, 5:22], s.labels[:40]) for s in (whole.train, whole.test)]
+    small = data.Dataset("mnist_small", 10, *few, "5a")
+    monkeypatch.setattr(data, "load", lambda *_, **__: small)
+
+    def program(**changes):
+        settings = {
+            "dataset": "mnist_small",
+            "workdir": "all",
+            "conv_channels": 2,
+            "primary_types": 1,
+            "capsule_length": 2,
+            "batch_size": 8,
+            "num_epochs": 1,
+            "seeds": 2,
+            "variants": "3_iterations,1_iteration_reconstruction",
+        } | changes
+        flags = [f"--{name}={value}" for name, value in settings.items()]
+        monkeypatch.setattr(sys, "argv", ["mnist_ablation", *flags])
+        with pytest.raises(SystemExit) as exit_:
+            cli.run(mnist_ablation.Config, mnist_ablation.main)
+        return exit_.value.code, capsys.readouterr().err
+
+    return program
+
+
+def test_the_table_holds_the_last_epochs_of_all_seeds(program, tmp_path, monkeypatch):
+    assert program() == (0, "")
+    table = json.loads((tmp_path / "all" / "results.json").read_text())
+    assert [row["variant"] for row in table] == ["3_iterations", "1_iteration_reconstruction"]
+    for row in table:
+        errors = [
+            records.read_metrics(tmp_path / "all" / row["variant"] / f"seed_{seed}")[-1]
+            for seed in (0, 1)
+        ]
+        errors = [last["test_error"] for last in errors]
+        assert row["test_errors"] == errors
+        assert row["test_error"] == pytest.approx(statistics.mean(errors), abs=1e-3)
+        assert row["deviation"] == pytest.approx(statistics.stdev(errors), abs=1e-3)
+        assert row["epochs"] == 1
+    assert "test_error_if_couplings_are_uniform" in table[0]
+    assert "test_error_if_couplings_are_uniform" not in table[1]
+
+    # What is trained already is not trained again.
+    def refuse(config):
+        raise AssertionError(config)
+
+    monkeypatch.setattr(train_mnist, "main", refuse)
+    assert program() == (0, "")
+    status, stderr = program(learning_rate=0.5)
+    assert status == 2
+    assert "other settings: learning_rate 0.001 there, 0.5 here" in stderr
+
+
+def test_a_stopped_run_stops_all(program, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_mnist, "main", lambda config: 143)
+    assert program() == (143, "")
+    assert not (tmp_path / "all" / "results.json").exists()
+
+
+def test_seconds_are_those_of_the_steps():
+    rows = [
+        {"step": 10, "images_per_second": 40.0},
+        {"step": 15, "images_per_second": 20.0},
+    ]
+    assert mnist_ablation.training_seconds(rows, 8) == 10 * 8 / 40 + 5 * 8 / 20
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"seeds": 0}, "--seeds must be at least 1, got 0"),
+        ({"variants": "2_iterations"}, "--variants must be some of .*, got '2_iterations'"),
+        ({"variants": "cnn,cnn"}, "--variants must be some of .*, each once, got 'cnn,cnn'"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(program, flags, message):
+    status, stderr = program(**flags)
+    assert status == 2
+    assert re.fullmatch(f"mnist_ablation: {message}\n", stderr)
