@@ -6,6 +6,7 @@ import signal
 from absl import logging
 
 from experiments import data, records, signals, training
+from experiments.checkpoints import Checkpoints
 from experiments.cli import flag
 from experiments.display import Display
 from experiments.errors import InputError
@@ -76,7 +77,7 @@ def train(
         last_step = min(last_step, settings.max_steps)
     with (
         records.exclusive(workdir),
-        records.Checkpoints(workdir) as checkpoints,
+        Checkpoints(workdir) as checkpoints,
         signals.stop_requests() as stopped,
     ):
         start = trainer.initial_state(settings.seed)

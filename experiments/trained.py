@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, NamedTuple, TypeVar
 
 from experiments import cli, data, records, runs, train_mnist, training
+from experiments.checkpoints import Checkpoints
 from experiments.errors import InputError
 
 C = TypeVar("C", bound=runs.Settings)
@@ -86,7 +87,7 @@ def restored(
     Raises:
       InputError: There is none.
     """
-    with records.Checkpoints(workdir) as checkpoints:
+    with Checkpoints(workdir) as checkpoints:
         found = checkpoints.restore(trainer.initial_state(config.seed))
     if found is None:
         raise InputError(f"workdir {workdir} has no checkpoint yet; let it train further")

@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from runs import open_workdir
 
-from experiments import records
+from experiments.checkpoints import Checkpoints
 from experiments.errors import InputError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -55,7 +56,7 @@ def assert_same(found, wanted):
 
 
 def restore(workdir):
-    with records.Checkpoints(workdir) as checkpoints:
+    with Checkpoints(workdir) as checkpoints:
         return checkpoints.restore(make_state(0))
 
 
@@ -63,7 +64,7 @@ def restore(workdir):
 def saved(tmp_path_factory):
     """A run with the checkpoints 1 and 2; never changed, only copied."""
     workdir = open_workdir(tmp_path_factory.mktemp("saved") / "run")
-    with records.Checkpoints(workdir) as checkpoints:
+    with Checkpoints(workdir) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, make_state(step))
     return workdir
@@ -85,7 +86,7 @@ def test_without_a_checkpoint_there_is_nothing_to_restore(tmp_path):
 
 
 def test_the_newest_three_are_kept(workdir):
-    with records.Checkpoints(workdir) as checkpoints:
+    with Checkpoints(workdir) as checkpoints:
         for step in (3, 4):
             checkpoints.save(step, make_state(step))
         assert checkpoints.steps() == [2, 3, 4]
@@ -93,7 +94,7 @@ def test_the_newest_three_are_kept(workdir):
 
 
 def test_a_step_is_saved_once_and_never_out_of_order(workdir):
-    with records.Checkpoints(workdir) as checkpoints:
+    with Checkpoints(workdir) as checkpoints:
         checkpoints.save(2, make_state(7))
         with pytest.raises(RuntimeError, match=r"step must be above 2, got 0$"):
             checkpoints.save(0, make_state(0))
@@ -154,13 +155,13 @@ def test_the_warning_gives_the_reason(workdir, caplog):
 
 
 def test_values_that_orbax_changes_are_noticed(workdir, monkeypatch, caplog):
-    orbax_restore = records.ocp.StandardCheckpointer.restore
+    orbax_restore = ocp.StandardCheckpointer.restore
 
     def restore_wrongly(self, path, *args):
         state = orbax_restore(self, path, *args)
         return state | {"step": state["step"] + 1} if path.parent.name == "2" else state
 
-    monkeypatch.setattr(records.ocp.StandardCheckpointer, "restore", restore_wrongly)
+    monkeypatch.setattr(ocp.StandardCheckpointer, "restore", restore_wrongly)
     assert restore(workdir)[0] == 1
     assert "(['step'] was not restored as it was saved): going on from step 1" in caplog.text
 
@@ -179,7 +180,7 @@ def test_the_first_save_clears_away_what_cannot_be_used(workdir, caplog):
     flip(workdir / "checkpoints/2/default/_METADATA", 0.5)
     (workdir / "checkpoints/3").mkdir()
     (workdir / "checkpoints/4.orbax-checkpoint-tmp").mkdir()
-    with records.Checkpoints(workdir) as checkpoints:
+    with Checkpoints(workdir) as checkpoints:
         assert checkpoints.restore(make_state(0))[0] == 1
         checkpoints.save(3, make_state(3))
     names = {entry.name for entry in (workdir / "checkpoints").iterdir()}
@@ -192,7 +193,7 @@ def test_the_first_save_clears_away_what_cannot_be_used(workdir, caplog):
 def test_a_damaged_step_can_be_saved_again_and_again(workdir):
     for _ in range(2):
         flip(workdir / "checkpoints/2/default/manifest.ocdbt", 0.5)
-        with records.Checkpoints(workdir) as checkpoints:
+        with Checkpoints(workdir) as checkpoints:
             assert checkpoints.restore(make_state(0))[0] == 1
             checkpoints.save(2, make_state(2))
     step, state = restore(workdir)
@@ -236,7 +237,7 @@ def with_kernel(kernel):
 )
 def test_another_state_is_refused_not_cast(workdir, template, message):
     with (
-        records.Checkpoints(workdir) as checkpoints,
+        Checkpoints(workdir) as checkpoints,
         pytest.raises(InputError, match=f"^checkpoint .*/2 does not fit this program: .*{message}"),
     ):
         checkpoints.restore(template)
@@ -254,7 +255,7 @@ def test_a_checkpoint_of_another_run_is_refused(workdir, tmp_path):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("size", [0, 100, 4000])
 def test_a_failed_write_keeps_what_there_was(workdir, small_disk, size):
-    with records.Checkpoints(workdir) as checkpoints:
+    with Checkpoints(workdir) as checkpoints:
         message = r"^checkpoint .*/3 cannot be written: File too large; those before it are intact$"
         with small_disk(size), pytest.raises(InputError, match=message):
             checkpoints.save(3, make_state(3))
@@ -272,14 +273,14 @@ def test_a_disk_with_too_little_space_is_not_filled(workdir, monkeypatch):
     message = (
         r"/3 cannot be written: it needs 1\.0 MiB and the disk has 1\.0 MiB free; those before"
     )
-    with records.Checkpoints(workdir) as checkpoints:
+    with Checkpoints(workdir) as checkpoints:
         with pytest.raises(InputError, match=message):
             checkpoints.save(3, make_state(3))
         assert checkpoints.steps() == [1, 2]
 
 
 def test_other_errors_of_a_save_are_not_taken_for_a_full_disk(workdir):
-    with records.Checkpoints(workdir) as checkpoints, pytest.raises(ValueError, match="empty"):
+    with Checkpoints(workdir) as checkpoints, pytest.raises(ValueError, match="empty"):
         checkpoints.save(3, {})
 
 
@@ -287,6 +288,7 @@ PROGRAM = """
 import dataclasses, itertools, resource
 import jax.numpy as jnp
 from experiments import cli, records
+from experiments.checkpoints import Checkpoints
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -295,7 +297,7 @@ class Config:
 
 def main(config):
     workdir = records.open_workdir(config.workdir, config=config, data_sha256="")
-    with records.Checkpoints(workdir) as checkpoints:
+    with Checkpoints(workdir) as checkpoints:
         for step in itertools.count(1):
             checkpoints.save(step, {"x": jnp.full((400, 500), step)})
             print(step, flush=True)
@@ -336,7 +338,7 @@ def test_kill_9_at_any_moment_leaves_the_newest_complete_checkpoint(tmp_path, st
         time.sleep(rng.uniform(0, 0.3))
         program.kill()
         newest = max([1, *map(int, program.stdout.read().split())])
-        with records.Checkpoints(folder / "run") as checkpoints:
+        with Checkpoints(folder / "run") as checkpoints:
             step, state = checkpoints.restore({"x": jnp.zeros((400, 500), jnp.int32)})
             assert step - newest in (0, 1)  # it may have died between the save and the print
             assert_same(state, {"x": jnp.full((400, 500), step)})

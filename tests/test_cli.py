@@ -202,8 +202,9 @@ class Config:
 def main(config):
     import jax.numpy as jnp
     from experiments import records
+    from experiments.checkpoints import Checkpoints
     workdir = records.open_workdir(config.workdir, config=config, data_sha256="00")
-    with records.Checkpoints(workdir) as checkpoints:
+    with Checkpoints(workdir) as checkpoints:
         checkpoints.save(1, {"x": jnp.ones(3)})
         logging.info("saved %s", checkpoints.steps())
         logging.warning("beware")

@@ -13,6 +13,7 @@ from PIL import Image
 
 from experiments import cli, data, evaluate, idx, inspection, records, train_mnist, training
 from experiments import trained as load_trained
+from experiments.checkpoints import Checkpoints
 from experiments.errors import InputError
 
 
@@ -50,7 +51,7 @@ def trained(settings, tmp_path_factory):
     path = tmp_path_factory.mktemp("trained") / "run"
     workdir = records.open_workdir(path, config=settings, data_sha256=dataset.sha256)
     state = trainer.initial_state(0)
-    with records.Checkpoints(workdir) as checkpoints:
+    with Checkpoints(workdir) as checkpoints:
         checkpoints.save(1, state)
         weights = np.random.default_rng(0).normal(size=state.params["capsules"]["weights"].shape)
         state.params["capsules"]["weights"] = np.float32(weights)

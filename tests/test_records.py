@@ -13,6 +13,7 @@ from runs import Config, open_workdir
 from tensorboardX.proto import event_pb2
 
 from experiments import records
+from experiments.checkpoints import Checkpoints
 from experiments.errors import InputError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -133,7 +134,7 @@ def test_a_damaged_config_is_named(tmp_path, content):
     assert (workdir / "config.json").read_bytes() == content
 
 
-@pytest.mark.parametrize("read", [records.read_config, records.Checkpoints])
+@pytest.mark.parametrize("read", [records.read_config, Checkpoints])
 def test_a_folder_without_a_run_is_refused(tmp_path, read):
     with pytest.raises(InputError, match=r"holds no run: it has no config\.json$"):
         read(tmp_path)

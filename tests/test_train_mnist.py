@@ -19,6 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 import capsjax
 from experiments import cli, data, figures, idx, inspection, records, runs, train_mnist, training
+from experiments.checkpoints import Checkpoints
 from experiments.display import Display
 from experiments.errors import InputError
 from experiments.transforms import scaled
@@ -125,7 +126,7 @@ def rows(workdir):
 
 def saved(workdir):
     """The steps that have a checkpoint, and dtype, shape and checksum of the last one's leaves."""
-    with records.Checkpoints(workdir) as checkpoints:
+    with Checkpoints(workdir) as checkpoints:
         steps = checkpoints.steps()
     record = json.loads((workdir / f"checkpoints/{steps[-1]}/record.json").read_bytes())
     return steps, record["record"]["leaves"]
@@ -420,7 +421,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(
     assert rows(tmp_path / "run")[-1]["step"] < step
     dataset = data.load(tiny.dataset, data_dir=tiny.data_dir)
     trainer = train_mnist.build(dataclasses.replace(tiny, **config), dataset)
-    with records.Checkpoints(tmp_path / "run") as checkpoints:
+    with Checkpoints(tmp_path / "run") as checkpoints:
         _, state = checkpoints.restore(trainer.initial_state(0))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     assert program(**config) == (2, stderr)  # and again, from the checkpoint

@@ -1,0 +1,216 @@
+"""The checkpoints of a run."""
+
+import hashlib
+import json
+import pathlib
+import shutil
+import zlib
+from typing import Any, Self
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+
+from experiments import files, records
+from experiments.errors import InputError
+
+_RECORD = "record.json"
+
+
+class Checkpoints:
+    """The newest three checkpoints of a run, written by Orbax.
+
+    Orbax does not notice a flipped bit among the values, and other damage makes it raise anything
+    from KeyError to AttributeError after a page of complaints. So each checkpoint gets a
+    record.json, written last: a SHA-256 for each of its files, checked before Orbax opens them,
+    and dtype, shape and CRC-32 of every leaf, checked afterwards. A checkpoint without one is a
+    save that did not finish.
+    """
+
+    def __init__(self, workdir: files.StrPath):
+        """Finds the checkpoints of the run in `workdir`; nothing is written before `save`."""
+        run = records.read_config(workdir)
+        self._run = {"config": run["config"], "data_sha256": run["data_sha256"]}
+        self._workdir = workdir
+        # Orbax wants an absolute path.
+        self._folder = pathlib.Path(workdir).absolute() / "checkpoints"
+        self._damaged: set[int] = set()
+        self._manager: ocp.CheckpointManager | None = None
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, oldest first."""
+        found = {entry.parent.name for entry in self._folder.glob(f"*/{_RECORD}")}
+        return sorted(int(name) for name in found if name.isdecimal())
+
+    def save(self, step: int, state: Any) -> None:
+        """Writes the checkpoint of one step; it is on disk when this returns.
+
+        Args:
+          step: above every step saved so far; a step that has its checkpoint is left alone.
+          state: a tree of JAX arrays.
+
+        Raises:
+          InputError: the disk is full, or the like; the checkpoints before it are intact.
+        """
+        if self._manager is None:
+            with files.writing(self._folder):
+                self._manager = self._open_manager()
+        if step in self.steps():
+            return
+        folder = self._folder / str(step)
+        # Checked first, since Orbax fills the screen when the disk fills up under its writes.
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + 2**20
+        free = shutil.disk_usage(self._folder).free
+        if free < needed:
+            raise InputError(
+                f"checkpoint {folder} cannot be written: it needs {needed / 2**20:.1f} MiB and the "
+                f"disk has {free / 2**20:.1f} MiB free; those before it are intact"
+            )
+        try:
+            if not self._manager.save(step, args=ocp.args.StandardSave(state)):
+                newest = self.steps()[-1]
+                raise RuntimeError(f"Checkpoints.save: step must be above {newest}, got {step}")
+            record = {
+                **self._run,
+                "leaves": {name: _describe(leaf) for name, leaf in _named(state)},
+                "files": {name: _sha256(folder / name) for name in _sync(folder)},
+            }
+            files.write(folder / _RECORD, _sealed(record))
+        except (OSError, ValueError) as error:
+            reason = files.system_error(error)
+            if reason is None:
+                raise
+            for left in (folder, *self._folder.glob(f"{step}.orbax-checkpoint-tmp*")):
+                shutil.rmtree(left, ignore_errors=True)
+            self._manager.reload()
+            raise InputError(
+                f"checkpoint {folder} cannot be written: {reason}; those before it are intact"
+            ) from error
+
+    def restore(self, template: Any) -> tuple[int, Any] | None:
+        """Reads the newest good checkpoint, with a warning for each newer one that is damaged.
+
+        Args:
+          template: a state with the structure, dtypes, shapes and shardings to restore.
+
+        Returns:
+          Its step and state, or None when there is no checkpoint.
+
+        Raises:
+          InputError: all are damaged, or one was written by another program or run.
+        """
+        damaged: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            try:
+                state = self._read(step, template)
+            except (_DamagedError, OSError) as error:
+                damaged[step] = str(error)
+                continue
+            for bad, reason in damaged.items():
+                logging.warning(
+                    "checkpoint %s is damaged (%s): going on from step %d",
+                    *(self._folder / str(bad), reason, step),
+                )
+            self._damaged = set(damaged)
+            return step, state
+        if damaged:
+            listed = ", ".join(f"{step} ({reason})" for step, reason in damaged.items())
+            raise InputError(
+                f"every checkpoint in {self._folder} is damaged: {listed}; to start again, remove "
+                f"{self._workdir} or use another --workdir"
+            )
+        return None
+
+    def close(self) -> None:
+        """Ends Orbax's threads; everything saved is on disk already."""
+        if self._manager is not None:
+            self._manager.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _read(self, step: int, template: Any) -> Any:
+        folder = self._folder / str(step)
+        record = _unsealed(folder / _RECORD)
+        for name, digest in record["files"].items():
+            if _sha256(folder / name) != digest:
+                raise _DamagedError(f"{name} is not what was written")
+        if {key: record[key] for key in self._run} != self._run:
+            raise InputError(f"checkpoint {folder} belongs to a run with other settings or data")
+        found = {name: (leaf["dtype"], leaf["shape"]) for name, leaf in record["leaves"].items()}
+        wanted = {name: (str(leaf.dtype), list(leaf.shape)) for name, leaf in _named(template)}
+        for name in sorted(found | wanted):
+            if found.get(name) != wanted.get(name):
+                raise InputError(
+                    f"checkpoint {folder} does not fit this program: {name} is "
+                    f"{found.get(name, 'absent')} there, {wanted.get(name, 'absent')} here"
+                )
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+        with ocp.StandardCheckpointer() as reader:
+            state = reader.restore(folder / "default", abstract)
+        for name, leaf in _named(state):
+            if _describe(leaf) != record["leaves"][name]:
+                raise _DamagedError(f"{name} was not restored as it was saved")
+        return state
+
+    def _open_manager(self) -> ocp.CheckpointManager:
+        """Makes room for new checkpoints: not sooner, since a run may be read while it trains."""
+        for entry in self._folder.iterdir():
+            if entry.name.isdecimal() and not (entry / _RECORD).exists():
+                logging.warning("checkpoint %s has no %s: removed as unfinished", entry, _RECORD)
+                shutil.rmtree(entry)
+        for step in self._damaged:
+            target = self._folder / f"damaged_{step}"
+            if target.exists():
+                shutil.rmtree(target)
+            (self._folder / str(step)).rename(target)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=3, cleanup_tmp_directories=True, enable_async_checkpointing=False
+        )
+        return ocp.CheckpointManager(self._folder, options=options)
+
+
+class _DamagedError(Exception):
+    """A checkpoint is not what was written."""
+
+
+def _named(tree: Any) -> list[tuple[str, Any]]:
+    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
+
+
+def _describe(leaf: Any) -> dict[str, Any]:
+    array = np.asarray(leaf)
+    checksum = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return {"dtype": str(array.dtype), "shape": list(array.shape), "crc32": checksum}
+
+
+def _sealed(record: dict[str, Any]) -> bytes:
+    text = json.dumps(record)
+    return json.dumps({"crc32": zlib.crc32(text.encode()), "record": record}).encode()
+
+
+def _unsealed(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        sealed = json.loads(path.read_bytes())
+        if zlib.crc32(json.dumps(sealed["record"]).encode()) == sealed["crc32"]:
+            return sealed["record"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise _DamagedError(f"{path.name} is damaged: {error!r}") from error
+    raise _DamagedError(f"{path.name} is damaged: its checksum does not match")
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(folder: pathlib.Path) -> list[str]:
+    """Waits until a folder is on disk with all it holds; returns the names of its files."""
+    entries = [folder.parent, folder, *folder.rglob("*")]
+    for entry in entries:
+        files.fsync(entry)
+    return sorted(e.relative_to(folder).as_posix() for e in entries if e.is_file())

@@ -1,0 +1,52 @@
+"""Writing files so that whatever stops a program leaves the old file or the new one."""
+
+import contextlib
+import os
+import pathlib
+import re
+from collections.abc import Iterator
+
+from experiments.errors import InputError
+
+StrPath = str | os.PathLike[str]
+
+
+def write(path: pathlib.Path, content: bytes) -> None:
+    """Replaces a file, in one step and durably."""
+    begun = path.with_name(temporary(path.name))
+    begun.write_bytes(content)
+    fsync(begun)
+    begun.replace(path)
+    fsync(path.parent)
+
+
+def fsync(path: pathlib.Path) -> None:
+    """Waits until a file or a folder is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def temporary(name: str) -> str:
+    """The name under which `write` begins a file."""
+    return f".{name}.tmp"
+
+
+def system_error(error: Exception) -> str | None:
+    """What the operating system said, if it is the cause of an error."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    # TensorStore reports a full disk as a ValueError with the number in its text.
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(found[1])) if found else None
+
+
+@contextlib.contextmanager
+def writing(what: StrPath) -> Iterator[None]:
+    """Inside, an error of the operating system becomes an InputError that names `what`."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{what} cannot be written: {system_error(error)}") from error
