@@ -94,7 +94,7 @@ def read_config(workdir: StrPath) -> dict[str, Any]:
         run = json.loads(path.read_bytes())
         if not (isinstance(run["config"], dict) and isinstance(run["data_sha256"], str)):
             raise TypeError("config or data_sha256 is of another type")
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"{path} is damaged or unreadable ({error!r})") from error
     return run
 
@@ -114,6 +114,12 @@ def write_json(path: StrPath, value: Any) -> None:
         pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(value, indent=2, allow_nan=False)
         files.write(pathlib.Path(path), f"{text}\n".encode())
+
+
+def save_text(text: str, path: StrPath) -> None:
+    """Writes a file of text, in a folder that is there."""
+    with _writing(path):
+        _write(pathlib.Path(path), text.encode())
 
 
 def append_lines(path: StrPath, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -145,7 +151,7 @@ def read_metrics(workdir: StrPath) -> list[dict[str, Any]]:
             row = json.loads(line)
             operator.index(row["step"])  # raises on anything but an integer,
             _line(row)  # and this on NaN
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             if not line.endswith(b"\n"):
                 break
             raise InputError(f"{path} is damaged at line {number} ({error!r})") from error

@@ -1,0 +1,254 @@
+"""Reads what a report shows: runs, and the results and figures beside them.
+
+Nothing in these folders is trusted: each file has a largest size, and what is not of the form that
+the programs write is an InputError that names it.
+"""
+
+import base64
+import contextlib
+import io
+import json
+import os
+import pathlib
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from experiments import records
+from experiments.errors import InputError
+
+_MIB = 2**20
+_CONFIG, _METRICS, _RESULTS = "config.json", "metrics.jsonl", "results.json"
+_LIMITS = {_CONFIG: _MIB // 8, _METRICS: 64 * _MIB, _RESULTS: _MIB}
+_FIGURE_LIMIT, _FIGURES_LIMIT = 16 * _MIB, 128 * _MIB
+_PIXELS = 30_000_000  # a browser holds four bytes for each
+_MEASURES, _CELLS = 100, 50_000
+_FORMATS = ("PNG", "GIF")
+
+
+class Run(NamedTuple):
+    """One run."""
+
+    label: str  # the shortest path that tells the folders of a report apart
+    facts: dict[str, Any]  # the settings, then what else config.json says, "versions.jax" for one
+    rows: list[dict[str, float]]  # of metrics.jsonl, at least one
+
+    @property
+    def group(self) -> str:
+        """The label without a seed at its end: runs that differ in nothing else share it."""
+        return re.sub(r"/seed_\d+$", "", self.label)
+
+
+class Table(NamedTuple):
+    """Rows of JSON values; where one is absent there is None."""
+
+    columns: list[str]
+    rows: list[list[Any]]
+
+
+class Picture(NamedTuple):
+    """A figure as a data URI, with its size in pixels."""
+
+    name: str
+    uri: str
+    width: int
+    height: int
+
+
+class Folder(NamedTuple):
+    """What else lies in the folder of a run, or of several: results.json and figures."""
+
+    label: str
+    results: Table | None
+    pictures: list[Picture]
+
+
+def read(workdirs: Sequence[str]) -> tuple[list[Run], list[Folder]]:
+    """Reads the runs of some folders, and all folders in which results or figures may lie.
+
+    Args:
+      workdirs: Folders of a run each, or of several: in their subfolders, or in those of them.
+
+    Raises:
+      InputError: A folder is missing, holds no run, a run without metrics or one named before, or a
+        file is damaged, too large or unreadable.
+    """
+    roots = [pathlib.Path(os.path.abspath(workdir)) for workdir in workdirs]
+    runs: list[Run] = []
+    folders: dict[pathlib.Path, Folder] = {}
+    seen: set[pathlib.Path] = set()
+    with _reading():
+        found = [_find(workdir, root) for workdir, root in zip(workdirs, roots, strict=True)]
+        outer = [
+            root.parent if paths == [root] else root
+            for root, paths in zip(roots, found, strict=True)
+        ]
+        base = os.path.commonpath(outer)
+
+        def label(path: pathlib.Path) -> str:
+            return path.name if str(path) == base else os.path.relpath(path, base)
+
+        for root, paths in zip(roots, found, strict=True):
+            for path in paths:
+                if path.resolve() in seen:
+                    raise InputError(f"--workdirs names the run {path} twice")
+                seen.add(path.resolve())
+                runs.append(_read_run(path, label(path)))
+                for folder in reversed([path, *path.parents]):
+                    if folder.is_relative_to(root) and folder not in folders:
+                        folders[folder] = _read_folder(folder, label(folder))
+    total = sum(len(picture.uri) for folder in folders.values() for picture in folder.pictures)
+    if total > _FIGURES_LIMIT:
+        raise InputError(
+            f"the figures would make a page of {total // _MIB} MiB, more than "
+            f"{_FIGURES_LIMIT // _MIB}; name fewer --workdirs"
+        )
+    return runs, list(folders.values())
+
+
+def as_table(value: Any) -> Table:
+    """The rows of a list of objects or an object of objects, or the names and values of an object.
+
+    Raises:
+      ValueError: If it is none of them, or too large.
+    """
+    if not (value and isinstance(value, dict | list)):
+        raise ValueError("it must hold an object or a list of objects, and not be empty")
+    _check_depth(value)
+    rows = list(value.values()) if isinstance(value, dict) else value
+    if all(isinstance(row, dict) for row in rows):
+        rows = list(map(_flat, rows))
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        if len(rows) * len(columns) > _CELLS:
+            raise ValueError(f"its table would have more than {_CELLS} cells")
+        cells = [[row.get(key) for key in columns] for row in rows]
+        if isinstance(value, list):
+            return Table(columns, cells)
+        return Table(["", *columns], [[name, *own] for name, own in zip(value, cells, strict=True)])
+    if isinstance(value, list):
+        raise ValueError("it must hold an object or a list of objects, not of anything else")
+    return Table(["name", "value"], [list(item) for item in _flat(value).items()])
+
+
+def _find(workdir: str, root: pathlib.Path) -> list[pathlib.Path]:
+    """The folders of the runs in a folder, seed_10 after seed_9."""
+    if not root.is_dir():
+        what = "is a file, not a folder" if root.exists() else "does not exist"
+        raise InputError(f"workdir {workdir} {what}")
+    if (root / _CONFIG).exists():
+        return [root]
+    paths = [path.parent for depth in ("*", "*/*") for path in root.glob(f"{depth}/{_CONFIG}")]
+    if not paths:
+        raise InputError(
+            f"workdir {workdir} holds no run: neither it nor a subfolder has {_CONFIG}"
+        )
+    return sorted(paths, key=_natural)
+
+
+def _flat(value: dict[str, Any]) -> dict[str, Any]:
+    """What is in an object's objects becomes its own, as "versions.jax"."""
+    flat: dict[str, Any] = {}
+    for name, own in value.items():
+        flat |= (
+            {f"{name}.{key}": v for key, v in own.items()} if isinstance(own, dict) else {name: own}
+        )
+    return flat
+
+
+def _check_depth(value: Any, deepest: int = 10) -> None:
+    """Raises ValueError for what would overflow a stack when it is written."""
+    if isinstance(value, dict | list):
+        if not deepest:
+            raise ValueError("it is nested more than 10 deep")
+        for own in value.values() if isinstance(value, dict) else value:
+            _check_depth(own, deepest - 1)
+
+
+def _natural(path: pathlib.Path) -> list[tuple[int, str]]:
+    pieces = re.findall(r"[0-9]+|[^0-9]+", str(path))
+    return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in pieces]
+
+
+def _read_run(path: pathlib.Path, label: str) -> Run:
+    _check_size(path / _CONFIG, _LIMITS[_CONFIG])
+    said = records.read_config(path)
+    try:
+        _check_depth(said)
+    except ValueError as error:
+        raise InputError(f"{path / _CONFIG} is damaged: {error}") from error
+    facts = _flat(said.pop("config") | said)
+    if (path / _METRICS).exists():
+        _check_size(path / _METRICS, _LIMITS[_METRICS])
+    rows = records.read_metrics(path)
+    if not rows:
+        raise InputError(f"workdir {path} has no metrics yet; let it train further")
+    for number, row in enumerate(rows, 1):
+        for name, value in row.items():
+            if type(value) not in (int, float) or abs(value) > 1e100:
+                raise InputError(
+                    f"{path / _METRICS} is damaged at line {number}: {name!r} must be a number "
+                    f"up to 1e100, got {str(value)[:40]!r}"
+                )
+    if len(names := {name for row in rows for name in row}) > _MEASURES:
+        raise InputError(f"{path / _METRICS} has {len(names)} measures, more than {_MEASURES}")
+    return Run(label, facts, rows)
+
+
+def _read_folder(folder: pathlib.Path, label: str) -> Folder:
+    found = (folder / "figures").iterdir() if (folder / "figures").is_dir() else ()
+    named = [path for path in found if path.suffix.lower() in (".png", ".gif")]
+    results = folder / _RESULTS
+    return Folder(
+        label,
+        _read_results(results) if results.exists() else None,
+        [_read_picture(path) for path in sorted(named, key=_natural)],
+    )
+
+
+def _read_results(path: pathlib.Path) -> Table:
+    _check_size(path, _LIMITS[_RESULTS])
+    try:
+        return as_table(json.loads(path.read_bytes(), parse_constant=_refuse))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged or of another form: {error}") from error
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _read_picture(path: pathlib.Path) -> Picture:
+    _check_size(path, _FIGURE_LIMIT)
+    content = path.read_bytes()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+                kind, (width, height) = str(image.format).lower(), image.size
+                if width * height > _PIXELS:
+                    raise ValueError(f"{width} x {height} pixels are more than {_PIXELS}")
+                image.load()
+    except (OSError, SyntaxError, ValueError, Warning, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} is no PNG or GIF that can be shown: {error}") from error
+    uri = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    return Picture(path.name, uri, width, height)
+
+
+def _check_size(path: pathlib.Path, limit: int) -> None:
+    if not path.is_file():
+        raise InputError(f"{path} is not a file")
+    if (size := path.stat().st_size) > limit:
+        raise InputError(
+            f"{path} is too large for a report: {size / _MIB:.1f} MiB, more than {limit / _MIB:g}"
+        )
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
