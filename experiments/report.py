@@ -4,6 +4,7 @@ The page is whole by itself: it opens from disk, needs no network and holds no s
 """
 
 import dataclasses
+import os
 import pathlib
 
 from absl import logging
@@ -33,9 +34,9 @@ def main(config: Config) -> int:
             f"--workdirs must be folders of runs, separated by commas, got {config.workdirs!r}"
         )
     output = pathlib.Path(config.output)
-    if output.suffix != ".html" or output.is_dir():
+    if output.suffix != ".html" or os.path.isdir(output):
         raise InputError(f"--output must be a file that ends in .html, got {config.output!r}")
-    if not output.parent.is_dir():
+    if not os.path.isdir(output.parent):
         raise InputError(f"--output: {output.parent} is not a folder; make it first")
     runs, folders = report_runs.read(workdirs)
     records.save_text(report_page.page(runs, folders), output)

@@ -12,7 +12,7 @@ import os
 import pathlib
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -76,30 +76,22 @@ def read(workdirs: Sequence[str]) -> tuple[list[Run], list[Folder]]:
       InputError: A folder is missing, holds no run, a run without metrics or one named before, or a
         file is damaged, too large or unreadable.
     """
-    roots = [pathlib.Path(os.path.abspath(workdir)) for workdir in workdirs]
     runs: list[Run] = []
     folders: dict[pathlib.Path, Folder] = {}
     seen: set[pathlib.Path] = set()
     with _reading():
-        found = [_find(workdir, root) for workdir, root in zip(workdirs, roots, strict=True)]
-        outer = [
-            root.parent if paths == [root] else root
-            for root, paths in zip(roots, found, strict=True)
-        ]
-        base = os.path.commonpath(outer)
-
-        def label(path: pathlib.Path) -> str:
-            return path.name if str(path) == base else os.path.relpath(path, base)
-
-        for root, paths in zip(roots, found, strict=True):
+        found = [(root, _find(root)) for root in map(pathlib.Path, workdirs)]
+        outer = [os.path.join(root, "." if paths != [root] else "..") for root, paths in found]
+        base = os.path.commonpath(map(os.path.abspath, outer))
+        for root, paths in found:
             for path in paths:
                 if path.resolve() in seen:
                     raise InputError(f"--workdirs names the run {path} twice")
                 seen.add(path.resolve())
-                runs.append(_read_run(path, label(path)))
+                runs.append(_read_run(path, _label(path, base)))
                 for folder in reversed([path, *path.parents]):
                     if folder.is_relative_to(root) and folder not in folders:
-                        folders[folder] = _read_folder(folder, label(folder))
+                        folders[folder] = _read_folder(folder, _label(folder, base))
     total = sum(len(picture.uri) for folder in folders.values() for picture in folder.pictures)
     if total > _FIGURES_LIMIT:
         raise InputError(
@@ -109,7 +101,12 @@ def read(workdirs: Sequence[str]) -> tuple[list[Run], list[Folder]]:
     return runs, list(folders.values())
 
 
-def as_table(value: Any) -> Table:
+def measures(runs: Iterable[Run]) -> list[str]:
+    """The names in all rows of all runs, in the order in which they come."""
+    return list(dict.fromkeys(name for run in runs for row in run.rows for name in row))
+
+
+def _as_table(value: Any) -> Table:
     """The rows of a list of objects or an object of objects, or the names and values of an object.
 
     Raises:
@@ -133,18 +130,21 @@ def as_table(value: Any) -> Table:
     return Table(["name", "value"], [list(item) for item in _flat(value).items()])
 
 
-def _find(workdir: str, root: pathlib.Path) -> list[pathlib.Path]:
+def _label(path: pathlib.Path, base: str) -> str:
+    absolute = os.path.abspath(path)
+    return os.path.basename(base) if absolute == base else os.path.relpath(absolute, base)
+
+
+def _find(root: pathlib.Path) -> list[pathlib.Path]:
     """The folders of the runs in a folder, seed_10 after seed_9."""
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "does not exist"
-        raise InputError(f"workdir {workdir} {what}")
+        raise InputError(f"workdir {root} {what}")
     if (root / _CONFIG).exists():
         return [root]
     paths = [path.parent for depth in ("*", "*/*") for path in root.glob(f"{depth}/{_CONFIG}")]
     if not paths:
-        raise InputError(
-            f"workdir {workdir} holds no run: neither it nor a subfolder has {_CONFIG}"
-        )
+        raise InputError(f"workdir {root} holds no run: neither it nor a subfolder has {_CONFIG}")
     return sorted(paths, key=_natural)
 
 
@@ -211,7 +211,7 @@ def _read_folder(folder: pathlib.Path, label: str) -> Folder:
 def _read_results(path: pathlib.Path) -> Table:
     _check_size(path, _LIMITS[_RESULTS])
     try:
-        return as_table(json.loads(path.read_bytes(), parse_constant=_refuse))
+        return _as_table(json.loads(path.read_bytes(), parse_constant=_refuse))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged or of another form: {error}") from error
 

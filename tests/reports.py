@@ -1,0 +1,115 @@
+"""Folders of runs, and a look into a page, for the tests of the report."""
+
+import html.parser
+import json
+
+from matplotlib.figure import Figure
+
+from experiments import records
+
+HOSTILE = "<script>document.title='x'</script>\"'&lt;"
+ABSENT = "\N{EN DASH}"
+_VOID = {"img", "input", "meta"}
+
+
+def write_run(path, *, settings=None, rows=None, figures=(), results=None, versions="0.10.2"):
+    """A run of two epochs, in a new folder."""
+    path.mkdir(parents=True)
+    config = {"dataset": "mnist_small", "batch_size": 64, "num_epochs": 4, "seed": 0}
+    run = {
+        "config": config | {"workdir": str(path)} | (settings or {}),
+        "data_sha256": "da7a",
+        "versions": {"jax": versions},
+    }
+    (path / "config.json").write_text(json.dumps(run))
+    write_rows(path, metrics() if rows is None else rows)
+    for name in figures:
+        write_figure(path, name)
+    if results is not None:
+        (path / "results.json").write_text(json.dumps(results))
+    return path
+
+
+def metrics(*, epochs=2, errors=(1.5, 2.25)):
+    """Two rows an epoch, a second for each half of it; the test error is told at its end."""
+    rows = []
+    for epoch in range(1, epochs + 1):
+        for half in (0.5, 0):
+            rows.append(
+                {
+                    "step": round(100 * (epoch - half)),
+                    "epoch": epoch - half,
+                    "train_loss": 1 / (epoch - half),
+                    "train_error": 0.0 if not half else 40 / epoch,
+                    "images_per_second": 3200.0,
+                }
+            )
+        rows[-1] |= {"test_loss": 0.5 / epoch, "test_error": errors[(epoch - 1) % len(errors)]}
+    return rows
+
+
+def write_rows(path, rows):
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_figure(path, name, *, size=(2, 1)):
+    figure = Figure(size)
+    figure.text(0.5, 0.5, "Here", ha="center")
+    records.save_figure(figure, path / "figures" / name)
+
+
+class Element:
+    """An element of a page, with its attributes and what is in it."""
+
+    def __init__(self, tag, attributes):
+        """Starts with nothing in it."""
+        self.tag, self.attributes, self.children = tag, attributes, []
+
+    @property
+    def text(self):
+        return "".join(c if isinstance(c, str) else c.text for c in self.children)
+
+    def all(self, *tags):
+        """The elements with one of these tags, in the page's order."""
+        for child in self.children:
+            if isinstance(child, Element):
+                if child.tag in tags:
+                    yield child
+                yield from child.all(*tags)
+
+    def section(self, key):
+        (found,) = [part for part in self.all("section") if part.attributes["id"] == key]
+        return found
+
+
+def parse(page):
+    """The page as elements; every tag must be closed where it should be."""
+    parser = _Parser()
+    parser.feed(page)
+    parser.close()
+    assert [element.tag for element in parser.open] == ["page"]
+    return parser.open[0]
+
+
+def cells(table):
+    """The text in each cell of a table, its head included."""
+    return [[cell.text for cell in row.all("th", "td")] for row in table.all("tr")]
+
+
+class _Parser(html.parser.HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.open = [Element("page", {})]
+
+    def handle_starttag(self, tag, attrs):
+        assert len(dict(attrs)) == len(attrs)
+        element = Element(tag, dict(attrs))
+        self.open[-1].children.append(element)
+        if tag not in _VOID:
+            self.open.append(element)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop().tag == tag
+
+    def handle_data(self, data):
+        self.open[-1].children.append(data)

@@ -1,0 +1,502 @@
+"""The report: what is in the runs' folders is on the page, and it is text there."""
+
+import base64
+import io
+import json
+import os
+import re
+import sys
+
+import pytest
+from PIL import Image
+from reports import ABSENT, HOSTILE, cells, metrics, parse, write_figure, write_rows, write_run
+
+from experiments import cli, report, report_chart
+from experiments.report_chart import Curve
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch, capsys):
+    """Runs the program in this process, in a folder of the test's own: status and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_configure_logging", lambda config_class: None)
+
+    def program(*workdirs, **flags):
+        flags = {"workdirs": ",".join(workdirs), **flags}
+        arguments = [f"--{name}={value}" for name, value in flags.items()]
+        monkeypatch.setattr(sys, "argv", ["report", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            cli.run(report.Config, report.main)
+        return exit_.value.code, capsys.readouterr().err
+
+    return program
+
+
+@pytest.fixture
+def page(program, tmp_path):
+    """The page about some workdirs, parsed."""
+
+    def page(*workdirs):
+        assert program(*workdirs) == (0, "")
+        return parse((tmp_path / "report.html").read_text())
+
+    return page
+
+
+def tables(part):
+    return [cells(table) for table in part.all("table")]
+
+
+# What the page says
+
+
+def test_errors_are_the_last_ones_with_epochs_steps_and_time(page, tmp_path):
+    write_run(tmp_path / "a")
+    rows = metrics()
+    rows.append({"step": 250, "epoch": 2.5, "train_error": 1.0, "images_per_second": 1600.0})
+    write_run(tmp_path / "b", rows=rows)
+    write_run(tmp_path / "c", rows=rows[:1])
+    (errors,) = tables(page("a", "b", "c").section("errors"))
+    assert errors == [
+        ["run", "test error, %", "epochs", "steps", "training time", "images/s"],
+        ["a", "2.25", "2 of 4", "200", "4 s", "3200"],
+        ["b", "2.25after epoch 2", "2.5 of 4", "250", "6 s", "3200"],
+        ["c", "none yet", "0.5 of 4", "50", "1 s", "3200"],
+    ]
+
+
+def test_every_test_error_has_a_column(page, tmp_path):
+    both = {"step": 7, "test_error_both": 30.125, "test_error_digit": 9.0}
+    write_run(tmp_path / "multi", rows=[{"step": 3, "test_error_both": 1.0}, both])
+    write_run(tmp_path / "single", rows=[{"step": 3, "test_error": 5.0}, {"step": 6}])
+    (errors,) = tables(page("multi", "single").section("errors"))
+    heads = ["test error both, %", "test error digit, %", "test error, %"]
+    assert errors[0][1:4] == heads
+    assert errors[1][:7] == ["multi", "30.12", "9.00", "none yet", ABSENT, "7", ABSENT]
+    assert errors[2][:7] == [
+        "single",
+        "none yet",
+        "none yet",
+        "5.00after step 3",
+        ABSENT,
+        "6",
+        ABSENT,
+    ]
+
+
+def test_a_long_run_takes_hours(page, tmp_path):
+    row = {"step": 10_000, "epoch": 1.0, "images_per_second": 64.0}
+    write_run(tmp_path / "a", rows=[row])
+    write_run(tmp_path / "b", rows=[row | {"step": 90}])
+    (errors,) = tables(page("a", "b").section("errors"))
+    assert [row[4] for row in errors[1:]] == ["2 h 46 min", "1 min 30 s"]
+
+
+def test_settings_that_differ_stand_side_by_side_and_the_rest_is_folded(page, tmp_path):
+    write_run(tmp_path / "a", settings={"rate": 0.1 + 0.2, "shift": 2})
+    write_run(tmp_path / "b", settings={"rate": 0.3, "download": True}, versions="0.12.0")
+    write_run(tmp_path / "c", settings={"rate": 0.3, "shift": 2, "download": 1})
+    settings = page("a", "b", "c").section("settings")
+    differing, same = settings.all("table")
+    assert cells(differing) == [
+        ["setting", "a", "b", "c"],
+        ["workdir", *(str(tmp_path / name) for name in "abc")],
+        ["rate", "0.30000000000000004", "0.3", "0.3"],
+        ["shift", "2", ABSENT, "2"],
+        ["versions.jax", "0.10.2", "0.12.0", "0.10.2"],
+        ["download", ABSENT, "true", "1"],
+    ]
+    marked = [[bool(list(c.all("mark"))) for c in row.all("td")] for row in differing.all("tr")]
+    assert marked[2:] == [[False, True, True], [False, True, False], [False, True, False],
+                          [False, True, True]]  # fmt: skip
+    assert cells(same)[1:] == [
+        ["dataset", "mnist_small"],
+        ["batch_size", "64"],
+        ["num_epochs", "4"],
+        ["seed", "0"],
+        ["data_sha256", "da7a"],
+    ]
+    (folded,) = settings.all("details")
+    assert list(folded.all("table")) == [same]
+    assert "open" not in folded.attributes
+
+
+def test_one_run_has_nothing_to_differ_from(page, tmp_path):
+    write_run(tmp_path / "a")
+    whole = page("a")
+    assert next(whole.all("title")).text == "capsjax: 1 run"
+    assert len(list(whole.section("settings").all("table"))) == 1
+
+
+def test_each_measure_has_a_chart_of_all_runs_that_have_it(page, tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", rows=[row | {"entropy": 2.0} for row in metrics(epochs=3)])
+    curves = page("a", "b").section("curves")
+    found = {}
+    for figure in curves.all("figure"):
+        (caption,) = figure.all("figcaption")
+        found[caption.text] = [title.text for title in figure.all("title")]
+    assert list(found) == ["test error, %", "test loss", "train error, %", "train loss", "entropy"]
+    assert all(names == ["a", "b"] for title, names in found.items() if title != "entropy")
+    assert found["entropy"] == ["b"]
+    assert [item.text for item in curves.all("li")] == ["a", "b"]
+    styles = [group.attributes["class"] for group in next(curves.all("figure")).all("g")]
+    legend = [line.attributes["class"] for item in curves.all("li") for line in item.all("line")]
+    assert styles == legend == ["c0 d0", "c1 d0"]
+
+
+def test_without_epochs_curves_go_by_steps(page, tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", rows=[{"step": 5, "train_loss": 1.0}])
+    labels = {svg.attributes["aria-label"] for svg in page("a", "b").section("curves").all("svg")
+              if "aria-label" in svg.attributes}  # fmt: skip
+    assert "train loss against step, 2 curves" in labels
+    assert "test error, % against step, 1 curves" in labels
+
+
+def test_a_folder_stands_for_the_runs_in_it_and_seeds_share_a_colour(page, tmp_path):
+    for variant in ("routing", "uniform"):
+        for seed in (0, 2, 10):
+            path = write_run(tmp_path / f"ablation/{variant}/seed_{seed}", settings={"seed": seed})
+            write_figure(path, "couplings.png")
+    (tmp_path / "ablation/results.json").write_text('[{"variant": "routing", "error": 1.25}]')
+    write_figure(tmp_path / "ablation", "summary.png")
+    write_run(tmp_path / "deep")
+    whole = page("ablation")
+    labels = [f"{v}/seed_{k}" for v in ("routing", "uniform") for k in (0, 2, 10)]
+    assert [row[0] for row in tables(whole.section("errors"))[0][1:]] == labels
+    legend = [item.text for item in whole.section("curves").all("li")]
+    assert legend == ["routing (3 seeds)", "uniform (3 seeds)"]
+    first = next(whole.section("curves").all("figure"))
+    assert [g.attributes["class"] for g in first.all("g")] == ["c0 d0"] * 3 + ["c1 d0"] * 3
+    results = whole.section("results")
+    assert [head.text for head in results.all("h3")] == ["ablation"]
+    assert tables(results) == [[["variant", "error"], ["routing", "1.25"]]]
+    rows = [part for part in whole.section("figures").all("div") if part.attributes.get("class")]
+    assert [[c.text for c in row.all("figcaption")] for row in rows] == [["ablation"], labels]
+    beside = tables(page("ablation", "deep").section("errors"))[0][1:]
+    assert [row[0] for row in beside] == [*(f"ablation/{label}" for label in labels), "deep"]
+
+
+def test_equal_figures_stand_in_one_row_and_hold_the_files(page, tmp_path):
+    write_run(tmp_path / "a", figures=("couplings.png", "tweaks_2.png", "tweaks_10.png"))
+    write_run(tmp_path / "b", figures=("tweaks_2.png",))
+    Image.new("L", (3, 2)).save(
+        tmp_path / "b/figures/sweep.gif", save_all=True, append_images=[Image.new("L", (3, 2), 9)]
+    )
+    (tmp_path / "b/figures/notes.txt").write_text("not a figure")
+    figures = page("a", "b").section("figures")
+    assert [head.text for head in figures.all("h3")] == [
+        *("couplings", "tweaks 2", "tweaks 10", "sweep")
+    ]
+    rows = [part for part in figures.all("div") if part.attributes.get("class") == "row"]
+    shown = [[caption.text for caption in row.all("figcaption")] for row in rows]
+    assert shown == [["a"], ["a", "b"], ["a"], ["b"]]
+    for image in figures.all("img"):
+        name, folder = image.attributes["alt"].split(" of ")
+        kind, content = re.fullmatch(
+            r"data:image/(\w+);base64,(.*)", image.attributes["src"]
+        ).groups()
+        assert name.endswith(kind)
+        content = base64.b64decode(content, validate=True)
+        assert content == (tmp_path / folder / "figures" / name).read_bytes()
+        size = Image.open(io.BytesIO(content)).size
+        assert size == (int(image.attributes["width"]), int(image.attributes["height"]))
+
+
+@pytest.mark.parametrize(
+    ("results", "table"),
+    [
+        (
+            [{"angle": 0, "error": 1.23456789}, {"angle": 30, "note": "far"}],
+            [["angle", "error", "note"], ["0", "1.2346", ABSENT], ["30", ABSENT, "far"]],
+        ),
+        (
+            {"capsnet": {"stability": 0.5}, "cnn": {"stability": 123456.7, "of": {"x": None}}},
+            [["", "stability", "of.x"], ["capsnet", "0.5", ABSENT], ["cnn", "123457", ABSENT]],
+        ),
+        (
+            {
+                "stability": 1e-9,
+                "decoded": {"angle": 0.75},
+                "seeds": [0, 1],
+                "done": False,
+                "note": "",
+            },
+            [
+                ["name", "value"],
+                ["stability", "1e-09"],
+                ["decoded.angle", "0.75"],
+                ["seeds", "[0, 1]"],
+                ["done", "false"],
+                ["note", "(empty)"],
+            ],
+        ),
+    ],
+)
+def test_results_are_a_table(page, tmp_path, results, table):
+    write_run(tmp_path / "a", results=results)
+    assert tables(page("a").section("results")) == [table]
+
+
+# What the page is
+
+
+def test_the_page_needs_nothing_else_and_is_the_same_again(program, tmp_path):
+    write_run(tmp_path / "a", figures=("couplings.png",), results={"x": 1})
+    assert program("a") == (0, "")
+    text = (tmp_path / "report.html").read_text()
+    whole = parse(text)
+    for element in whole.all(*(set(re.findall(r"<(\w+)", text)))):
+        assert element.tag not in ("script", "link", "iframe", "object", "embed", "base")
+        for name, value in element.attributes.items():
+            assert not name.startswith("on")
+            if name in ("src", "href"):
+                assert value.startswith(("data:image/", "#"))
+    assert "//" not in re.sub(r"base64,[^\"]*", "", text)
+    assert "@import" not in text
+    assert "url(" not in text
+    targets = {element.attributes["id"] for element in whole.all("section")}
+    assert {f"#{key}" for key in targets} == {a.attributes["href"] for a in whole.all("a")}
+    (policy,) = [m.attributes["content"] for m in whole.all("meta") if "http-equiv" in m.attributes]
+    assert policy.startswith("default-src 'none'; img-src data:;")
+    assert program("a") == (0, "")
+    assert (tmp_path / "report.html").read_text() == text
+    assert sorted(os.listdir(tmp_path)) == ["a", "report.html"]
+
+
+def test_whatever_is_in_the_files_is_text(page, tmp_path):
+    bad = f"{HOSTILE}\x00\x1b\ud800"
+    row = {"step": 1, bad: 1.0, f"test_error{HOSTILE}": 1.0}
+    name = HOSTILE.replace("/", "")
+    path = write_run(tmp_path / name, settings={bad: bad, "x": bad}, rows=[row], results={bad: bad})
+    write_figure(path, f"{name}.png")
+    write_run(tmp_path / "b", settings={"x": [bad]})
+    whole = page(name, "b")
+    assert not list(whole.all("script"))
+    shown = HOSTILE + r"\x00\x1b\ud800"
+    settings = [row for table in tables(whole.section("settings")) for row in table]
+    assert [
+        "x",
+        shown,
+        json.dumps([bad], ensure_ascii=False).replace("\ud800", r"\ud800"),
+    ] in settings
+    assert tables(whole.section("results")) == [[["name", "value"], [shown, shown]]]
+    assert tables(whole.section("errors"))[0][0][1] == f"test error{HOSTILE}, %".replace("_", " ")
+    assert [c.text for c in whole.section("figures").all("figcaption")] == [name]
+    assert shown in [c.text for c in whole.section("curves").all("figcaption")]
+
+
+def test_nothing_in_the_workdir_is_touched(program, tmp_path):
+    path = write_run(tmp_path / "a", figures=("couplings.png",))
+    before = {entry: entry.stat().st_mtime_ns for entry in [path, *path.rglob("*")]}
+    assert program("a")[0] == 0
+    assert {entry: entry.stat().st_mtime_ns for entry in [path, *path.rglob("*")]} == before
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(program, tmp_path, small_disk):
+    write_run(tmp_path / "a")
+    (tmp_path / "report.html").write_text("old")
+    with small_disk(100):
+        status, stderr = program("a")
+    assert (status, stderr) == (2, "report: report.html cannot be written: File too large\n")
+    assert (tmp_path / "report.html").read_text() == "old"
+
+
+# The chart
+
+
+def points(svg, tag):
+    (line,) = svg.all(tag)
+    return [tuple(map(float, place.split(","))) for place in line.attributes["points"].split()]
+
+
+def ticks(svg, *, end):
+    return [t.text for t in svg.all("text") if (t.attributes.get("class") == "end") is end]
+
+
+def draw(*values):
+    curve = Curve("a", 0, [(float(x), y) for x, y in enumerate(values)])
+    return parse(report_chart.chart([curve], across="epoch", measure="error"))
+
+
+def test_a_chart_is_linear_from_0_over_a_small_ratio():
+    svg = draw(9.0, 5.0, 1.0)
+    assert ticks(svg, end=True) == ["0", "2", "4", "6", "8", "10"]
+    assert ticks(svg, end=False) == ["0", "0.5", "1", "1.5", "2", "epoch"]
+    (x0, y9), (x1, y5), (x2, y1) = points(svg, "polyline")
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.11)
+    assert y5 - y9 == pytest.approx(y1 - y5, abs=0.11)
+    assert y9 < y1  # upwards is more
+    assert len(list(svg.all("circle"))) == 3
+
+
+def test_a_chart_is_logarithmic_over_a_large_ratio_and_keeps_zeros():
+    svg = draw(10.0, 1.0, 0.1, 0.0)
+    assert ticks(svg, end=True) == ["0", "0.1", "0.2", "0.5", "1", "2", "5", "10"]
+    (_, y10), (_, y1), (_, y01), (_, y0) = points(svg, "polyline")
+    assert y1 - y10 == pytest.approx(y01 - y1, abs=0.11)
+    assert y0 > y01
+    assert ticks(draw(2000.0, 1.0), end=True) == ["1", "10", "100", "1000"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [(0.0,), (3.0,), (0.0, 0.0), (-2.0, 100.0), (1e-100, 1e100), (1e100, -1e100), (1e-320, 5.0),
+     (0, 1e-320), (2.0, 2.0 + 1e-15)],
+)  # fmt: skip
+def test_a_chart_of_any_numbers_stays_inside(values):
+    svg = draw(*values)
+    for x, y in points(svg, "polyline"):
+        assert 0 <= x <= report_chart.WIDTH
+        assert 0 <= y <= report_chart.HEIGHT
+    assert 1 <= len(ticks(svg, end=True)) <= 20
+
+
+def test_of_a_long_curve_some_points_are_left_out_but_not_the_last():
+    values = [1.0] * 10_000 + [2.0]
+    drawn = points(draw(*values), "polyline")
+    assert 200 < len(drawn) <= report_chart.DRAWN + 1
+    assert drawn[-1][1] < drawn[-2][1]
+    assert not list(draw(*values).all("circle"))
+
+
+# What cannot be used
+
+
+def damage(path, content):
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def run(tmp_path):
+    return write_run(tmp_path / "a")
+
+
+PNG = io.BytesIO()
+Image.new("L", (20, 20), 7).save(PNG, "PNG")
+GIGANTIC = io.BytesIO()
+Image.new("1", (10_000, 3_001)).save(GIGANTIC, "PNG")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", b"{", r"a/config.json is damaged or unreadable \(JSONDecodeError.*\)"),
+        ("config.json", b"[" * 10**5, r"a/config.json is damaged or unreadable \(Recursion.*\)"),
+        (
+            "config.json",
+            b'{"config": {"x": [[[[[[[[[[]]]]]]]]]]}, "data_sha256": ""}',
+            "a/config.json is damaged: it is nested more than 10 deep",
+        ),
+        (
+            "config.json",
+            b" " * 200_000,
+            "a/config.json is too large for a report: 0.2 MiB, more than 0.125",
+        ),
+        ("metrics.jsonl", b"", "workdir a has no metrics yet; let it train further"),
+        ("metrics.jsonl", b'{"step": 1}\n{]\n', r"a/metrics.jsonl is damaged at line 2 \(.*\)"),
+        ("metrics.jsonl", b"[" * 10**5 + b"\n", r"a/metrics.jsonl is damaged at line 1 \(.*\)"),
+        (
+            "metrics.jsonl",
+            b'{"step": 1}\n{"step": 2, "test_error": "0"}\n',
+            "a/metrics.jsonl is damaged at line 2: 'test_error' must be a number up to 1e100, "
+            "got '0'",
+        ),
+        ("metrics.jsonl", b'{"step": 1%s}\n' % bytes([48] * 101), "a/metrics.jsonl is damaged .*"),
+        (
+            "metrics.jsonl",
+            json.dumps({"step": 1} | dict.fromkeys(map(str, range(100)), 1.0)).encode() + b"\n",
+            "a/metrics.jsonl has 101 measures, more than 100",
+        ),
+        ("results.json", b"", "a/results.json is damaged or of another form: .*"),
+        ("results.json", b"[]", ".*: it must hold an object or a list of objects, .* not be empty"),
+        ("results.json", b"7", ".*: it must hold an object or a list of objects, .* not be empty"),
+        ("results.json", b"[1]", ".*: it must hold an object or a list of objects, not of .*"),
+        ("results.json", b'{"x": NaN}', ".*: NaN is not JSON"),
+        ("results.json", b"[" * 10**5, "a/results.json is damaged or of another form: .*"),
+        (
+            "results.json",
+            json.dumps([{"x": 0}] + [{str(k): 0} for k in range(300)]).encode(),
+            ".*: its table would have more than 50000 cells",
+        ),
+        ("results.json", b" " * 2**20 + b"{}", "a/results.json is too large for a report: .*"),
+        ("figures/x.png", b"no image", "a/figures/x.png is no PNG or GIF that can be shown: .*"),
+        ("figures/x.png", PNG.getvalue()[:-30], "a/figures/x.png is no PNG or GIF .*"),
+        ("figures/x.png", GIGANTIC.getvalue(), ".*: 10000 x 3001 pixels are more than 30000000"),
+        ("figures/x.gif", bytes(17 * 2**20), "a/figures/x.gif is too large for a report: 17.0 .*"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and len(value) < 20 else "",
+)  # fmt: skip
+def test_a_file_that_cannot_be_used_is_one_line(program, run, tmp_path, name, content, message):
+    damage(run / name, content)
+    status, stderr = program("a")
+    assert status == 2
+    assert re.fullmatch(f"report: {message}\n", stderr)
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "results.json", "figures/x.png"])
+def test_what_is_no_file_is_not_read(program, run, name):
+    (run / name).unlink(missing_ok=True)
+    (run / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(run / name)
+    assert program("a") == (2, f"report: a/{name} is not a file\n")
+
+
+@pytest.mark.parametrize(
+    ("workdirs", "message"),
+    [
+        ([], "--workdirs must be folders of runs, separated by commas, got ''"),
+        (["a", "", "a"], "--workdirs must be folders of runs, separated by commas, got 'a,,a'"),
+        (["none"], "workdir none does not exist"),
+        (["a/config.json"], "workdir a/config.json is a file, not a folder"),
+        (["x" * 300], f"{'x' * 300} cannot be read: File name too long"),
+        (["empty"], "workdir empty holds no run: neither it nor a subfolder has config.json"),
+        (["new"], "workdir new has no metrics.jsonl: nothing was trained there yet"),
+        (["a", "a"], "--workdirs names the run a twice"),
+        (["a", "./empty/../a/"], "--workdirs names the run empty/../a twice"),
+        (["a", "link"], "--workdirs names the run link twice"),
+        (["many", "many/x"], "--workdirs names the run many/x twice"),
+    ],
+)
+def test_workdirs_that_cannot_be_used_are_one_line(program, run, tmp_path, workdirs, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("a")
+    (write_run(tmp_path / "new") / "metrics.jsonl").unlink()
+    write_run(tmp_path / "many/x")
+    assert program(*workdirs) == (2, f"report: {message}\n")
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("", "--output must be a file that ends in .html, got ''"),
+        ("a/metrics.jsonl", "--output must be a file that ends in .html, got 'a/metrics.jsonl'"),
+        ("folder.html", "--output must be a file that ends in .html, got 'folder.html'"),
+        ("none/r.html", "--output: none is not a folder; make it first"),
+        ("a/config.json/r.html", "--output: a/config.json is not a folder; make it first"),
+        (f"{'x' * 300}.html", f"{'x' * 300}.html cannot be written: File name too long"),
+        ("/proc/r.html", "/proc/r.html cannot be written: No such file or directory"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_one_line(program, run, tmp_path, output, message):
+    (tmp_path / "folder.html").mkdir()
+    assert program("a", output=output) == (2, f"report: {message}\n")
+
+
+def test_figures_that_no_browser_would_hold_are_refused(program, run, monkeypatch):
+    write_figure(run, "x.png")
+    monkeypatch.setattr("experiments.report_runs._FIGURES_LIMIT", 1000)
+    status, stderr = program("a")
+    assert status == 2
+    assert re.fullmatch(
+        "report: the figures would make a page of .*; name fewer --workdirs\n", stderr
+    )
+
+
+def test_numbers_that_no_run_has_are_no_time(page, run):
+    write_rows(run, [{"step": 10**100, "images_per_second": 1e-100, "epoch": -1e100}])
+    (errors,) = tables(page("a").section("errors"))
+    assert errors[1][4] == ABSENT
