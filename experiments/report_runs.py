@@ -137,8 +137,8 @@ def _label(path: pathlib.Path, base: str) -> str:
 
 def _find(root: pathlib.Path) -> list[pathlib.Path]:
     """The folders of the runs in a folder, seed_10 after seed_9."""
-    if not root.is_dir():
-        what = "is a file, not a folder" if root.exists() else "does not exist"
+    if not os.path.isdir(root):
+        what = "is a file, not a folder" if os.path.exists(root) else "does not exist"
         raise InputError(f"workdir {root} {what}")
     if (root / _CONFIG).exists():
         return [root]
@@ -209,9 +209,9 @@ def _read_folder(folder: pathlib.Path, label: str) -> Folder:
 
 
 def _read_results(path: pathlib.Path) -> Table:
-    _check_size(path, _LIMITS[_RESULTS])
+    content = _read_bytes(path, _LIMITS[_RESULTS])
     try:
-        return _as_table(json.loads(path.read_bytes(), parse_constant=_refuse))
+        return _as_table(json.loads(content, parse_constant=_refuse))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged or of another form: {error}") from error
 
@@ -221,8 +221,7 @@ def _refuse(constant: str) -> None:
 
 
 def _read_picture(path: pathlib.Path) -> Picture:
-    _check_size(path, _FIGURE_LIMIT)
-    content = path.read_bytes()
+    content = _read_bytes(path, _FIGURE_LIMIT)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -235,6 +234,14 @@ def _read_picture(path: pathlib.Path) -> Picture:
         raise InputError(f"{path} is no PNG or GIF that can be shown: {error}") from error
     uri = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
     return Picture(path.name, uri, width, height)
+
+
+def _read_bytes(path: pathlib.Path, limit: int) -> bytes:
+    _check_size(path, limit)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _check_size(path: pathlib.Path, limit: int) -> None:

@@ -78,6 +78,7 @@ def _duration(run: Run) -> str:
 def settings(runs: Sequence[Run]) -> Markup:
     """What config.json says of each run: what differs side by side, and the rest folded away."""
     names = list(dict.fromkeys(name for run in runs for name in run.facts))
+    names.sort(key=lambda name: name == "workdir")  # which the labels tell already
     same, differing = [], []
     for name in names:
         values = [json.dumps(run.facts[name]) if name in run.facts else "" for run in runs]
@@ -91,13 +92,16 @@ def settings(runs: Sequence[Run]) -> Markup:
     parts = []
     if differing:
         parts.append(element("p", "What differs between the runs; marked: unlike the first run."))
-        heads = ["setting", *(run.label for run in runs)]
-        parts.append(_table(heads, differing, "settings that differ"))
+        heads, lines = ["setting", *(run.label for run in runs)], differing
+        if len(runs) > len(differing):  # the shorter side goes across
+            columns = list(map(list, zip(heads, *differing, strict=True)))
+            heads, lines = ["run", *columns[0][1:]], columns[1:]
+        parts.append(_table(heads, lines, "settings that differ"))
     if same:
         what = "the same in all runs" if len(runs) > 1 else "all"
         summary = element("summary", f"{len(same)} settings and versions, {what}")
-        table = _table(["setting", "value"], same, "settings that are the same")
-        parts.append(element("details", summary, table))
+        folded = _table(["setting", "value"], same, "settings that are the same")
+        parts.append(element("details", summary, folded))
     return joined(*parts)
 
 

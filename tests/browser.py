@@ -12,6 +12,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import time
 
@@ -120,5 +121,5 @@ def browser(profile):
     finally:
         os.close(to_browser)
         os.close(from_browser)
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # its helpers too
         process.wait(30)

@@ -1,9 +1,11 @@
 """The report: what is in the runs' folders is on the page, and it is text there."""
 
 import base64
+import errno
 import io
 import json
 import os
+import pathlib
 import re
 import sys
 
@@ -100,15 +102,14 @@ def test_settings_that_differ_stand_side_by_side_and_the_rest_is_folded(page, tm
     differing, same = settings.all("table")
     assert cells(differing) == [
         ["setting", "a", "b", "c"],
-        ["workdir", *(str(tmp_path / name) for name in "abc")],
         ["rate", "0.30000000000000004", "0.3", "0.3"],
         ["shift", "2", ABSENT, "2"],
         ["versions.jax", "0.10.2", "0.12.0", "0.10.2"],
         ["download", ABSENT, "true", "1"],
+        ["workdir", *(str(tmp_path / name) for name in "abc")],
     ]
-    marked = [[bool(list(c.all("mark"))) for c in row.all("td")] for row in differing.all("tr")]
-    assert marked[2:] == [[False, True, True], [False, True, False], [False, True, False],
-                          [False, True, True]]  # fmt: skip
+    marked = [[len(list(c.all("mark"))) for c in row.all("td")] for row in differing.all("tr")]
+    assert marked[1:] == [[0, 1, 1], [0, 1, 0], [0, 1, 0], [0, 1, 1], [0, 1, 1]]
     assert cells(same)[1:] == [
         ["dataset", "mnist_small"],
         ["batch_size", "64"],
@@ -119,6 +120,16 @@ def test_settings_that_differ_stand_side_by_side_and_the_rest_is_folded(page, tm
     (folded,) = settings.all("details")
     assert list(folded.all("table")) == [same]
     assert "open" not in folded.attributes
+
+
+def test_of_many_runs_each_has_a_line_of_what_differs(page, tmp_path):
+    labels = [f"seed_{k}" for k in range(5)]
+    for k, label in enumerate(labels):
+        write_run(tmp_path / label, settings={"seed": k, "workdir": "same"})
+    differing = next(page(*labels).section("settings").all("table"))
+    assert cells(differing) == [["run", "seed"], *([f"seed_{k}", str(k)] for k in range(5))]
+    marked = [row.text for row in differing.all("tr") if list(row.all("mark"))]
+    assert marked == [f"seed_{k}{k}" for k in range(1, 5)]
 
 
 def test_one_run_has_nothing_to_differ_from(page, tmp_path):
@@ -452,7 +463,7 @@ def test_what_is_no_file_is_not_read(program, run, name):
         (["a", "", "a"], "--workdirs must be folders of runs, separated by commas, got 'a,,a'"),
         (["none"], "workdir none does not exist"),
         (["a/config.json"], "workdir a/config.json is a file, not a folder"),
-        (["x" * 300], f"{'x' * 300} cannot be read: File name too long"),
+        (["x" * 300], f"workdir {'x' * 300} does not exist"),
         (["empty"], "workdir empty holds no run: neither it nor a subfolder has config.json"),
         (["new"], "workdir new has no metrics.jsonl: nothing was trained there yet"),
         (["a", "a"], "--workdirs names the run a twice"),
@@ -484,6 +495,22 @@ def test_workdirs_that_cannot_be_used_are_one_line(program, run, tmp_path, workd
 def test_an_output_that_cannot_be_written_is_one_line(program, run, tmp_path, output, message):
     (tmp_path / "folder.html").mkdir()
     assert program("a", output=output) == (2, f"report: {message}\n")
+
+
+@pytest.mark.parametrize("name", ["results.json", "figures/x.png"])
+def test_a_file_that_the_disk_does_not_give_is_one_line(program, run, name):
+    (run / "figures").mkdir()
+    (run / name).symlink_to("/proc/self/mem")
+    assert program("a") == (2, f"report: a/{name} cannot be read: Input/output error\n")
+
+
+def test_a_folder_that_the_disk_does_not_give_is_one_line(program, run, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    (run / "figures").mkdir()
+    monkeypatch.setattr(pathlib.Path, "iterdir", refuse)
+    assert program("a") == (2, "report: a/figures cannot be read: Permission denied\n")
 
 
 def test_figures_that_no_browser_would_hold_are_refused(program, run, monkeypatch):
