@@ -80,7 +80,7 @@ def summary(variant: str, found: list[train_mnist.Config]) -> dict[str, Any]:
     for run in found:
         rows = records.read_metrics(run.workdir)
         errors.append(round(rows[-1]["test_error"], 4))
-        seconds.append(training_seconds(rows, run.batch_size))
+        seconds.append(records.training_seconds(rows, run.batch_size))
     row = {
         "variant": variant,
         "test_error": round(statistics.mean(errors), 3),
@@ -94,17 +94,6 @@ def summary(variant: str, found: list[train_mnist.Config]) -> dict[str, Any]:
         uniform = [error_without_routing(run) for run in found]
         row["test_error_if_couplings_are_uniform"] = round(statistics.mean(uniform), 3)
     return row
-
-
-def training_seconds(rows: list[dict[str, Any]], batch_size: int) -> float:
-    """What the steps of a run took, evaluation apart."""
-    steps = [row["step"] - before for row, before in zip(rows, [0, *_steps(rows)], strict=False)]
-    rates = [row["images_per_second"] for row in rows]
-    return sum(n * batch_size / rate for n, rate in zip(steps, rates, strict=True))
-
-
-def _steps(rows: list[dict[str, Any]]) -> list[int]:
-    return [row["step"] for row in rows]
 
 
 def error_without_routing(run: train_mnist.Config) -> float:

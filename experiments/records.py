@@ -11,7 +11,7 @@ import math
 import operator
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from experiments import files
@@ -116,10 +116,10 @@ def write_json(path: StrPath, value: Any) -> None:
         files.write(pathlib.Path(path), f"{text}\n".encode())
 
 
-def save_text(text: str, path: StrPath) -> None:
+def write_text(path: StrPath, text: str) -> None:
     """Writes a file of text, in a folder that is there."""
-    with _writing(path):
-        _write(pathlib.Path(path), text.encode())
+    with files.writing(path):
+        files.write(pathlib.Path(path), text.encode())
 
 
 def append_lines(path: StrPath, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -157,6 +157,20 @@ def read_metrics(workdir: StrPath) -> list[dict[str, Any]]:
             raise InputError(f"{path} is damaged at line {number} ({error!r})") from error
         rows.append(row)
     return rows
+
+
+def training_seconds(rows: Sequence[Mapping[str, float]], batch_size: int) -> float:
+    """What the steps of a run took, evaluation apart: a row has their speed since the one before.
+
+    Args:
+      rows: those of metrics.jsonl, with `step` and `images_per_second`.
+      batch_size: images in a step.
+    """
+    steps = [0, *(row["step"] for row in rows)]
+    return sum(
+        (after - before) * batch_size / row["images_per_second"]
+        for before, after, row in zip(steps[:-1], steps[1:], rows, strict=True)
+    )
 
 
 class Metrics:

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from experiments import report_chart
+from experiments import records, report_chart
 from experiments.markup import Markup, element, joined
 from experiments.report_runs import Folder, Run, Table, measures
 
@@ -56,17 +56,12 @@ def _last(rows: Sequence[dict[str, float]], key: str) -> Markup:
 
 
 def _duration(run: Run) -> str:
-    """The time of all steps: each row has the speed since the one before it."""
     batch_size = run.facts.get("batch_size")
     if type(batch_size) is not int or not 0 < batch_size < 2**31:
         return _ABSENT
     if not all(row.get("images_per_second") for row in run.rows):
         return _ABSENT
-    steps = [0, *(row["step"] for row in run.rows)]
-    seconds = sum(
-        (after - before) * batch_size / row["images_per_second"]
-        for before, after, row in zip(steps, steps[1:], run.rows, strict=False)
-    )
+    seconds = records.training_seconds(run.rows, batch_size)
     if not 0 <= seconds < 1e10:  # steps or speeds that no run has
         return _ABSENT
     minutes, left = divmod(round(seconds), 60)

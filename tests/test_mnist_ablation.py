@@ -106,14 +106,6 @@ def test_a_stopped_run_stops_all(program, tmp_path, monkeypatch):
     assert not (tmp_path / "all" / "results.json").exists()
 
 
-def test_seconds_are_those_of_the_steps():
-    rows = [
-        {"step": 10, "images_per_second": 40.0},
-        {"step": 15, "images_per_second": 20.0},
-    ]
-    assert mnist_ablation.training_seconds(rows, 8) == 10 * 8 / 40 + 5 * 8 / 20
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -265,6 +265,14 @@ def test_without_tensorboardx_the_extra_is_named(tmp_path, monkeypatch):
         records.Metrics(tmp_path, step=0, tensorboard=True)
 
 
+def test_seconds_are_those_of_the_steps():
+    rows = [
+        {"step": 10, "images_per_second": 40.0},
+        {"step": 15, "images_per_second": 20.0},
+    ]
+    assert records.training_seconds(rows, 8) == 10 * 8 / 40 + 5 * 8 / 20
+
+
 # Figures
 
 
