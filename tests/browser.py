@@ -121,5 +121,5 @@ def browser(profile):
     finally:
         os.close(to_browser)
         os.close(from_browser)
-        os.killpg(process.pid, signal.SIGKILL)  # its helpers too
+        os.killpg(process.pid, signal.SIGKILL)  # renderers and all
         process.wait(30)
