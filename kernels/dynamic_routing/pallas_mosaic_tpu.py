@@ -57,7 +57,9 @@ def dynamic_routing(
         sizes = batch, capsules, length, parents, depth
         config = mosaic_tpu_config_for(Case(*sizes, num_iterations, poses.dtype.name))
         if config is None:
-            raise Unsupported(f"tiles of weights [I, P, J, D] = {weights.shape} exceed its memory")
+            raise Unsupported(
+                f"tiles of weights [I, P, J, D] = {weights.shape} exceed its vector memory"
+            )
     return route(passes(config, interpret), num_iterations, gradient, poses, weights, prior, bias)
 
 
@@ -205,6 +207,7 @@ def _input_gradients(
         d_poses_sums_ref[...] = jnp.zeros(d_poses_sums_ref.shape, jnp.float32)
 
         terms: list[tuple[Any, Any]] = []  # a factor, None for uniform couplings, and a state
+        d_logits_refs = []
         for r in routes:
             total = None if r.total is None else next(state_refs)
             d_sums = next(state_refs)
@@ -219,8 +222,10 @@ def _input_gradients(
             terms.append((couplings_ref, d_sums))
             if full and total is not None:
                 terms.append((d_logits_ref, total))
-            if full and d_prior_ref is not None:
-                _add_over_examples(d_prior_ref, d_logits_ref)
+            if full and has_prior:
+                d_logits_refs.append(d_logits_ref)
+        if d_logits_refs:
+            _add_over_examples(d_prior_ref, d_logits_refs)
 
         def add(j: Array, _: None) -> None:
             factors = [1 / problem.J if ref is None else ref[j] for ref, _ in terms]
@@ -288,8 +293,10 @@ def _input_gradients(
     )
 
 
-def _add_over_examples(sums_ref: Any, terms_ref: Any) -> None:
+def _add_over_examples(sums_ref: Any, terms_refs: Sequence[Any]) -> None:
     def add(j: Array, _: None) -> None:
-        sums_ref[j] += jnp.sum(terms_ref[j], axis=0, keepdims=True)
+        # Terms of one vote first: they cancel in part.
+        terms = sum((ref[j] for ref in terms_refs[1:]), terms_refs[0][j])
+        sums_ref[j] += jnp.sum(terms, axis=0, keepdims=True)
 
     lax.fori_loop(0, sums_ref.shape[0], add, None)
