@@ -38,7 +38,7 @@ def test_every_cell_that_prints_has_its_text():
 
 def test_every_figure_is_an_image_that_can_be_read():
     pngs = [output["data"]["image/png"] for output in OUTPUTS if "data" in output]
-    assert len(pngs) == 11
+    assert len(pngs) == 10
     for png in pngs:
         image = Image.open(io.BytesIO(base64.b64decode(png)))
         assert 200 <= image.width <= 900
