@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from capsjax import shapes
 from capsjax.conv import strided_conv
 from capsjax.kernels.squash import squash
-from capsjax.routing.dynamic import dynamic_routing
+from capsjax.routing.dynamic import dynamic_routing, routing_couplings
 
 # Votes of length well under 1: with deviation 1 routing saturates at once and does not train,
 # with 0.01 it starts too slowly.
@@ -176,6 +176,18 @@ class Capsules(nnx.Module):
             bias=None if self.bias is None else self.bias[...],
             gradient=self.gradient,
             implementation=self.implementation,
+        )
+
+    def couplings(self, poses: Array) -> Array:
+        """Maps poses `[..., I, P]` to the couplings of every iteration `[T, ..., I, J]`.
+
+        For a look inside: unlike the layer itself, it stores the votes.
+        """
+        return routing_couplings(
+            poses.astype(self.dtype),
+            self.weights[...].astype(self.dtype),
+            num_iterations=self.num_iterations,
+            bias=None if self.bias is None else self.bias[...],
         )
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 import capsjax
 from capsjax.models import CapsNet
-from experiments import data, figures, objectives, records, training
+from experiments import data, figures, objectives, records, routing_figures, training
 from experiments.transforms import scaled
 
 TWEAKS = tuple(np.linspace(-0.25, 0.25, 11).tolist())
@@ -74,6 +74,8 @@ def draw(
             images / np.float32(255), labels, evaluation.predictions, evaluation.scores
         ),
     }
+    if any("gradient_norm" in row for row in rows):
+        drawn["routing_diagnostics"] = routing_figures.diagnostics(rows)
     if isinstance(model, CapsNet):
         few = scaled(jnp.asarray(images[:ENTROPY_EXAMPLES]))
         drawn |= _capsule_figures(model, few, labels, trainer.objective)
@@ -96,14 +98,7 @@ def _capsule_figures(
         drawn["dimension_tweaks"] = figures.dimension_tweaks(
             np.asarray(tweaked(model, capsules[0])), values=TWEAKS
         )
-    couplings = np.asarray(
-        capsjax.routing_couplings(
-            model.primary_poses(images),
-            model.capsules.weights[...].astype(model.capsules.dtype),
-            num_iterations=model.capsules.num_iterations,
-            bias=None if model.capsules.bias is None else model.capsules.bias[...],
-        )
-    )
+    couplings = np.asarray(model.capsules.couplings(model.primary_poses(images)))
     drawn["couplings"] = figures.couplings(couplings[:, 0], label=int(labels[0]))
     drawn["coupling_entropy"] = figures.coupling_entropy(couplings)
     return drawn

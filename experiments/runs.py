@@ -2,6 +2,7 @@
 
 import dataclasses
 import signal
+from collections.abc import Callable
 
 from absl import logging
 
@@ -62,8 +63,9 @@ def train(
     test_examples: data.Examples,
     *,
     data_sha256: str,
+    extra_metrics: Callable[[training.Params], dict[str, float]] | None = None,
 ) -> tuple[int, training.Params]:
-    """Trains from the workdir's newest checkpoint to the end.
+    """Trains from the workdir's newest checkpoint to the end; `extra_metrics` as in `training`.
 
     Returns:
       The exit status (128 + the signal's number if the run was stopped) and the parameters.
@@ -98,6 +100,7 @@ def train(
                 log_every_steps=settings.log_every_steps,
                 seed=settings.seed,
                 stopped=stopped,
+                extra_metrics=extra_metrics,
             ):
                 if row is not None:
                     metrics.write(row)

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from experiments import cli, data, inspection, networks, objectives, runs, training
+from experiments import cli, data, diagnostics, inspection, networks, objectives, runs, training
 from experiments.cli import flag
 from experiments.errors import InputError
 
@@ -15,6 +15,9 @@ class Config(networks.Settings, runs.Settings):
     shift: int = flag(2, "Training images move by up to so many pixels.", minimum=0)
     canvas: int = flag(
         0, "Side of a black square on which images lie at random, pixels; 0: none.", minimum=0
+    )
+    diagnostics: bool = flag(
+        False, "Measure the routing after each epoch, and draw it.", affects_result=False
     )
 
 
@@ -57,7 +60,16 @@ def main(config: Config) -> int:
     dataset = runs.prepare(config)
     trainer = build(config, dataset)
     test = test_split(config, dataset)
-    status, params = runs.train(config, trainer, dataset.train, test, data_sha256=dataset.sha256)
+    status, params = runs.train(
+        config,
+        trainer,
+        dataset.train,
+        test,
+        data_sha256=dataset.sha256,
+        extra_metrics=(
+            diagnostics.measurement(trainer, dataset.train) if config.diagnostics else None
+        ),
+    )
     if not status:
         inspection.report(trainer, params, test, config.workdir, batch_size=config.batch_size)
     return status

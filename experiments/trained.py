@@ -49,13 +49,15 @@ def load(workdir: str, *, data_dir: str = "") -> Trained:
 def config_of(kind: type[C], settings: dict[str, Any], workdir: str) -> C:
     """The Config of a run, from the settings in its config.json.
 
+    One that does not affect the result may be absent: a program may have got it since.
+
     Raises:
       InputError: They are not those of the program, or one has a value that is not allowed.
     """
-    fields = {field.name for field in dataclasses.fields(kind)}
+    affects = {f.name: f.metadata["affects_result"] for f in dataclasses.fields(kind)}
     for names, problem in (
-        (fields - settings.keys(), "lacks"),
-        (settings.keys() - fields, "has the unknown"),
+        ({name for name in affects if affects[name]} - settings.keys(), "lacks"),
+        (settings.keys() - affects.keys(), "has the unknown"),
     ):
         if names:
             raise InputError(

@@ -179,6 +179,7 @@ def train(
     log_every_steps: int,
     seed: int,
     stopped: Callable[[], int],
+    extra_metrics: Callable[[Params], dict[str, float]] | None = None,
 ) -> Iterator[Progress]:
     """Trains from a state on, and yields after every step.
 
@@ -192,6 +193,7 @@ def train(
       log_every_steps: Steps from one row of metrics to the next.
       seed: Of the order of the examples.
       stopped: Asked after every step; the loop ends when it says so.
+      extra_metrics: What else an epoch's last row tells of the parameters; it changes nothing.
 
     Yields:
       The progress after each step; a row of metrics every `log_every_steps` steps, and at an
@@ -223,6 +225,8 @@ def train(
                 raise _not_finite("the loss on the test data", step)
             row["test_loss"] = evaluation.loss
             row |= trainer.objective.test_metrics(evaluation.scores, test_examples.labels)
+            if extra_metrics is not None:
+                row |= extra_metrics(state.params)
         started, started_at = time.perf_counter(), step
         yield Progress(step, state, row)
 

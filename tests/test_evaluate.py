@@ -240,6 +240,8 @@ def test_a_config_comes_back_as_it_was(workdir, settings):
     found = load_trained.config_of(train_mnist.Config, dataclasses.asdict(settings), "run")
     assert found == settings
     lacking = dataclasses.asdict(settings)
+    del lacking["diagnostics"]  # does not affect the result
+    assert load_trained.config_of(train_mnist.Config, lacking, "run") == settings
     del lacking["dtype"], lacking["dataset"]
     with pytest.raises(InputError, match=r"^workdir run .* lacks dataset, dtype$"):
         load_trained.config_of(train_mnist.Config, lacking, "run")

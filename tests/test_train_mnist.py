@@ -266,6 +266,7 @@ EFFECTS = {
     "reconstruction_weight": (0.01, what_is_trained),
     "shift": (1, what_is_trained),
     "canvas": (32, what_is_trained),
+    "diagnostics": (True, what_is_left),
     "network": ("pooling_cnn", what_is_trained),
     "conv_channels": (3, what_is_trained),
     "primary_types": (2, what_is_trained),

@@ -1,0 +1,195 @@
+"""Diagnostics of routing: each number from arrays made by hand, and all of them from a network."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from test_figures import assert_legible
+
+import capsjax
+from capsjax.models import CapsNet
+from experiments import (
+    data,
+    diagnostics,
+    inspection,
+    networks,
+    records,
+    routing_figures,
+    runs,
+    train_mnist,
+    training,
+    transforms,
+)
+from experiments.errors import InputError
+from experiments.objectives import CapsuleClassification, SoftmaxClassification
+
+
+def middles(split, size):
+    """The middle 19 x 19 pixels of the first digits: 2 x 2 primary capsules a type."""
+    return data.Split(split.images[:size, 4:23, 4:23], split.labels[:size])
+
+
+def test_entropy_of_undecided_decided_and_half_decided_children():
+    couplings = jnp.array([[[[0.25] * 4] * 2], [[[1.0, 0, 0, 0], [0.5, 0.5, 0, 0]]]])
+    wanted = [math.log(4), math.log(2) / 2]
+    np.testing.assert_allclose(diagnostics.entropies(couplings), wanted, rtol=1e-6)
+
+
+def test_a_clear_parent_gets_more_than_all_others_together():
+    undecided, half, clear = [0.25] * 4, [0.5, 0.5, 0, 0], [0.1, 0.1, 0.6, 0.2]
+    couplings = jnp.array([[[undecided, half]], [[half, clear]], [[clear, clear]]])
+    np.testing.assert_allclose(diagnostics.clear_parents(couplings), [0, 0.5, 1])
+    np.testing.assert_allclose(diagnostics.clear_parents(couplings, threshold=0.3), [0.5, 1, 1])
+
+
+def test_a_dead_capsule_is_short_in_every_example():
+    lengths = jnp.array([[0.05, 0.9, 0.1, 0.0], [0.05, 0.0, 0.1, 0.2]])
+    np.testing.assert_allclose(diagnostics.dead(lengths), 0.5)
+    np.testing.assert_allclose(diagnostics.dead(lengths, threshold=0.01), 0.0)
+
+
+def test_gradient_shares_are_of_squared_norms_over_all_arrays_of_a_part():
+    gradients = {
+        "decoder": {"layers": {0: jnp.array([1.0, 2.0]), 1: jnp.array([[2.0]])}},  # 9
+        "capsules": {"weights": jnp.array([4.0])},  # 16
+        "primary": {"kernel": jnp.zeros(3)},
+    }
+    shares = diagnostics.gradient_shares(gradients)
+    wanted = {"decoder": 9 / 25, "capsules": 16 / 25, "primary": 0}
+    assert shares.keys() == wanted.keys()
+    for part, share in wanted.items():
+        np.testing.assert_allclose(shares[part], share, rtol=1e-6)
+
+
+def test_without_any_gradient_no_part_has_a_share():
+    assert float(diagnostics.gradient_shares({"a": jnp.zeros(2)})["a"]) == 0
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A network of two iterations, and the middles of 70 real digits, more than are measured."""
+    digits = middles(data.load("mnist_small").train, 70)
+    model = CapsNet(
+        digits.images.shape[1:],
+        conv_channels=2,
+        primary_types=4,
+        capsule_length=4,
+        num_iterations=2,
+        hidden=(16,),
+        rngs=nnx.Rngs(0),
+    )
+    trainer = training.Trainer(model, CapsuleClassification(10, 1, 0, 0.0005), optax.adam(0.01))
+    params = trainer.initial_state(0).params
+    params["capsules"]["weights"] *= 20  # long votes: else routing does next to nothing
+    return trainer, params, digits
+
+
+def test_a_row_is_what_the_parts_say_of_the_first_moved_examples(small):
+    trainer, params, examples = small
+    row = diagnostics.measurement(trainer, examples)(params)
+    images, labels = examples.images[: diagnostics.EXAMPLES], examples.labels[:64]
+    key = jax.random.key(0)
+    images = trainer.objective.augment(transforms.scaled(jnp.asarray(images)), key)
+
+    @jax.jit
+    def looked_at(params):
+        model = trainer.model(params)
+        poses = model.primary_poses(images)
+        weights = params["capsules"]["weights"]
+
+        def loss(params):
+            losses, _ = trainer.objective.loss(trainer.model(params), images, labels, key)
+            return losses.mean()
+
+        return (
+            capsjax.routing_couplings(poses, weights, num_iterations=2),
+            capsjax.lengths(poses),
+            capsjax.lengths(model(images)),
+            jax.grad(loss)(params),
+        )
+
+    couplings, primary, classes, gradients = looked_at(params)
+    wanted = {
+        "coupling_entropy_1": math.log(10),
+        "coupling_entropy_2": capsjax.coupling_entropy(couplings[1]).mean(),
+        "clear_parents_1": 0,
+        "clear_parents_2": (couplings[1].max(axis=2) > 0.5).mean(),
+        "dead_primary_capsules": (primary.max(axis=0) <= 0.1).mean(),
+        "dead_class_capsules": (classes.max(axis=0) <= 0.1).mean(),
+        "gradient_norm": math.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(gradients))),
+    }
+    shares = {name: row.pop(name) for name in list(row) if name.startswith("gradient_share_")}
+    assert row.keys() == wanted.keys()
+    for name, value in wanted.items():
+        np.testing.assert_allclose(row[name], value, rtol=1e-3, err_msg=name)
+    assert 0 < row["clear_parents_2"] < 1
+    assert shares.keys() == {
+        f"gradient_share_{part}" for part in ("convolution", "primary", "capsules", "decoder")
+    }
+    np.testing.assert_allclose(sum(shares.values()), 1, rtol=1e-5)
+    json.dumps(row | shares, allow_nan=False)  # plain numbers
+
+
+def test_a_network_without_capsules_is_refused(small):
+    model = networks.build(networks.Settings(network="pooling_cnn"), (19, 19, 1), 10, seed=0)
+    trainer = training.Trainer(model, SoftmaxClassification(10, 1, 0), optax.adam(0.01))
+    with pytest.raises(InputError, match=r"^--diagnostics are of routing, .* no capsules$"):
+        diagnostics.measurement(trainer, small[2])
+
+
+def test_training_asks_for_them_before_anything_is_written(tmp_path, monkeypatch):
+    whole = data.load("mnist_small")
+    few = dataclasses.replace(whole, train=middles(whole.train, 24), test=middles(whole.test, 8))
+    monkeypatch.setattr(runs, "prepare", lambda config: few)
+    config = train_mnist.Config(
+        workdir=str(tmp_path / "run"), network="pooling_cnn", batch_size=8, diagnostics=True
+    )
+    with pytest.raises(InputError, match="no capsules"):
+        train_mnist.main(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_figure_is_drawn_where_there_are_rows_for_it(small, monkeypatch, tmp_path):
+    trainer, params, examples = small
+    drawn = []
+    monkeypatch.setattr(records, "save_figure", lambda figure, path: drawn.append(path.name))
+    monkeypatch.setattr(inspection, "_capsule_figures", lambda *_: {})
+    scores = np.eye(10, dtype=np.float32)[examples.labels]
+    for rows in ([{"epoch": 1.0}], [{"epoch": 1.0} | ROW]):
+        evaluation = training.Evaluation(scores, 0.5)
+        inspection.draw(trainer, params, examples, evaluation, rows, tmp_path)
+    assert drawn.count("routing_diagnostics.png") == 1
+    assert drawn[-1] == "routing_diagnostics.png"
+
+
+def test_a_figure_without_rows_to_draw_is_refused():
+    with pytest.raises(ValueError, match=r"^diagnostics: rows must be .* got none$"):
+        routing_figures.diagnostics([{"step": 1, "epoch": 1.0}])
+
+
+ROW = {
+    "gradient_norm": 0.1,
+    **{f"coupling_entropy_{t}": 2.0 / t for t in (1, 2, 3)},
+    **{f"clear_parents_{t}": 0.2 * t for t in (1, 2, 3)},
+    "dead_primary_capsules": 0.25,
+    "dead_class_capsules": 0.0,
+    "gradient_share_convolution": 0.1,
+    "gradient_share_primary": 0.2,
+    "gradient_share_capsules": 0.3,
+    "gradient_share_decoder": 0.4,
+}
+
+
+def test_the_figure_draws_every_number_of_a_row_and_is_legible():
+    figure = routing_figures.diagnostics(
+        [{"epoch": 0.5}, {"epoch": 1.0} | ROW, {"epoch": 2.0} | ROW]
+    )
+    drawn = [line.get_ydata()[-1] for axes in figure.axes for line in axes.lines]
+    np.testing.assert_allclose(drawn, [2, 1, 2 / 3, 20, 40, 60, 25, 0, 10, 20, 30, 40], rtol=1e-6)
+    assert_legible(figure)
