@@ -103,17 +103,19 @@ def save_figure(figure: "Figure", path: StrPath) -> None:
     """Writes a figure as a PNG file of 150 dots an inch, in a folder that is made if need be."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
-    with files.writing(path):
-        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-        files.write(pathlib.Path(path), buffer.getvalue())
+    write_bytes(path, buffer.getvalue())
 
 
 def write_json(path: StrPath, value: Any) -> None:
     """Writes results as JSON, in a folder that is made if need be."""
+    write_bytes(path, f"{json.dumps(value, indent=2, allow_nan=False)}\n".encode())
+
+
+def write_bytes(path: StrPath, content: bytes) -> None:
+    """Writes a whole file, in a folder that is made if need be."""
     with files.writing(path):
         pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(value, indent=2, allow_nan=False)
-        files.write(pathlib.Path(path), f"{text}\n".encode())
+        files.write(pathlib.Path(path), content)
 
 
 def write_text(path: StrPath, text: str) -> None:
