@@ -1,0 +1,280 @@
+"""The programs that look into capsules: what they leave, and what they refuse in one line."""
+
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+import test_figures
+from PIL import Image
+
+from experiments import (
+    cli,
+    data,
+    evidence,
+    files,
+    idx,
+    parse_tree,
+    records,
+    train_mnist,
+    tree_figures,
+    tweak_dimensions,
+)
+from experiments.checkpoints import Checkpoints
+
+PROGRAMS = {"tweak_dimensions": tweak_dimensions, "parse_tree": parse_tree}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """12 images of noise, 20 x 20 pixels, to test, and as many to train on."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for images_stem, labels_stem in idx.STEMS.values():
+        images = rng.integers(0, 256, (12, 20, 20), dtype=np.uint8)
+        for stem, array in (
+            (images_stem, images),
+            (labels_stem, np.arange(12, dtype=np.uint8) % 10),
+        ):
+            (folder / stem).write_bytes(idx.header(array) + array.tobytes())
+    return folder
+
+
+def trained(folder, data_dir, *, checkpoint=True, **settings):
+    """A run that has only begun."""
+    config = train_mnist.Config(
+        dataset="mnist",
+        data_dir=str(data_dir),
+        batch_size=4,
+        conv_channels=2,
+        primary_types=3,
+        capsule_length=3,
+        **settings,
+    )
+    dataset = data.load("mnist", data_dir=str(data_dir))
+    workdir = records.open_workdir(folder, config=config, data_sha256=dataset.sha256)
+    if checkpoint:
+        trainer = train_mnist.build(config, dataset)
+        with Checkpoints(workdir) as checkpoints:
+            checkpoints.save(1, trainer.initial_state(0))
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def workdirs(tmp_path_factory, data_dir):
+    folder = tmp_path_factory.mktemp("runs")
+    return {
+        "capsnet": trained(folder / "capsnet", data_dir),
+        "plain": trained(folder / "plain", data_dir, reconstruction_weight=0.0),
+        "cnn": trained(folder / "cnn", data_dir, network="pooling_cnn"),
+        "begun": trained(folder / "begun", data_dir, checkpoint=False),
+        "none": folder / "none",
+    }
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch, capsys):
+    """Runs a program in this process: its exit status, stdout and stderr."""
+    monkeypatch.setattr(cli, "_configure_logging", lambda config_class: None)
+    monkeypatch.chdir(tmp_path)
+
+    def program(name, **flags):
+        arguments = [f"--{key}={value}" for key, value in flags.items()]
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            cli.run(PROGRAMS[name].Config, PROGRAMS[name].main)
+        return exit_.value.code, *capsys.readouterr()
+
+    return program
+
+
+def left(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def read(path):
+    return json.loads(path.read_bytes())
+
+
+def test_tweaks_leave_grids_sweeps_and_measured_effects(program, workdirs, tmp_path):
+    for name in ("a", "b"):
+        Image.fromarray(np.eye(40, dtype=np.uint8) * 255).save(f"{name}.png")
+    before = {path: path.stat().st_mtime_ns for path in workdirs["capsnet"].rglob("*")}
+    status, stdout, _ = program(
+        "tweak_dimensions",
+        workdir=workdirs["capsnet"],
+        output="out",
+        images="a.png,b.png",
+        examples=4,
+    )
+    assert status == 0
+    assert left(tmp_path / "out") == {
+        *("a_tweaks.png", "a_sweep.gif", "b_tweaks.png", "b_sweep.gif"),
+        *("effects.png", "effects_by_class.png", "results.json", "by_class.json"),
+    }
+    table = read(tmp_path / "out/results.json")
+    assert [row["dimension"] for row in table] == [1, 2, 3]
+    assert {row["images"] for row in table} == {4}
+    assert len(stdout.splitlines()) == 4
+    assert before == {path: path.stat().st_mtime_ns for path in workdirs["capsnet"].rglob("*")}
+
+
+@pytest.mark.parametrize("run", ["capsnet", "plain"])
+def test_a_tree_is_drawn_with_and_without_a_decoder(program, workdirs, tmp_path, run):
+    status, stdout, _ = program("parse_tree", workdir=workdirs[run], output="out", index=11)
+    assert status == 0
+    assert left(tmp_path / "out") == {"test_11_evidence.png", "test_11_tree.png", "results.json"}
+    table = read(tmp_path / "out/results.json")
+    assert [row["iteration"] for row in table] == [1, 2, 3] * parse_tree.FOCUS
+    assert re.fullmatch(r"test_11: longest capsules (\d \(0\.\d\d\)(, |\n)){3}", stdout)
+
+
+def test_two_digits_make_one_tree(program, workdirs, tmp_path):
+    status, stdout, _ = program(
+        "parse_tree", workdir=workdirs["capsnet"], output="out", overlap="3,7", children=4, shift=2
+    )
+    assert (status, stdout[:9]) == (0, "overlap_3")
+    assert left(tmp_path / "out") == {
+        *("overlap_3_7_evidence.png", "overlap_3_7_tree.png", "results.json"),
+    }
+
+
+def test_overlapping_digits_move_apart_and_add_up():
+    first, second = np.zeros((5, 6, 1)), np.zeros((5, 6, 1))
+    first[2, 3], second[2, 3], second[4, 0] = 0.7, 0.9, 0.4
+    first[0, 0] = 1  # leaves the frame
+    wanted = np.zeros((5, 6, 1))
+    wanted[2, 2], wanted[2, 4], wanted[4, 1] = 0.7, 0.9, 0.4
+    np.testing.assert_array_equal(parse_tree.overlapped(first, second, shift=1), wanted)
+    unmoved = parse_tree.overlapped(first, second, shift=0)
+    assert unmoved[2, 3] == 1  # 0.7 + 0.9, at most 1
+    np.testing.assert_array_equal(unmoved[4, 0], 0.4)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize(
+    ("run", "flags", "message"),
+    [
+        ("none", {}, "workdir .*none holds no run: it has no config.json"),
+        ("begun", {}, "workdir .* has no checkpoint yet; let it train further"),
+        ("cnn", {}, "workdir .*cnn holds a pooling_cnn, which has no capsules"),
+        ("capsnet", {"index": 12}, "there is no test image 12: mnist has 12, from 0"),
+        ("capsnet", {"index": -1}, "--index must be at least 0, got -1"),
+        ("capsnet", {"images": "none.png"}, "none.png: the image cannot be read: .*"),
+        (
+            "capsnet",
+            {"images": "a/x.png,b/x.png"},
+            "--images must have names of their own, got x, x",
+        ),
+        (
+            "capsnet",
+            {"data_dir": "none"},
+            "--data_dir must be a folder that can be read, got none.",
+        ),
+        ("capsnet", {"output": "file/out"}, "file/out/.* cannot be written: Not a directory"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(program, workdirs, tmp_path, name, run, flags, message):
+    (tmp_path / "file").write_text("precious")
+    usual = {"workdir": workdirs[run], "output": "out"}
+    if name == "tweak_dimensions":
+        usual["examples"] = 4
+    status, stdout, stderr = program(name, **usual | flags)
+    assert (status, stdout) == (2, "")
+    assert re.fullmatch(f"{name}: {message}\n", stderr)
+    assert left(tmp_path) == {"file"}
+
+
+@pytest.mark.parametrize(
+    ("name", "run", "flags", "message"),
+    [
+        ("tweak_dimensions", "plain", {}, r"workdir .*plain was trained without reconstruction .*"),
+        (
+            "tweak_dimensions",
+            "capsnet",
+            {"examples": 13},
+            "--examples must be at most the 12 test images of mnist, got 13",
+        ),
+        ("tweak_dimensions", "capsnet", {"examples": 1}, "--examples must be at least 2, got 1"),
+        (
+            "parse_tree",
+            "capsnet",
+            {"overlap": "3"},
+            "--overlap must be two .* A,B, got '3'",
+        ),
+        ("parse_tree", "capsnet", {"overlap": "3,12"}, "there is no test image 12: .*"),
+        (
+            "parse_tree",
+            "capsnet",
+            {"overlap": "3,4", "images": "a.png"},
+            "--overlap is made of test images: give it or --images, not both",
+        ),
+        (
+            "parse_tree",
+            "capsnet",
+            {"overlap": "3,4", "shift": 20},
+            "--shift must be less than the images' 20 pixels, got 20",
+        ),
+        ("parse_tree", "capsnet", {"children": 13}, "--children must be at most 12, got 13"),
+    ],
+)
+def test_what_one_of_them_cannot_use_is_one_line(
+    program, workdirs, tmp_path, name, run, flags, message
+):
+    status, stdout, stderr = program(name, **{"workdir": workdirs[run], "output": "out"} | flags)
+    assert (status, stdout) == (2, "")
+    assert re.fullmatch(f"{name}: {message}\n", stderr)
+    assert not left(tmp_path)
+
+
+def test_a_full_disk_is_one_line(program, workdirs, monkeypatch):
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "write", full)
+    status, _, stderr = program("parse_tree", workdir=workdirs["capsnet"], output="out")
+    assert status == 2
+    assert re.fullmatch("parse_tree: .*png cannot be written: No space left on device\n", stderr)
+
+
+WHERE = evidence.Fields(np.arange(8.0, 19, 2), np.arange(8.0, 19, 2), 17)
+
+
+def drawn_tree(N, K, C, *, decoder=True):
+    rng = np.random.default_rng(0)
+    return tree_figures.tree(
+        test_figures.images(28, 28, C),
+        rng.random((N, K)) / K,
+        WHERE,
+        positions=np.stack([np.arange(N) % 6, np.arange(N) // 6], axis=1),
+        captions=[f"{n}: type 32" for n in range(1, N + 1)],
+        parents=[f"class {k}: 0.99" for k in range(K)],
+        drawings=test_figures.images(K, 28, 28, C) if decoder else None,
+        title="Of what this is and of what that is, and of what it should be\nand so on",
+    )
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        lambda: drawn_tree(6, 3, 1),
+        lambda: drawn_tree(12, 3, 3),
+        lambda: drawn_tree(6, 2, 1, decoder=False),
+        lambda: drawn_tree(2, 3, 1),
+    ],
+)
+def test_trees_are_legible(figure):
+    test_figures.assert_legible(figure())
+
+
+@pytest.mark.parametrize(("F", "T", "C"), [(2, 3, 1), (1, 1, 3), (2, 5, 1)])
+def test_evidence_is_legible(F, T, C):
+    figure = tree_figures.evidence(
+        test_figures.images(28, 28, C),
+        np.random.default_rng(0).normal(size=(F, T, 6, 6)),
+        WHERE,
+        names=[f"class {f}" for f in range(F)],
+        lengths=np.full((F, T), 0.5),
+    )
+    test_figures.assert_legible(figure)
