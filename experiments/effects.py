@@ -4,11 +4,13 @@ Shape letters: N images; D dimensions of the winning capsule; V tweaks of a dime
 a shape, in the order of `moments.Shape`.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 import capsjax
 from capsjax.models import CapsNet
@@ -34,21 +36,25 @@ def changes(measures: np.ndarray, values: np.ndarray) -> np.ndarray:
     return measures @ (moves / (moves @ moves)) * np.ptp(values)
 
 
-def measured(model: CapsNet, images: np.ndarray) -> Effects:
-    """Tweaks the winning capsule of each image `[N, H, W, C]`, and measures what is drawn.
+def drawn(model: CapsNet, images: Array) -> tuple[Array, Array]:
+    """The winning class `[B]`, and the drawings `[B, D, V, H, W, C]` of its capsule, tweaked."""
+    capsules = model(images)
+    winners = jnp.argmax(capsjax.lengths(capsules), axis=-1)
+    return winners, jax.vmap(lambda one: inspection.tweaked(model, one))(capsules)
+
+
+def measured(draw: Callable[[Array], tuple[Array, Array]], images: np.ndarray) -> Effects:
+    """Measures what tweaks do to the drawings of images `[N, H, W, C]`.
 
     Images of which a drawing has no ink, so that it has no measures, are left out.
+
+    Args:
+      draw: `drawn` of some model, compiled.
+      images: In 0 … 1.
     """
-
-    @jax.jit
-    def drawn(images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        capsules = model(images)
-        winners = jnp.argmax(capsjax.lengths(capsules), axis=-1)
-        return winners, jax.vmap(lambda one: inspection.tweaked(model, one))(capsules)
-
     winners, measures = [], []
     for start in range(0, len(images), _BATCH):
-        won, drawings = drawn(jnp.asarray(images[start : start + _BATCH]))
+        won, drawings = draw(jnp.asarray(images[start : start + _BATCH]))
         winners.append(np.asarray(won))
         grey = np.asarray(drawings, np.float32).mean(axis=-1)
         measures.append(np.stack(moments.measured(grey), axis=-2))  # [B, D, M, V]

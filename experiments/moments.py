@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Ink begins at the first value and is whole from the second on. The blur of a decoder stays below
+# Ink begins at the first value and is whole from the second on. A decoder's blur is mostly below
 # the first; the two are symmetric, so that a pixel that an edge cuts in half keeps half its ink.
 _NO_INK, _ALL_INK = 0.1, 0.9
 
