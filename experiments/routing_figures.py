@@ -53,7 +53,10 @@ def diagnostics(rows: Sequence[Mapping[str, float]]) -> Figure:
             line.set(label=name.replace("_", " "), clip_on=False)
             line.set_marker("o" if len(values) <= 40 else "")
         axes.set_title(title)
-        axes.set_ylim(0, None)
+        if percent == 1:
+            axes.ticklabel_format(useOffset=False)  # iteration 1 is log(J), and others may be near
+        else:
+            axes.set_ylim(0, max(1, 1.05 * axes.dataLim.y1))
         axes.grid(visible=True)
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), title=heading)
     for axes in figure.axes[2:]:
