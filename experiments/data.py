@@ -158,6 +158,13 @@ def placed(split: Split, canvas: int) -> Split:
     return Split(images, split.labels)
 
 
+def centred(split: Split, canvas: int) -> Split:
+    """The images in the middle of a black canvas, which is no smaller than they are."""
+    free = canvas - split.images.shape[1]
+    edges = (free // 2, free - free // 2)
+    return split._replace(images=np.pad(split.images, ((0, 0), edges, edges, (0, 0))))
+
+
 def batches(
     num_examples: int, *, batch_size: int, seed: int, first_step: int = 0
 ) -> Iterator[np.ndarray]:

@@ -1,6 +1,7 @@
 """A network that train_mnist has trained, as it lies in the folder of its run."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from experiments import cli, data, records, runs, train_mnist, training
@@ -44,6 +45,28 @@ def load(workdir: str, *, data_dir: str = "") -> Trained:
     step, params = restored(trainer, config, workdir)
     test = train_mnist.test_split(config, dataset)
     return Trained(config, dataset, test, trainer, params, step)
+
+
+def load_all(workdirs: Sequence[str], *, data_dir: str = "") -> dict[str, Trained]:
+    """Restores runs that can be compared, by their folders.
+
+    Raises:
+      InputError: As `load`; or one is named twice, or data sets or image sizes differ.
+    """
+    runs: dict[str, Trained] = {}
+    for workdir in workdirs:
+        if workdir in runs:
+            raise InputError(f"workdir {workdir} is named twice")
+        runs[workdir] = load(workdir, data_dir=data_dir)
+    seen = {workdir: "x".join(map(str, run.test.images.shape[1:])) for workdir, run in runs.items()}
+    sets = {
+        workdir: f"{run.dataset.name} {run.dataset.sha256[:8]}" for workdir, run in runs.items()
+    }
+    for what, found in (("image size", seen), ("data set", sets)):
+        if len(set(found.values())) > 1:
+            listed = ", ".join(f"{value} in {workdir}" for workdir, value in found.items())
+            raise InputError(f"the runs must have one {what}, got {listed}")
+    return runs
 
 
 def config_of(kind: type[C], settings: dict[str, Any], workdir: str) -> C:

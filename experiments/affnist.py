@@ -1,0 +1,169 @@
+"""affNIST, from its author's files, and a set made here that is like it and is not it.
+
+Source: Tijmen Tieleman, "affNIST", https://www.cs.toronto.edu/~tijmen/affNIST/: MNIST's digits,
+turned, sheared, scaled and placed at random on 40 x 40 pixels.
+"""
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+from scipy import io
+
+from experiments.affine import Pose, uniform, warped
+from experiments.data import Split, centred
+from experiments.errors import InputError
+
+SIDE = 40  # pixels
+_NUM_CLASSES = 10
+# Of the transformed version: all 32 x 10,000 test cases in one file, or the first 10,000.
+_FILES = ("transformed/test.mat", "test.mat", "transformed/test_batches/1.mat")
+_LARGEST = 2**30  # bytes on disk: 320,000 images of 1,600 bytes, were they not compressed
+# What SciPy raises for files that are damaged or no MATLAB files (fuzzed, and read in its source).
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    NotImplementedError,
+    OverflowError,
+    MemoryError,
+    zlib.error,
+    io.matlab.MatReadError,
+)
+
+
+def cases(test: Split, side: int, folder: str) -> dict[str, Split]:
+    """The test cases for networks of that image size, by what they must be called.
+
+    Args:
+      test: The images that a set like affNIST is made from.
+      side: Pixels a side of the networks' images; nothing but 40 has test cases.
+      folder: With affNIST's files; empty: `affnist_like` instead.
+
+    Raises:
+      InputError: There is a folder but the size is another, or it cannot be read.
+    """
+    if folder and side != SIDE:
+        raise InputError(
+            f"--affnist_dir needs runs with --canvas={SIDE}, got images of {side}x{side} pixels"
+        )
+    if side != SIDE:
+        return {}
+    return {"affnist": read(folder)} if folder else {"affnist_like": affnist_like(test)}
+
+
+def read(folder: str) -> Split:
+    """Reads the transformed test set from `transformed/test.mat` and the like.
+
+    Args:
+      folder: With the author's files, unpacked.
+
+    Raises:
+      InputError: There is no such file, or it does not hold images and labels of affNIST's shape.
+    """
+    paths = [Path(folder).expanduser() / name for name in _FILES]
+    path = next(filter(Path.is_file, paths), None)
+    if path is None:
+        raise InputError(
+            f"--affnist_dir={folder} has none of {', '.join(_FILES)}; they are in the archives of "
+            "https://www.cs.toronto.edu/~tijmen/affNIST/"
+        )
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise InputError(f"{path}: affNIST's files have at most {_LARGEST} bytes")
+        # Plain arrays only: MATLAB's format has no code in it, and SciPy unpickles nothing.
+        struct = io.loadmat(path, variable_names=["affNISTdata"])["affNISTdata"][0, 0]
+        images, labels = struct["image"], struct["label_int"]
+    except InputError:
+        raise
+    except _UNREADABLE as error:
+        raise InputError(
+            f"{path} is not a MATLAB file with a struct affNISTdata that has image and label_int "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    split = _checked(images, labels, path)
+    logging.info("%s: %d test cases", path, split.size)
+    return split
+
+
+def _checked(images: np.ndarray, labels: np.ndarray, path: Path) -> Split:
+    """A column is an image, row after row."""
+    if not (
+        isinstance(images, np.ndarray)
+        and images.dtype == np.uint8
+        and images.ndim == 2
+        and images.shape[0] == SIDE**2
+        and images.size
+    ):
+        raise InputError(
+            f"{path}: image must be uint8 of shape ({SIDE**2}, N), got {_described(images)}"
+        )
+    size = images.shape[1]
+    if not (
+        isinstance(labels, np.ndarray)
+        and labels.dtype.kind in "uif"
+        and labels.shape in ((1, size), (size, 1))
+    ):
+        raise InputError(
+            f"{path}: label_int must be numbers of shape (1, {size}), got {_described(labels)}"
+        )
+    labels = labels.reshape(size)
+    if not np.isin(labels, np.arange(_NUM_CLASSES)).all():
+        raise InputError(f"{path}: label_int must be whole numbers from 0 to {_NUM_CLASSES - 1}")
+    return Split(
+        np.ascontiguousarray(images.T).reshape(size, SIDE, SIDE, 1), labels.astype(np.int32)
+    )
+
+
+def _described(value: object) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} of shape {value.shape}"
+    return type(value).__name__
+
+
+def affnist_like(split: Split) -> Split:
+    """Makes a set like affNIST from images; the same in every call, and never to be called affNIST.
+
+    Each image is turned by up to 20 degrees either way, sheared by up to 0.2 (the tangent), width
+    and height are scaled by 0.8 to 1.2, each uniformly and on its own: affNIST's published ranges.
+    Then its box of ink is placed where it fits into 40 x 40 pixels, every place being as likely.
+    It differs from affNIST in what that page does not tell: the interpolation (linear here), and
+    how the box is found (pixels of at least 1 in 255).
+
+    Args:
+      split: Images uint8 `[N, S, S, C]` of at most 40 pixels a side.
+    """
+    size = split.size
+    images = centred(split, SIDE).images / np.float32(255)
+    angle, lean, width, height, row, column = uniform(6, size, key=[SIDE, size])
+    pose = Pose.of(
+        size,
+        rotation=20 * (2 * angle - 1),
+        shear=np.degrees(np.arctan(0.2 * (2 * lean - 1))),
+        scale=0.8 + 0.4 * np.stack([width, height], -1),
+    )
+    moved = np.rint(255 * warped(images, pose)).astype(np.uint8)
+    placed = np.zeros_like(moved)
+    for image, target, places in zip(moved, placed, zip(row, column, strict=True), strict=True):
+        ink = image.any(-1)
+        if ink.any():
+            box = [_extent(ink.any(axis)) for axis in (1, 0)]
+            corner = [
+                int(place * (SIDE - (stop - start) + 1))
+                for place, (start, stop) in zip(places, box, strict=True)
+            ]
+            (top, bottom), (left, right) = box
+            rows = slice(corner[0], corner[0] + bottom - top)
+            columns = slice(corner[1], corner[1] + right - left)
+            target[rows, columns] = image[top:bottom, left:right]
+    return Split(placed, split.labels)
+
+
+def _extent(ink: np.ndarray) -> tuple[int, int]:
+    """Where ink starts, and where it has stopped."""
+    found = np.flatnonzero(ink)
+    return int(found[0]), int(found[-1]) + 1
