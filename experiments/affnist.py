@@ -4,13 +4,12 @@ Source: Tijmen Tieleman, "affNIST", https://www.cs.toronto.edu/~tijmen/affNIST/:
 turned, sheared, scaled and placed at random on 40 x 40 pixels.
 """
 
-import zlib
 from pathlib import Path
 
 import numpy as np
 from absl import logging
-from scipy import io
 
+from experiments import matlab
 from experiments.affine import Pose, uniform, warped
 from experiments.data import Split, centred
 from experiments.errors import InputError
@@ -19,21 +18,6 @@ SIDE = 40  # pixels
 _NUM_CLASSES = 10
 # Of the transformed version: all 32 x 10,000 test cases in one file, or the first 10,000.
 _FILES = ("transformed/test.mat", "test.mat", "transformed/test_batches/1.mat")
-_LARGEST = 2**30  # bytes on disk: 320,000 images of 1,600 bytes, were they not compressed
-# What SciPy raises for files that are damaged or no MATLAB files (fuzzed, and read in its source).
-_UNREADABLE = (
-    OSError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    NotImplementedError,
-    OverflowError,
-    MemoryError,
-    zlib.error,
-    io.matlab.MatReadError,
-)
 
 
 def cases(test: Split, side: int, folder: str) -> dict[str, Split]:
@@ -73,43 +57,29 @@ def read(folder: str) -> Split:
             "https://www.cs.toronto.edu/~tijmen/affNIST/"
         )
     try:
-        if path.stat().st_size > _LARGEST:
-            raise InputError(f"{path}: affNIST's files have at most {_LARGEST} bytes")
-        # Plain arrays only: MATLAB's format has no code in it, and SciPy unpickles nothing.
-        struct = io.loadmat(path, variable_names=["affNISTdata"])["affNISTdata"][0, 0]
-        images, labels = struct["image"], struct["label_int"]
-    except InputError:
-        raise
-    except _UNREADABLE as error:
+        struct = matlab.read_struct(path, "affNISTdata", ("image", "label_int"))
+    except (OSError, ValueError) as error:
         raise InputError(
-            f"{path} is not a MATLAB file with a struct affNISTdata that has image and label_int "
-            f"({type(error).__name__}: {error})"
+            f"{path} is not a MATLAB file with a struct affNISTdata that has image and label_int: "
+            f"{error}"
         ) from error
-    split = _checked(images, labels, path)
+    split = _checked(struct["image"], struct["label_int"], path)
     logging.info("%s: %d test cases", path, split.size)
     return split
 
 
 def _checked(images: np.ndarray, labels: np.ndarray, path: Path) -> Split:
     """A column is an image, row after row."""
-    if not (
-        isinstance(images, np.ndarray)
-        and images.dtype == np.uint8
-        and images.ndim == 2
-        and images.shape[0] == SIDE**2
-        and images.size
-    ):
+    if images.dtype != np.uint8 or images.shape[0] != SIDE**2 or images.ndim != 2:
         raise InputError(
-            f"{path}: image must be uint8 of shape ({SIDE**2}, N), got {_described(images)}"
+            f"{path}: image must be uint8 of shape ({SIDE**2}, N), got {images.dtype} of "
+            f"{images.shape}"
         )
     size = images.shape[1]
-    if not (
-        isinstance(labels, np.ndarray)
-        and labels.dtype.kind in "uif"
-        and labels.shape in ((1, size), (size, 1))
-    ):
+    if not size or labels.shape not in ((1, size), (size, 1)):
         raise InputError(
-            f"{path}: label_int must be numbers of shape (1, {size}), got {_described(labels)}"
+            f"{path}: label_int must have shape (1, N) with the N = {size} of image, one at least, "
+            f"got {labels.shape}"
         )
     labels = labels.reshape(size)
     if not np.isin(labels, np.arange(_NUM_CLASSES)).all():
@@ -117,12 +87,6 @@ def _checked(images: np.ndarray, labels: np.ndarray, path: Path) -> Split:
     return Split(
         np.ascontiguousarray(images.T).reshape(size, SIDE, SIDE, 1), labels.astype(np.int32)
     )
-
-
-def _described(value: object) -> str:
-    if isinstance(value, np.ndarray):
-        return f"{value.dtype} of shape {value.shape}"
-    return type(value).__name__
 
 
 def affnist_like(split: Split) -> Split:

@@ -165,13 +165,12 @@ def _fitted(
     middle, scale = vectors.mean((0, 1)), vectors.std((0, 1))
     scale = np.where(scale > 0, scale, 1)
     known = ((vectors - middle) / scale).reshape(S * n, D)
-    spectrum, axes = np.linalg.eigh(known.T @ known / len(known))
-    centred = np.repeat(values - values.mean(), n)
-    target = axes.T @ (known.T @ centred / len(known))
-    asked = ((unknown - middle) / scale) @ axes
+    gram = known.T @ known / len(known)
+    target = known.T @ np.repeat(values - values.mean(), n) / len(known)
+    asked = (unknown - middle) / scale
 
     def predict(penalties: np.ndarray) -> np.ndarray:
-        weights = target / (spectrum.clip(0) + penalties[:, None])
+        weights = [np.linalg.solve(gram + penalty * np.eye(D), target) for penalty in penalties]
         return np.einsum("smd,pd->psm", asked, weights) + values.mean()
 
     return predict

@@ -3,6 +3,7 @@
 Shape letters: S steps of a sweep; N examples. No function uses pyplot or writes a file.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -31,11 +32,13 @@ def accuracy_sweeps(
       curves: For each run, its accuracies at the steps of each transformation.
       steps: The values of each transformation, by the axis' label.
     """
-    figure = Figure((7.2, 2.3))
+    names = [run if len(run) <= 66 else f"…{run[-65:]}" for run in curves]
+    columns = max(1, 75 // (max(map(len, names)) + 6))  # the widest letters fit
+    figure = Figure((7.2, 2.1 + 0.16 * math.ceil(len(names) / columns)))
     panels = figure.subplots(1, len(steps), sharey=True, squeeze=False)[0]
     for axes, (label, values) in zip(panels, steps.items(), strict=True):
-        for number, (run, accuracies) in enumerate(curves.items()):
-            (line,) = axes.plot(values, accuracies[label], marker="o", label=run, clip_on=False)
+        for number, (name, own) in enumerate(zip(names, curves.values(), strict=True)):
+            (line,) = axes.plot(values, own[label], marker="o", label=name, clip_on=False)
             line.set(
                 color=_COLOURS[number % len(_COLOURS)],
                 linestyle=_DASHES[number // len(_COLOURS) % len(_DASHES)],
@@ -43,7 +46,8 @@ def accuracy_sweeps(
         axes.set(xlabel=label, ylim=(0, 100))
         axes.grid(visible=True)
     panels[0].set_title("Accuracy (%)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=columns)
     settle_ticks(figure)
     return figure
 
