@@ -95,8 +95,8 @@ def affnist_like(split: Split) -> Split:
     Each image is turned by up to 20 degrees either way, sheared by up to 0.2 (the tangent), width
     and height are scaled by 0.8 to 1.2, each uniformly and on its own: affNIST's published ranges.
     Then its box of ink is placed where it fits into 40 x 40 pixels, every place being as likely.
-    It differs from affNIST in what that page does not tell: the interpolation (linear here), and
-    how the box is found (pixels of at least 1 in 255).
+    Ours are the interpolation (linear), the direction of the shear (along the rows) and what
+    counts as ink (any pixel that is not 0 of 255).
 
     Args:
       split: Images uint8 `[N, S, S, C]` of at most 40 pixels a side.

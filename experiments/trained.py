@@ -53,20 +53,18 @@ def load_all(workdirs: Sequence[str], *, data_dir: str = "") -> dict[str, Traine
     Raises:
       InputError: As `load`; or one is named twice, or data sets or image sizes differ.
     """
-    runs: dict[str, Trained] = {}
+    found: dict[str, Trained] = {}
     for workdir in workdirs:
-        if workdir in runs:
+        if workdir in found:
             raise InputError(f"workdir {workdir} is named twice")
-        runs[workdir] = load(workdir, data_dir=data_dir)
-    seen = {workdir: "x".join(map(str, run.test.images.shape[1:])) for workdir, run in runs.items()}
-    sets = {
-        workdir: f"{run.dataset.name} {run.dataset.sha256[:8]}" for workdir, run in runs.items()
-    }
-    for what, found in (("image size", seen), ("data set", sets)):
-        if len(set(found.values())) > 1:
-            listed = ", ".join(f"{value} in {workdir}" for workdir, value in found.items())
-            raise InputError(f"the runs must have one {what}, got {listed}")
-    return runs
+        found[workdir] = load(workdir, data_dir=data_dir)
+    sizes = ["x".join(map(str, run.test.images.shape[1:])) for run in found.values()]
+    sets = [f"{run.dataset.name} {run.dataset.sha256[:8]}" for run in found.values()]
+    for what, values in (("image size", sizes), ("data set", sets)):
+        if len(set(values)) > 1:
+            named = [f"{value} in {workdir}" for value, workdir in zip(values, found, strict=True)]
+            raise InputError(f"the runs must have one {what}, got {', '.join(named)}")
+    return found
 
 
 def config_of(kind: type[C], settings: dict[str, Any], workdir: str) -> C:
