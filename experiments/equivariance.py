@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 _FOLDS = 4
-# Of ridge regression, for each number of the training data: chosen by cross-validation.
-_PENALTIES = np.array([1e-4, 1e-3, 1e-2, 1e-1, 1.0])
+# Of ridge regression, as shares of a component's mean variance: chosen by cross-validation.
+_PENALTIES = np.array([1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0])
 
 
 class Curve(NamedTuple):
@@ -100,9 +100,8 @@ def _shuffled(vectors: np.ndarray, *, seed: int) -> np.ndarray:
 def decoded(vectors: np.ndarray, values: np.ndarray, classes: np.ndarray) -> np.ndarray:
     """The parameter of the sweep as ridge regressions read it from vectors, one for each class.
 
-    Each example is read by a regression on the other half of its class, all steps of an example
-    being in one half. Components are scaled to deviation 1; the penalty is chosen on the training
-    half alone, by cross-validation over its examples.
+    Each example is read by a regression on the other half of its class, with all of its steps. The
+    penalty is chosen on the training half alone, by cross-validation over its examples.
 
     Args:
       vectors: `[S, N, D]`.
@@ -162,8 +161,9 @@ def _fitted(
 ) -> Callable[[np.ndarray], np.ndarray]:
     """The prediction of a ridge regression as a function of its penalties: `[penalties, S, m]`."""
     S, n, D = vectors.shape
-    middle, scale = vectors.mean((0, 1)), vectors.std((0, 1))
-    scale = np.where(scale > 0, scale, 1)
+    middle = vectors.mean((0, 1))
+    # One scale for all components: one each would blow up a unit that hardly ever acts in training.
+    scale = np.sqrt(np.mean(np.square(vectors - middle))) or 1
     known = ((vectors - middle) / scale).reshape(S * n, D)
     gram = known.T @ known / len(known)
     target = known.T @ np.repeat(values - values.mean(), n) / len(known)

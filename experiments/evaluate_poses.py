@@ -124,13 +124,10 @@ def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
     )
     clean = [row["clean"] for row in rows]
     apart = round(max(clean) - min(clean), 6)
+    if len(rows) > 1:
+        yield f"{'not ' * (apart > MATCHED)}matched: clean accuracies are {apart:.2f} points apart"
     if apart > MATCHED:
-        yield (
-            f"not matched: clean accuracies are {apart:.2f} points apart, more than {MATCHED}; a "
-            "difference in the other columns is not that of the architectures alone"
-        )
-    elif len(rows) > 1:
-        yield f"matched: clean accuracies are {apart:.2f} points apart"
+        yield "so differences in the other columns are not those of the architectures alone"
 
 
 def _numbers(config: Config, name: str) -> list[float]:

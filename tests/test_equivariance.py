@@ -78,9 +78,17 @@ def test_what_an_example_alone_knows_is_not_read():
     assert equivariance.decodability(still_read, VALUES, CLASSES) < 0.01
 
 
+def test_a_unit_that_hardly_ever_acts_does_no_harm():
+    vectors = np.concatenate([VALUES[:, None, None] / 60 + 0.1 * noise(), np.zeros((S, N, 1))], -1)
+    vectors[..., -1] = 1e-6 * np.random.default_rng(7).normal(size=(S, N))
+    vectors[:, 3, -1] = 1  # in one example's other half it is noise
+    read = equivariance.decoded(vectors, VALUES, CLASSES)
+    assert equivariance.decodability(read, VALUES, CLASSES) > 0.9
+
+
 def test_the_regression_minimises_squares_and_penalty():
     vectors, unknown = noise(5)[:, :8], noise(6)[:, :3]
-    middle, scale = vectors.mean((0, 1)), vectors.std((0, 1))
+    middle, scale = vectors.mean((0, 1)), np.sqrt(vectors.reshape(-1, D).var(0).mean())
     known = ((vectors - middle) / scale).reshape(-1, D)
     targets = np.repeat(VALUES - VALUES.mean(), 8)
     rows = np.concatenate([known, np.sqrt(0.1 * len(known)) * np.eye(D)])
