@@ -1,5 +1,6 @@
 """The measurement of equivariance: which vectors it follows along which sweeps."""
 
+import functools
 import json
 import pathlib
 import re
@@ -14,6 +15,7 @@ from experiments import cli, equivariance, measure_equivariance, trained
 from experiments.affine import Pose, warped
 from experiments.thickness import thickened
 
+load = functools.cache(trained.load)  # a network is compiled once
 FEW = {"examples_per_class": 4, "steps": 3, "workdir": "capsnet", "cnn_workdir": "cnn"}
 
 
@@ -31,6 +33,7 @@ def folder(tmp_path_factory):
 def program(folder, tmp_path, monkeypatch, capsys):
     """Runs the program among the runs, in this process: its exit status, stdout and stderr."""
     monkeypatch.setattr(cli, "_configure_logging", lambda config_class: None)
+    monkeypatch.setattr(trained, "load", load)
     monkeypatch.chdir(folder)
 
     def program(**flags):
@@ -50,7 +53,7 @@ def test_numbers_are_those_of_the_true_class_capsule_and_of_the_last_hidden_unit
     status, stdout, _ = program(shift=2.5, rotation=40, thinning=0.5, thickening=1.5, seed=3)
     assert status == 0
     rows = json.loads((tmp_path / "out/results.json").read_text())
-    capsnet, cnn = trained.load("capsnet"), trained.load("cnn")
+    capsnet, cnn = (load(name, data_dir="") for name in ("capsnet", "cnn"))
     digits = measure_equivariance.first_of_each_class(capsnet.dataset.test, 4)
     np.testing.assert_array_equal(digits.labels, np.repeat(np.arange(10), 4))
     images = digits.images / np.float32(255)
