@@ -5,6 +5,7 @@ the last hidden units of a convolutional network, taken as one vector.
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,14 @@ def main(config: Config) -> int:
     )
     rows: list[dict[str, Any]] = []
     curves: dict[str, dict[str, equivariance.Curve]] = {run.config.network: {} for run in runs}
+    readers = [reader(run, digits.labels, batch_size=config.batch_size) for run in runs]
     sweeps = values_of(config)
     for label, values in sweeps.items():
         images = moved(digits.images / np.float32(255), label, values)
-        for run in runs:
+        for run, read in zip(runs, readers, strict=True):
             name = run.config.network
             logging.info("%s: %s after %d steps", label, name, run.step)
-            found = vectors(run, images, digits.labels, batch_size=config.batch_size)
+            found = read(images)
             numbers, curves[name][label] = equivariance.measured(
                 found[0],
                 found[1:],
@@ -120,21 +122,27 @@ def moved(images: np.ndarray, label: str, values: np.ndarray) -> np.ndarray:
     return np.stack([warped(images, pose) for pose in poses])
 
 
-def vectors(
-    run: trained.Trained, images: np.ndarray, labels: np.ndarray, *, batch_size: int
-) -> np.ndarray:
-    """The capsule of the true class, or a CNN's last hidden units: `[1 + S, N, D]`."""
+def reader(
+    run: trained.Trained, labels: np.ndarray, *, batch_size: int
+) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from images `[1 + S, N, H, W, C]` to vectors `[1 + S, N, D]`, compiled once.
+
+    They are the capsules of the true classes `[N]`, or a CNN's last hidden units.
+    """
 
     @jax.jit
-    def of(params: Any, images: Array) -> Array:
+    def vectors(params: Any, images: Array) -> Array:
         model = run.trainer.model(params)
         return model(images) if isinstance(model, CapsNet) else model.features(images)[:, None]
 
-    flat = images.reshape(-1, *images.shape[2:])
-    parts = [flat[k : k + batch_size] for k in range(0, len(flat), batch_size)]
-    found = np.concatenate([np.asarray(of(run.params, part), float) for part in parts])
-    own = np.tile(labels, len(images)) if found.shape[1] > 1 else 0
-    return found[np.arange(len(found)), own].reshape(*images.shape[:2], -1)
+    def read(images: np.ndarray) -> np.ndarray:
+        flat = images.reshape(-1, *images.shape[2:])
+        batches = [flat[start : start + batch_size] for start in range(0, len(flat), batch_size)]
+        found = np.concatenate([np.asarray(vectors(run.params, batch)) for batch in batches])
+        own = np.tile(labels, len(images)) if found.shape[1] > 1 else 0
+        return found[np.arange(len(found)), own].reshape(*images.shape[:2], -1).astype(float)
+
+    return read
 
 
 if __name__ == "__main__":
