@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 
 from experiments import data, idx, records, train_mnist
@@ -24,13 +25,18 @@ def write_digits(folder, *, size=60, side=SIDE):
 
 
 def save_run(path, data_dir, **settings):
-    """The folder of a run with a checkpoint of its initial parameters."""
-    small = {"conv_channels": 2, "primary_types": 1, "capsule_length": 3, "capsule_bias": 0.1}
+    """The folder of a run with a checkpoint of random parameters."""
+    small = {"conv_channels": 2, "primary_types": 1, "capsule_length": 3}
     config = train_mnist.Config(dataset="mnist", data_dir=data_dir, batch_size=8, **small)
     config = dataclasses.replace(config, **settings)
     dataset = data.load(config.dataset, data_dir=data_dir)
     trainer = train_mnist.build(config, dataset)
     workdir = records.open_workdir(path, config=config, data_sha256=dataset.sha256)
+    state, rng = trainer.initial_state(0), np.random.default_rng(0)
+    # Untrained, a network says the same of every image.
+    params = jax.tree.map(
+        lambda x: np.float32(x + 0.2 * rng.standard_normal(x.shape)), state.params
+    )
     with Checkpoints(workdir) as checkpoints:
-        checkpoints.save(1, trainer.initial_state(0))
+        checkpoints.save(1, state._replace(params=params))
     return str(workdir)

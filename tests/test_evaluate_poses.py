@@ -63,6 +63,7 @@ def test_accuracies_are_those_of_the_networks(program, folder, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results[2:] == list(evaluate_poses.PUBLISHED)
+    assert len({row["clean"] for row in results[:2]}) == 2  # networks that do not say the same
     sweeps = json.loads((tmp_path / "out/sweeps.json").read_text())
     points = {(p["run"], p["transformation"], p["value"]): p["accuracy"] for p in sweeps}
     assert len(points) == len(sweeps) == 2 * 7
@@ -90,16 +91,29 @@ def test_accuracies_are_those_of_the_networks(program, folder, tmp_path):
     assert "82.91" in stdout
 
 
-def test_other_moves_and_interpolations_change_the_result(program, tmp_path):
-    found = []
-    for change in ({}, {}, {"seed": 1}, {"interpolation": "nearest"}, {"sweep_examples": 7}):
-        program(workdirs="cnn", **change)
-        found.append([(tmp_path / f"out/{n}.json").read_text() for n in ("results", "sweeps")])
-    assert found[1] == found[0]
-    assert found[2][0] != found[0][0]
-    assert found[3] != found[0]
-    assert found[4][0] == found[0][0]
-    assert found[4][1] != found[0][1]
+def test_seed_interpolation_and_count_reach_the_moves(program, tmp_path, monkeypatch):
+    moved = []
+
+    def recorded(images, pose, *, order):
+        moved.append((len(images), pose.rotation.sum(), pose.shift.sum(), order))
+        return warped(images, pose, order=order)
+
+    monkeypatch.setattr(evaluate_poses, "warped", recorded)
+
+    def moves(**changes):
+        moved.clear()
+        assert program(workdirs="cnn", **changes)[0] == 0
+        return [*moved]
+
+    usual = moves()
+    assert [move[0] for move in usual] == 9 * [60]
+    assert moves() == usual
+    assert moves(seed=1)[2:] == usual[2:]
+    assert all(move != other for move, other in zip(moves(seed=1)[:2], usual, strict=False))
+    assert [move[3] for move in moves(interpolation="nearest")] == 9 * [0]
+    few = moves(sweep_examples=7)
+    assert few[:2] == usual[:2]
+    assert [move[0] for move in few[2:]] == 7 * [7]
 
 
 def test_networks_are_called_matched_only_within_a_tenth_of_a_point():
