@@ -146,7 +146,7 @@ def placed(split: Split, canvas: int) -> Split:
     """The images, each somewhere on a black canvas; where is the same in every call.
 
     As the expanded MNIST test set of Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules",
-    section 5.1, https://arxiv.org/abs/1710.09829, with 40 pixels.
+    section 5.2, https://arxiv.org/abs/1710.09829, with 40 pixels.
     """
     size, side = split.size, split.images.shape[1]
     # As in `_batches`: bits whose meaning does not change between versions of NumPy.
@@ -156,6 +156,13 @@ def placed(split: Split, canvas: int) -> Split:
     for image, original, (row, column) in zip(images, split.images, corners, strict=True):
         image[row : row + side, column : column + side] = original
     return Split(images, split.labels)
+
+
+def centred(split: Split, canvas: int) -> Split:
+    """The images in the middle of a black canvas, which is no smaller than they are."""
+    free = canvas - split.images.shape[1]
+    edges = (free // 2, free - free // 2)
+    return split._replace(images=np.pad(split.images, ((0, 0), edges, edges, (0, 0))))
 
 
 def batches(

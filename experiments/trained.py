@@ -1,6 +1,7 @@
 """A network that train_mnist has trained, as it lies in the folder of its run."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from experiments import cli, data, records, runs, train_mnist, training
@@ -44,6 +45,26 @@ def load(workdir: str, *, data_dir: str = "") -> Trained:
     step, params = restored(trainer, config, workdir)
     test = train_mnist.test_split(config, dataset)
     return Trained(config, dataset, test, trainer, params, step)
+
+
+def load_all(workdirs: Sequence[str], *, data_dir: str = "") -> dict[str, Trained]:
+    """Restores runs that can be compared, by their folders.
+
+    Raises:
+      InputError: As `load`; or one is named twice, or data sets or image sizes differ.
+    """
+    found: dict[str, Trained] = {}
+    for workdir in workdirs:
+        if workdir in found:
+            raise InputError(f"workdir {workdir} is named twice")
+        found[workdir] = load(workdir, data_dir=data_dir)
+    sizes = ["x".join(map(str, run.test.images.shape[1:])) for run in found.values()]
+    sets = [f"{run.dataset.name} {run.dataset.sha256[:8]}" for run in found.values()]
+    for what, values in (("image size", sizes), ("data set", sets)):
+        if len(set(values)) > 1:
+            named = [f"{value} in {workdir}" for value, workdir in zip(values, found, strict=True)]
+            raise InputError(f"the runs must have one {what}, got {', '.join(named)}")
+    return found
 
 
 def config_of(kind: type[C], settings: dict[str, Any], workdir: str) -> C:

@@ -1,0 +1,149 @@
+"""Compares networks of train_mnist on images that are turned, shifted, scaled and sheared."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from experiments import affnist, cli, data, pose_figures, records, trained
+from experiments.affine import ORDERS, Pose, random_affine, warped
+from experiments.cli import flag
+from experiments.errors import InputError
+from experiments.evaluate import table
+
+MATCHED = 0.1  # points of clean accuracy: networks no further apart are called matched
+# https://cezannec.github.io/Capsule_Networks/ and its notebook; Sabour, Frosst and Hinton, "Dynamic
+# Routing Between Capsules", section 5.2, https://arxiv.org/abs/1710.09829.
+PUBLISHED = (
+    {"run": "the article's capsule network", "affine": 82.91},
+    {"run": "the article's CNN", "affine": 85.0},
+    {"run": "the paper's capsule network", "clean": 99.23, "affnist": 79.0},
+    {"run": "the paper's CNN", "clean": 99.22, "affnist": 66.0},
+)
+_TITLES = ["run", "network", "clean", "affine", "affine_deviation", "affnist", "affnist_like"]
+# The sweeps by their axis: the flag with the values, and how one value moves N images.
+_SWEEPS: dict[str, tuple[str, Callable[[int, float], Pose]]] = {
+    "rotation (degrees)": ("rotations", lambda size, x: Pose.of(size, rotation=x)),
+    "shift (pixels)": ("shifts", lambda size, x: Pose.of(size, shift=(x, 0))),
+    "scale": ("scales", lambda size, x: Pose.of(size, scale=(x, x))),
+    "shear (degrees)": ("shears", lambda size, x: Pose.of(size, shear=x)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Which networks to compare, and on which moves; the random ones are the article's."""
+
+    workdirs: str = flag("runs/mnist_paper,runs/pooling_cnn", "Runs, separated by commas.")
+    output: str = flag("runs/affine", "Folder of results.json, sweeps.json and sweeps.png.")
+    data_dir: str = flag("", "Folder of the data set's files; empty: where the runs had them.")
+    affnist_dir: str = flag("", "Folder of affNIST's .mat files; empty: a set like it is made.")
+    batch_size: int = flag(128, "Images that pass through a network at a time.", minimum=1)
+    draws: int = flag(5, "Times that the whole test set is moved at random.", minimum=2)
+    seed: int = flag(0, "Of the random moves.", minimum=0, maximum=2**32 - 1)
+    rotation: float = flag(30.0, "Largest random angle, degrees.", minimum=0, maximum=180)
+    shift: float = flag(0.1, "Largest random shift, share of the side.", minimum=0, maximum=1)
+    interpolation: str = flag("bilinear", "Of moved images.", choices=tuple(ORDERS))
+    rotations: str = flag("-60,-45,-30,-15,0,15,30,45,60", "Of a sweep, degrees clockwise.")
+    shifts: str = flag("-8,-6,-4,-2,0,2,4,6,8", "Of a sweep, pixels to the right.")
+    scales: str = flag("0.5,0.6,0.7,0.8,0.9,1,1.1,1.2,1.3,1.4", "Of a sweep, factors.")
+    shears: str = flag("-45,-30,-15,0,15,30,45", "Of a sweep, degrees of lean to the right.")
+    sweep_examples: int = flag(1000, "Test images in a sweep, the first ones; 0: all.", minimum=0)
+
+
+def main(config: Config) -> int:
+    """Measures all runs on the same images; writes and prints what came out."""
+    sweeps = {label: _numbers(config, name) for label, (name, _) in _SWEEPS.items()}
+    runs = trained.load_all(config.workdirs.split(","), data_dir=config.data_dir)
+    first = next(iter(runs.values()))
+    side = first.test.images.shape[1]
+    cases = affnist.cases(first.dataset.test, side, config.affnist_dir)
+    # On a canvas, training places images anywhere; here they move from its middle.
+    test = data.centred(first.dataset.test, side)
+    swept = data.Split(*(part[: config.sweep_examples or None] for part in test))
+    draws = [
+        random_affine(test.size, side, config.rotation, config.shift, key=[config.seed, draw])
+        for draw in range(config.draws)
+    ]
+    rows, curves = [], {}
+    for name, run in runs.items():
+        logging.info("%s: %s after %d steps", name, run.config.network, run.step)
+        row: dict[str, Any] = {"run": name, "network": run.config.network}
+        for title, split in ({"clean": run.test} | cases).items():
+            evaluation = run.trainer.evaluate(run.params, split, batch_size=config.batch_size)
+            row[title] = 100 - evaluation.error(split.labels)
+        affine = [accuracy(run, test, pose, config) for pose in draws]
+        row |= {"affine": float(np.mean(affine)), "affine_deviation": float(np.std(affine, ddof=1))}
+        rows.append(row)
+        curves[name] = {
+            label: [accuracy(run, swept, move(swept.size, x), config) for x in sweeps[label]]
+            for label, (_, move) in _SWEEPS.items()
+        }
+    write(rows, curves, sweeps, Path(config.output))
+    for line in summary(rows):
+        print(line)
+    return 0
+
+
+def accuracy(run: trained.Trained, split: data.Split, pose: Pose, config: Config) -> float:
+    """The share of moved images that a network classifies right, in percent."""
+    images = split.images / np.float32(255)
+    moved = warped(images, pose, order=ORDERS[config.interpolation])
+    scores = run.trainer.scores(run.params, moved, batch_size=config.batch_size)
+    return 100 * float(np.mean(scores.argmax(1) == split.labels))
+
+
+def write(
+    rows: list[dict[str, Any]],
+    curves: dict[str, dict[str, list[float]]],
+    sweeps: dict[str, list[float]],
+    output: Path,
+) -> None:
+    """Writes results.json, published numbers below, and the sweeps as rows and as a figure."""
+    records.write_json(output / "results.json", [*rows, *PUBLISHED])
+    points = [
+        {"run": name, "transformation": label, "value": value, "accuracy": accuracy}
+        for name, own in curves.items()
+        for label, values in sweeps.items()
+        for value, accuracy in zip(values, own[label], strict=True)
+    ]
+    records.write_json(output / "sweeps.json", points)
+    records.save_figure(pose_figures.accuracy_sweeps(curves, sweeps), output / "sweeps.png")
+
+
+def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Accuracies in percent, published ones below, and whether the networks are matched."""
+    cells = [[row.get(title, "") for title in _TITLES] for row in (*rows, *PUBLISHED)]
+    yield "accuracy (%)"
+    yield from table(
+        [_TITLES, *([x if isinstance(x, str) else f"{x:.2f}" for x in c] for c in cells)]
+    )
+    clean = [row["clean"] for row in rows]
+    apart = round(max(clean) - min(clean), 6)
+    if len(rows) > 1:
+        yield f"{'not ' * (apart > MATCHED)}matched: clean accuracies are {apart:.2f} points apart"
+    if apart > MATCHED:
+        yield "so differences in the other columns are not those of the architectures alone"
+
+
+def _numbers(config: Config, name: str) -> list[float]:
+    """The values of a sweep."""
+    low, high = {"scales": (0, math.inf), "shears": (-90, 90)}.get(name, (-math.inf, math.inf))
+    try:
+        values = [float(word) for word in getattr(config, name).split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(low < value < high for value in values):
+        raise InputError(
+            f"--{name} must be numbers between {low:g} and {high:g}, separated by commas, "
+            f"got {getattr(config, name)!r}"
+        )
+    return values
+
+
+if __name__ == "__main__":
+    cli.run(Config, main)

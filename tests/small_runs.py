@@ -1,0 +1,42 @@
+"""Runs of train_mnist with tiny, untrained networks, for the tests of what looks at runs."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from experiments import data, idx, records, train_mnist
+from experiments.checkpoints import Checkpoints
+
+SIDE = 17  # pixels: the least for a capsule network
+
+
+def write_digits(folder, *, size=60, side=SIDE):
+    """The first digits of mnist_small, cut out, as idx files."""
+    folder.mkdir(exist_ok=True)
+    whole = data.load("mnist_small")
+    edge = (28 - side) // 2
+    for split, part in (("train", whole.train), ("test", whole.test)):
+        images = part.images[:size, edge : edge + side, edge : edge + side, 0]
+        arrays = (np.ascontiguousarray(images), part.labels[:size].astype(np.uint8))
+        for stem, array in zip(idx.STEMS[split], arrays, strict=True):
+            (folder / stem).write_bytes(idx.header(array) + array.tobytes())
+    return str(folder)
+
+
+def save_run(path, data_dir, **settings):
+    """The folder of a run with a checkpoint of random parameters."""
+    small = {"conv_channels": 2, "primary_types": 1, "capsule_length": 3}
+    config = train_mnist.Config(dataset="mnist", data_dir=data_dir, batch_size=8, **small)
+    config = dataclasses.replace(config, **settings)
+    dataset = data.load(config.dataset, data_dir=data_dir)
+    trainer = train_mnist.build(config, dataset)
+    workdir = records.open_workdir(path, config=config, data_sha256=dataset.sha256)
+    state, rng = trainer.initial_state(0), np.random.default_rng(0)
+    # Untrained, a network says the same of every image.
+    params = jax.tree.map(
+        lambda x: np.float32(x + 0.2 * rng.standard_normal(x.shape)), state.params
+    )
+    with Checkpoints(workdir) as checkpoints:
+        checkpoints.save(1, state._replace(params=params))
+    return str(workdir)

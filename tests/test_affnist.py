@@ -1,0 +1,147 @@
+"""affNIST's files, and what may be wrong with them; the set that is like it."""
+
+import numpy as np
+import pytest
+from scipy import io
+
+from experiments import affnist
+from experiments.affine import Pose, warped
+from experiments.data import Split, centred
+from experiments.errors import InputError
+
+
+def fields(size=7):
+    """The struct of the author's files, as far as it is read."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(size, dtype=np.uint8)[None] % 10
+    return {
+        "affine_matrix": np.zeros((1, size)),
+        "image": rng.integers(0, 256, (1600, size), np.uint8),
+        "label_one_of_n": np.eye(10, dtype=np.uint8)[:, labels[0]],
+        "label_int": labels,
+    }
+
+
+def save(folder, struct, name="transformed/test.mat", **options):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    io.savemat(path, {"affNISTdata": struct}, **options)
+    return path
+
+
+@pytest.mark.parametrize("name", ["transformed/test.mat", "transformed/test_batches/1.mat"])
+@pytest.mark.parametrize("kind", [np.uint8, float])
+def test_a_column_is_an_image_row_after_row(tmp_path, name, kind):
+    struct = fields()
+    struct["label_int"] = struct["label_int"].astype(kind)
+    save(tmp_path, struct, name, do_compression=True)
+    split = affnist.read(str(tmp_path))
+    assert split.images.shape == (7, 40, 40, 1)
+    assert split.images.dtype == np.uint8
+    assert split.images[3, 2, 1, 0] == struct["image"][2 * 40 + 1, 3]
+    np.testing.assert_array_equal(split.labels, np.arange(7))
+    assert split.labels.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ({"image": np.zeros((784, 7), np.uint8)}, r"image must be uint8 of shape \(1600, N\), got"),
+        ({"image": np.zeros((1600, 7))}, "image must be uint8 .* got float64"),
+        ({"image": np.zeros((1600, 7, 1, 2), np.uint8)}, "image must be uint8 .* got uint8 of"),
+        ({"image": np.zeros((1600, 0), np.uint8)}, "label_int must have shape .* one at least"),
+        ({"image": "text"}, "image is no array of numbers"),
+        ({"image": {"a": 1}}, "image is no array of numbers"),
+        ({"label_int": np.zeros((1, 6))}, r"label_int must have shape \(1, N\) with the N = 7"),
+        ({"label_int": "1234567"}, "label_int is no array of numbers"),
+        ({"label_int": np.ones((1, 7)) * 1j}, "complex numbers"),
+        ({"label_int": np.full((1, 7), 10)}, "label_int must be whole numbers from 0 to 9"),
+        ({"label_int": np.full((1, 7), 0.5)}, "label_int must be whole numbers from 0 to 9"),
+        ({"label_int": np.full((1, 7), np.nan)}, "label_int must be whole numbers from 0 to 9"),
+    ],
+)
+def test_other_sizes_and_types_are_named(tmp_path, others, message):
+    path = save(tmp_path, fields() | others)
+    with pytest.raises(InputError, match=message) as raised:
+        affnist.read(str(tmp_path))
+    assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "struct", [{"image": np.zeros((1600, 1), np.uint8)}, np.zeros((3, 3)), "text", 1.0]
+)
+def test_another_struct_is_refused(tmp_path, struct):
+    save(tmp_path, struct)
+    with pytest.raises(InputError, match="is not a MATLAB file with a struct affNISTdata"):
+        affnist.read(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"text", b"\0" * 400, b"MATLAB 7.3 MAT-file" + b" " * 105 + b"\0\2IM" + b"x" * 99],
+)
+def test_what_is_no_matlab_file_is_refused(tmp_path, content):
+    (tmp_path / "test.mat").write_bytes(content)
+    with pytest.raises(InputError, match="is not a MATLAB file with a struct affNISTdata"):
+        affnist.read(str(tmp_path))
+
+
+def test_a_folder_without_files_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"has none of transformed/test\.mat, "):
+        affnist.read(str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def split():
+    images = np.zeros((400, 28, 28, 1), np.uint8)
+    images[:, 6:22, 10:18] = 255
+    images[7] = 0
+    return Split(images, np.arange(400, dtype=np.int32) % 10)
+
+
+def test_no_ink_of_the_set_like_it_falls_off_and_all_places_occur(split):
+    made = affnist.affnist_like(split)
+    assert made.images.shape == (400, 40, 40, 1)
+    assert made.images.dtype == np.uint8
+    np.testing.assert_array_equal(made.labels, split.labels)
+    area = made.images.sum((1, 2, 3)) / 255
+    assert not area[7]
+    # The bar has 128 pixels before it is scaled by 0.8 to 1.2 twice; a shear leaves its area.
+    kept = np.delete(area, 7) / 128
+    assert 0.63 < kept.min() < 0.75
+    assert 1.3 < kept.max() < 1.45
+    # The border is reached on each side, and never by most.
+    for edge in (
+        made.images[:, 0],
+        made.images[:, -1],
+        made.images[:, :, 0],
+        made.images[:, :, -1],
+    ):
+        assert 0.005 < edge.any((1, 2)).mean() < 0.2
+
+
+def test_the_set_like_it_is_the_same_in_every_call(split):
+    once, again = affnist.affnist_like(split), affnist.affnist_like(split)
+    np.testing.assert_array_equal(once.images, again.images)
+    assert len(np.unique(once.images, axis=0)) > 390
+
+
+def test_cases_are_called_what_they_are(split, tmp_path):
+    assert affnist.cases(split, 28, "") == {}
+    assert [*affnist.cases(split, 40, "")] == ["affnist_like"]
+    save(tmp_path, fields())
+    assert [*affnist.cases(split, 40, str(tmp_path))] == ["affnist"]
+    with pytest.raises(
+        InputError, match=r"^--affnist_dir needs runs with --canvas=40, got .*28x28"
+    ):
+        affnist.cases(split, 28, str(tmp_path))
+
+
+def test_moved_digits_start_from_the_middle(split):
+    images = centred(split, 41).images
+    assert images.shape == (400, 41, 41, 1)
+    np.testing.assert_array_equal(images[:, 6:34, 6:34], split.images)
+    assert images.sum() == split.images.sum()
+    np.testing.assert_array_equal(centred(split, 28).images, split.images)
+    still = warped(images[:2] / np.float32(255), Pose.of(2))
+    np.testing.assert_array_equal(still, images[:2] / np.float32(255))

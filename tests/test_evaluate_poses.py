@@ -1,0 +1,205 @@
+"""The comparison on moved digits: what it says is what the networks do, and bad input is named."""
+
+import functools
+import json
+import pathlib
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import small_runs
+from scipy import io
+
+from experiments import affnist, cli, data, evaluate_poses, trained
+from experiments.affine import Pose, random_affine, warped
+
+load = functools.cache(trained.load)  # a network is compiled once
+FEW = {"rotations": "0,90", "shifts": "-2,3", "scales": "0.5", "shears": "0,20", "draws": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Runs of a capsule network and a CNN, one on a canvas, and one on other digits."""
+    folder = tmp_path_factory.mktemp("runs")
+    digits = small_runs.write_digits(folder / "digits")
+    small_runs.save_run(folder / "capsnet", digits)
+    small_runs.save_run(folder / "cnn", digits, network="pooling_cnn")
+    small_runs.save_run(folder / "canvas", digits, network="pooling_cnn", canvas=40)
+    others = small_runs.write_digits(folder / "others", size=50)
+    small_runs.save_run(folder / "other", others, network="pooling_cnn")
+    return folder
+
+
+@pytest.fixture
+def program(folder, tmp_path, monkeypatch, capsys):
+    """Runs the program among the runs, in this process: its exit status, stdout and stderr."""
+    monkeypatch.setattr(cli, "_configure_logging", lambda config_class: None)
+    monkeypatch.setattr(trained, "load", load)
+    monkeypatch.chdir(folder)
+
+    def program(**flags):
+        settings = {"output": tmp_path / "out"} | FEW | flags
+        arguments = [f"--{name}={value}" for name, value in settings.items()]
+        monkeypatch.setattr(sys, "argv", ["evaluate_poses", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            cli.run(evaluate_poses.Config, evaluate_poses.main)
+        return exit_.value.code, *capsys.readouterr()
+
+    return program
+
+
+def right(run, images):
+    """The share of the test images that are classified right, in percent."""
+    images = np.float32(images)
+    return 100 * np.mean(run.trainer.scores(run.params, images).argmax(1) == run.test.labels)
+
+
+def test_accuracies_are_those_of_the_networks(program, folder, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    status, stdout, _ = program(workdirs="capsnet,cnn", seed=4, rotation=50, shift=0.2)
+    assert status == 0
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results[2:] == list(evaluate_poses.PUBLISHED)
+    assert len({row["clean"] for row in results[:2]}) == 2  # networks that do not say the same
+    sweeps = json.loads((tmp_path / "out/sweeps.json").read_text())
+    points = {(p["run"], p["transformation"], p["value"]): p["accuracy"] for p in sweeps}
+    assert len(points) == len(sweeps) == 2 * 7
+    for row in results[:2]:
+        run = load(row["run"], data_dir="")
+        images = run.test.images / np.float32(255)
+        poses = [random_affine(60, 17, 50, 0.2, key=[4, draw]) for draw in range(2)]
+        drawn = [right(run, warped(images, pose)) for pose in poses]
+        assert {*row} == {"run", "network", "clean", "affine", "affine_deviation"}
+        assert row["network"] == run.config.network
+        assert row["clean"] == pytest.approx(right(run, images))
+        assert row["affine"] == pytest.approx(np.mean(drawn))
+        assert row["affine_deviation"] == pytest.approx(abs(drawn[0] - drawn[1]) / 2**0.5)
+        for label, value, pose in (
+            ("rotation (degrees)", 0, Pose.of(60)),
+            ("rotation (degrees)", 90, Pose.of(60, rotation=90)),
+            ("shift (pixels)", 3, Pose.of(60, shift=(3, 0))),
+            ("scale", 0.5, Pose.of(60, scale=(0.5, 0.5))),
+            ("shear (degrees)", 20, Pose.of(60, shear=20)),
+        ):
+            found = points[row["run"], label, value]
+            assert found == pytest.approx(right(run, warped(images, pose)))
+        assert f"{row['affine']:.2f}" in stdout
+    assert (tmp_path / "out/sweeps.png").read_bytes().startswith(b"\x89PNG")
+    assert "82.91" in stdout
+
+
+def test_seed_interpolation_and_count_reach_the_moves(program, tmp_path, monkeypatch):
+    moved = []
+
+    def recorded(images, pose, *, order):
+        moved.append((len(images), pose.rotation.sum(), pose.shift.sum(), order))
+        return warped(images, pose, order=order)
+
+    monkeypatch.setattr(evaluate_poses, "warped", recorded)
+
+    def moves(**changes):
+        moved.clear()
+        assert program(workdirs="cnn", **changes)[0] == 0
+        return [*moved]
+
+    usual = moves()
+    assert [move[0] for move in usual] == 9 * [60]
+    assert moves() == usual
+    assert moves(seed=1)[2:] == usual[2:]
+    assert all(move != other for move, other in zip(moves(seed=1)[:2], usual, strict=False))
+    assert [move[3] for move in moves(interpolation="nearest")] == 9 * [0]
+    few = moves(sweep_examples=7)
+    assert few[:2] == usual[:2]
+    assert [move[0] for move in few[2:]] == 7 * [7]
+
+
+def test_networks_are_called_matched_only_within_a_tenth_of_a_point():
+    rows = [{"run": "a", "clean": 99.23}, {"run": "b", "clean": 99.13}]
+    *_, last = evaluate_poses.summary(rows)
+    assert last == "matched: clean accuracies are 0.10 points apart"
+    rows[1]["clean"] = 99.12
+    *_, verdict, warning = evaluate_poses.summary(rows)
+    assert verdict == "not matched: clean accuracies are 0.11 points apart"
+    assert warning.startswith("so differences in the other columns are not those of")
+    assert "matched" not in "".join(evaluate_poses.summary(rows[:1]))
+
+
+def test_a_set_like_affnist_is_not_called_affnist(program, folder, tmp_path):
+    status, _, _ = program(workdirs="canvas")
+    assert status == 0
+    (row,) = json.loads((tmp_path / "out/results.json").read_text())[:1]
+    run = load("canvas", data_dir="")
+    assert run.test.images.shape == (60, 40, 40, 1)
+    cases = affnist.affnist_like(run.dataset.test).images / np.float32(255)
+    assert row["affnist_like"] == pytest.approx(right(run, cases))
+    assert row["clean"] == pytest.approx(right(run, run.test.images / np.float32(255)))
+    assert "affnist" not in row
+    # Sweeps move digits from the middle of the canvas.
+    sweeps = json.loads((tmp_path / "out/sweeps.json").read_text())
+    still = data.centred(run.dataset.test, 40).images / np.float32(255)
+    assert sweeps[0]["accuracy"] == pytest.approx(right(run, still))
+
+
+def test_affnist_itself_is_read_where_it_is(program, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (1600, 30), np.uint8)
+    labels = np.arange(30)[None] % 10
+    struct = {"image": images, "label_int": labels.astype(np.uint8)}
+    io.savemat(tmp_path / "test.mat", {"affNISTdata": struct})
+    status, _, _ = program(workdirs="canvas", affnist_dir=tmp_path)
+    assert status == 0
+    (row,) = json.loads((tmp_path / "out/results.json").read_text())[:1]
+    assert "affnist_like" not in row
+    run = load("canvas", data_dir="")
+    scores = run.trainer.scores(run.params, np.float32(images.T.reshape(30, 40, 40, 1)) / 255)
+    assert row["affnist"] == pytest.approx(100 * np.mean(scores.argmax(1) == labels[0]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"workdirs": "capsnet,canvas"}, "the runs must have one image size, got 17x17x1 in cap.*"),
+        (
+            {"workdirs": "cnn,other"},
+            "the runs must have one data set, got mnist .* in cnn, mnist .*",
+        ),
+        ({"workdirs": "cnn,cnn"}, "workdir cnn is named twice"),
+        ({"workdirs": "none"}, "workdir none holds no run: it has no config.json"),
+        ({"workdirs": ""}, "workdir  ?holds no run: it has no config.json"),
+        ({"workdirs": "empty"}, "workdir empty holds no run: it has no config.json"),
+        ({"workdirs": "program"}, "workdir program holds a run of another program or version: .*"),
+        ({"workdirs": "start"}, "workdir start has no checkpoint yet; let it train further"),
+        ({"affnist_dir": "digits"}, "--affnist_dir needs runs with --canvas=40, got .* 17x17 .*"),
+        ({"affnist_dir": "none", "workdirs": "canvas"}, "--affnist_dir=none has none of .*"),
+        ({"rotations": "0,x"}, "--rotations must be numbers .* separated by commas, got '0,x'"),
+        ({"shifts": ""}, "--shifts must be numbers .*, got ''"),
+        ({"shifts": "nan"}, "--shifts must be numbers .*, got 'nan'"),
+        ({"scales": "0"}, "--scales must be numbers between 0 and inf, separated .*, got '0'"),
+        ({"shears": "90"}, "--shears must be numbers between -90 and 90, separated .*, got '90'"),
+        ({"draws": 1}, "--draws must be at least 2, got 1"),
+        ({"output": "capsnet/config.json"}, ".*config.json.* cannot be written: .*"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(program, folder, flags, message):
+    (folder / "empty").mkdir(exist_ok=True)
+    if not (folder / "program").exists():
+        shutil.copytree(folder / "cnn", folder / "program")
+        path = folder / "program/config.json"
+        path.write_text(path.read_text().replace('"shift"', '"overlap"'))
+        shutil.copytree(folder / "cnn", folder / "start")
+        shutil.rmtree(folder / "start/checkpoints")
+    status, stdout, stderr = program(**{"workdirs": "cnn"} | flags)
+    assert (status, stdout) == (2, "")
+    assert re.fullmatch(f"evaluate_poses: {message}\n", stderr)
+
+
+def test_flagfiles_are_of_this_program(monkeypatch):
+    text = pathlib.Path(evaluate_poses.__file__).with_name("flagfiles") / "affine.cfg"
+    monkeypatch.setattr(sys, "argv", ["evaluate_poses", f"--flagfile={text}"])
+    monkeypatch.setattr(cli, "_configure_logging", lambda config_class: None)
+    found = []
+    with pytest.raises(SystemExit):
+        cli.run(evaluate_poses.Config, found.append)
+    assert found == [evaluate_poses.Config()]

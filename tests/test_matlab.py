@@ -1,0 +1,115 @@
+"""Structs in MATLAB's files, as SciPy writes them, and damaged ones."""
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from scipy import io
+
+from experiments import matlab
+
+TYPES = ["u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8"]
+
+
+def arrays():
+    rng = np.random.default_rng(0)
+    return {f"of_{kind}": rng.integers(0, 100, (3, 5)).astype(kind) for kind in TYPES}
+
+
+def save(path, variables, **options):
+    io.savemat(path, variables, **options)
+    return path
+
+
+@pytest.mark.parametrize("do_compression", [False, True])
+def test_arrays_come_back_in_shape_and_type(tmp_path, do_compression):
+    fields = arrays() | {"small": np.uint8([[7]]), "text": "passed over", "other": {"a": 1.0}}
+    path = save(
+        tmp_path / "a.mat",
+        {"before": np.arange(9.0), "wanted": fields, "after": "text"},
+        do_compression=do_compression,
+    )
+    found = matlab.read_struct(path, "wanted", ["small", *arrays()])
+    assert {*found} == {"small", *arrays()}
+    for name, array in found.items():
+        assert array.dtype == fields[name].dtype
+        np.testing.assert_array_equal(array, fields[name])
+
+
+def test_numbers_that_matlab_stores_narrower_keep_their_class(tmp_path):
+    # MATLAB writes a double that is a small integer as a byte; SciPy does not.
+    path = save(tmp_path / "a.mat", {"s": {"x": np.array([[300.0, 2.0]])}})
+    content = path.read_bytes()
+    stored = struct.pack("<II", 9, 16) + np.array([300.0, 2.0]).tobytes()
+    assert content.count(stored) == 1
+    narrow = struct.pack("<II", 4, 4) + np.array([300, 2], "u2").tobytes() + bytes(4)
+    # As many bytes as before: an element that is passed over follows.
+    path.write_bytes(content.replace(stored, narrow + struct.pack("<II", 2, 0)))
+    found = matlab.read_struct(path, "s", ["x"])["x"]
+    assert found.dtype == np.float64
+    np.testing.assert_array_equal(found, [[300.0, 2.0]])
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"other": {"x": 1.0}}, "it has no variable s"),
+        ({"s": 1.0}, "s is no struct of one element"),
+        ({"s": np.zeros(2, [("x", object)])}, "s is no struct of one element"),
+        ({"s": {"y": 1.0}}, "s has no x"),
+        ({"s": {"x": "text"}}, "x is no array of numbers"),
+        ({"s": {"x": 1j}}, "complex numbers"),
+    ],
+)
+def test_other_contents_are_refused(tmp_path, variables, message):
+    path = save(tmp_path / "a.mat", variables)
+    with pytest.raises(ValueError, match=message):
+        matlab.read_struct(path, "s", ["x"])
+
+
+def test_a_bomb_is_refused_before_it_grows(tmp_path, monkeypatch):
+    monkeypatch.setattr(matlab, "LARGEST", 10_000)
+    path = save(tmp_path / "a.mat", {"s": {"x": np.zeros((100, 200))}}, do_compression=True)
+    assert path.stat().st_size < 1000
+    with pytest.raises(ValueError, match="damaged or has more than 10000 bytes"):
+        matlab.read_struct(path, "s", ["x"])
+    save(path, {"s": {"x": np.zeros((100, 200))}})
+    with pytest.raises(ValueError, match="it has more than 10000 bytes"):
+        matlab.read_struct(path, "s", ["x"])
+
+
+@pytest.mark.parametrize("do_compression", [False, True])
+def test_damage_is_a_value_error_or_harmless(tmp_path, do_compression):
+    variables = {"s": {"text": "abc", "x": np.arange(6.0).reshape(2, 3), "y": np.uint8([[1]])}}
+    path = save(tmp_path / "a.mat", variables, do_compression=do_compression)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for trial in range(3000):
+        content = bytearray(whole)
+        if do_compression:
+            # Damage is inside: SciPy's file has one element, and a checksum that must be right.
+            inner = bytearray(zlib.decompress(whole[136:]))
+            damage(inner, rng, trial)
+            packed = zlib.compress(inner)
+            content = whole[:128] + struct.pack("<II", 15, len(packed)) + packed
+        else:
+            damage(content, rng, trial)
+        path.write_bytes(content)
+        try:
+            found = matlab.read_struct(path, "s", ["x"])
+        except ValueError:
+            refused += 1
+        else:
+            assert found["x"].ndim >= 2
+    assert refused > 1000
+
+
+def damage(content, rng, trial):
+    """Overwrites some bytes, or cuts the end off."""
+    if trial % 4:
+        for place in rng.integers(0, len(content), 2):
+            content[place] = rng.choice([0, 1, 2, 7, 9, 14, 127, 128, 255])
+    else:
+        del content[rng.integers(len(content)) :]
