@@ -2,12 +2,12 @@
 
 A stride of s splits an image into s² interleaved phases, and the convolution into one of stride 1
 over s² as many channels. There the transform turns each frequency into one matrix product over
-channels: 148 real products in place of 729 for the 9x9 kernel of stride 2 over a 20x20 image. The
-transforms are products with fixed matrices.
+channels: 150 real products in place of 729 for the 9x9 kernel of stride 2 over a 20x20 image. The
+transforms are products with fixed matrices, one for rows and one for columns.
 
 Transforms are larger than what they are made of (155 MB for a kernel of 21 MB), so they exist for
-some channels at a time, and the gradient makes them anew. Letters: F frequencies, Q phases, b
-examples, c input and o output channels.
+some channels at a time, and the gradient makes them anew. Letters: R pairs of a row's frequencies,
+F frequencies of rows and columns, Q phases, b examples, c input and o output channels.
 """
 
 import math
@@ -28,7 +28,7 @@ Pair = tuple[int, int]
 # the measured break-even points of BUILD_NOTES.md, "Convolution on a CPU".
 MOVED = 50
 # Input channels transformed at a time: 32, 128 and all 256 take 1.19, 1.16 and 1.34 times as long.
-CHANNELS = 64
+CHANNELS = 32
 
 
 class Plan(NamedTuple):
@@ -41,16 +41,27 @@ class Plan(NamedTuple):
     channels: int  # transformed at a time, a divisor of all
 
 
+class Transform(NamedTuple):
+    """Real matrices from the pixels of an image, a kernel or an output to frequencies.
+
+    Two numbers of a row's transform make a pair: real and imaginary part of one frequency, or two
+    real ones. Of columns then come F / R real numbers a pair, three for each complex one.
+    """
+
+    rows: np.ndarray  # [R 2, rows]
+    columns: np.ndarray  # [R, F / R, 2 columns]
+
+
 class Transforms(NamedTuple):
-    """Real matrices; F counts real frequencies once and complex ones three times.
+    """Image and kernel to frequencies; `output` is the transpose of their way back to pixels.
 
     A complex product takes three real ones (Karatsuba): for x = a + bi and k = c + di, the
     products p = (a + b)c, q = a(d - c), r = b(c + d) give xk = (p - r) + (p + q)i.
     """
 
-    image: np.ndarray  # [F, pixels of a phase]
-    kernel: np.ndarray  # [F, taps of a phase]
-    output: np.ndarray  # [pixels of the output, F]
+    image: Transform
+    kernel: Transform
+    output: Transform
 
 
 def strided_conv(images: Array, kernel: Array, *, stride: Pair) -> Array:
@@ -91,36 +102,34 @@ def _forward(plan: Plan, images: Array, kernel: Array) -> tuple[Array, tuple[Arr
         x, k = _transformed_chunk(plan, images, kernel, chunk)
         return y + jnp.einsum("fbc,fco->fbo", x, k)
 
-    outputs = kernel.shape[-1]
-    y = jnp.zeros((len(matrices.image), len(images), outputs), images.dtype)
+    frequencies = math.prod(matrices.image.columns.shape[:2])
+    y = jnp.zeros((frequencies, len(images), kernel.shape[-1]), images.dtype)
     y = lax.fori_loop(0, kernel.shape[2] // plan.channels, add_chunk, y)
-    y = _apply(matrices.output, y).reshape(*plan.output, -1, outputs)
-    return y.transpose(2, 0, 1, 3), (images, kernel)
+    return _to_pixels(matrices.output, y).transpose(2, 0, 1, 3), (images, kernel)
 
 
 def _backward(plan: Plan, residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    images, kernel = residuals
     matrices = _transforms(plan.extent, plan.taps, plan.output)
-    dy = dy.transpose(1, 2, 0, 3).reshape(math.prod(plan.output), len(images), -1)
-    # Autodiff would put the frequencies last in what follows, for 0.3 GB of copies.
-    dy = _apply(matrices.output.T, dy)
+    dy = _to_frequencies(matrices.output, dy.transpose(1, 2, 0, 3))
 
-    def set_chunk(chunk: Array, gradients: tuple[Array, Array]) -> tuple[Array, Array]:
+    # Gradients take the place of what they are gradients of, which spares memory of their own.
+    # Autodiff would put the frequencies last in what follows, for 0.3 GB of copies.
+    def replace_chunk(chunk: Array, arrays: tuple[Array, Array]) -> tuple[Array, Array]:
+        images, kernel = arrays
         x, k = _transformed_chunk(plan, images, kernel, chunk)
-        dx = _apply(matrices.image.T, jnp.einsum("fbo,fco->fbc", dy, k))
-        dk = _apply(matrices.kernel.T, jnp.einsum("fbc,fbo->fco", x, dy))
-        dx = dx.reshape(*dx.shape[:2], math.prod(plan.stride), -1)
-        dk = dk.reshape(len(dk), 1, math.prod(plan.stride), plan.channels, -1)
-        dx = _join_phases(dx, plan.extent, plan.stride, images.shape[1:3])
-        dk = _join_phases(dk, plan.taps, plan.stride, kernel.shape[:2])[0]
+        dx = _to_pixels(matrices.image, jnp.einsum("fbo,fco->fbc", dy, k))
+        dk = _to_pixels(matrices.kernel, jnp.einsum("fbc,fbo->fco", x, dy))
+        dx = dx.reshape(*dx.shape[:3], math.prod(plan.stride), -1)
+        dk = dk.reshape(*dk.shape[:2], 1, math.prod(plan.stride), plan.channels, -1)
+        dx = _join_phases(dx, plan.stride, images.shape[1:3])
+        dk = _join_phases(dk, plan.stride, kernel.shape[:2])[0]
         start = chunk * plan.channels
         return (
-            lax.dynamic_update_slice_in_dim(gradients[0], dx, start, 3),
-            lax.dynamic_update_slice_in_dim(gradients[1], dk, start, 2),
+            lax.dynamic_update_slice_in_dim(images, dx, start, 3),
+            lax.dynamic_update_slice_in_dim(kernel, dk, start, 2),
         )
 
-    zeros = jnp.zeros_like(images), jnp.zeros_like(kernel)
-    return lax.fori_loop(0, kernel.shape[2] // plan.channels, set_chunk, zeros)
+    return lax.fori_loop(0, residuals[1].shape[2] // plan.channels, replace_chunk, residuals)
 
 
 _convolve.defvjp(_forward, _backward)
@@ -134,31 +143,42 @@ def _transformed_chunk(
     start = chunk * plan.channels
     x = lax.dynamic_slice_in_dim(images, start, plan.channels, 3)
     k = lax.dynamic_slice_in_dim(kernel, start, plan.channels, 2)
-    x = _apply(matrices.image, _split_phases(x, plan.extent, plan.stride))
-    k = _apply(matrices.kernel, _split_phases(k[None], plan.taps, plan.stride))
+    x = _to_frequencies(matrices.image, _split_phases(x, plan.extent, plan.stride))
+    k = _to_frequencies(matrices.kernel, _split_phases(k[None], plan.taps, plan.stride))
     return x.reshape(*x.shape[:2], -1), k.reshape(len(k), -1, k.shape[-1])
 
 
-def _apply(matrix: np.ndarray, x: Array) -> Array:
-    """The product with the first axis of `x`, in its dtype."""
-    product = jnp.asarray(matrix, x.dtype) @ x.reshape(len(x), -1)
-    return product.reshape(-1, *x.shape[1:])
+def _to_frequencies(matrices: Transform, x: Array) -> Array:
+    """`[rows, columns, …]` to `[F, …]`."""
+    rows, columns = (jnp.asarray(matrix, x.dtype) for matrix in matrices)
+    z = rows @ x.reshape(len(x), -1)
+    z = columns @ z.reshape(len(columns), columns.shape[2], -1)
+    return z.reshape(-1, *x.shape[2:])
+
+
+def _to_pixels(matrices: Transform, z: Array) -> Array:
+    """The transpose of `_to_frequencies`."""
+    rows, columns = (jnp.asarray(matrix.swapaxes(-2, -1), z.dtype) for matrix in matrices)
+    x = columns @ z.reshape(len(columns), columns.shape[2], -1)
+    x = rows @ x.reshape(rows.shape[1], -1)
+    return x.reshape(len(rows), -1, *z.shape[1:])
 
 
 def _split_phases(x: Array, size: Pair, stride: Pair) -> Array:
-    """`[b, rows, columns, …]` to `[pixels of a phase, b, Q, …]`, phases having `size` pixels."""
+    """`[b, rows, columns, …]` to `[*size, b, Q, …]`, phases having `size` pixels."""
     # The last phases may reach past the image, and the image past the last window.
     x = _fit(x, _each(lambda n, s: n * s, size, stride))
     x = x.reshape(len(x), size[0], stride[0], size[1], stride[1], *x.shape[3:])
     x = jnp.moveaxis(x, (1, 3), (0, 1))
-    return x.reshape(math.prod(size), x.shape[2], math.prod(stride), *x.shape[5:])
+    return x.reshape(*size, x.shape[2], math.prod(stride), *x.shape[5:])
 
 
-def _join_phases(x: Array, size: Pair, stride: Pair, target: tuple[int, ...]) -> Array:
+def _join_phases(x: Array, stride: Pair, target: tuple[int, ...]) -> Array:
     """The transpose of `_split_phases`, to `[b, *target, …]`."""
-    x = x.reshape(*size, x.shape[1], *stride, *x.shape[3:])
+    rows, columns = (size * s for size, s in zip(x.shape[:2], stride, strict=True))
+    x = x.reshape(*x.shape[:3], *stride, *x.shape[4:])
     x = jnp.moveaxis(x, (0, 1), (1, 3))
-    x = x.reshape(len(x), size[0] * stride[0], size[1] * stride[1], *x.shape[5:])
+    x = x.reshape(len(x), rows, columns, *x.shape[5:])
     return _fit(x, target)
 
 
@@ -197,26 +217,60 @@ def _transforms(extent: Pair, taps: Pair, output: Pair) -> Transforms:
     """The matrices, in float64: x and k to frequencies, and the sums of products back.
 
     Circular correlation of period `extent` is exact on the output's pixels, which no tap leaves.
-    Frequencies (a, b) and (-a, -b) of a real image are conjugates: one of the two suffices.
     """
-    frequencies = list(np.ndindex(*extent))
-    mirrored = [tuple(-a % n for a, n in zip(f, extent, strict=True)) for f in frequencies]
-    real = [f for f, m in zip(frequencies, mirrored, strict=True) if f == m]
-    half = [f for f, m in zip(frequencies, mirrored, strict=True) if f < m]
 
-    def waves(of: Sequence[tuple[int, ...]], size: Pair) -> np.ndarray:
-        """`exp(-2πi f·x)` for the frequencies and the pixels of `size`, `[f, x]`."""
-        turns = np.array(of).reshape(-1, 2) / extent @ np.array(list(np.ndindex(*size))).T
-        return np.exp(-2j * np.pi * turns)
+    def of_kernel(re: np.ndarray, im: np.ndarray) -> list[np.ndarray]:
+        return [re, -im - re, re - im]  # correlation: conjugates
 
-    # Correlation: the image's transform times the conjugate of the kernel's.
-    x, k, y = waves(half, extent), waves(half, taps).conj(), waves(half, output).conj()
-    pixels = math.prod(extent)
-    # y = Re(conj(wave) · xk), twice for the two conjugates; Re(yz) = Re y Re z - Im y Im z, with
-    # z = (p - r) + (p + q)i.
-    back = 2 / pixels * np.concatenate([y.real - y.imag, -y.imag, -y.real])
+    def of_output(re: np.ndarray, im: np.ndarray) -> list[np.ndarray]:
+        # Of Re(conj(wave) · xk), with xk = (p - r) + (p + q)i.
+        return [re + im, im, -re]
+
     return Transforms(
-        image=np.concatenate([waves(real, extent).real, x.real + x.imag, x.real, x.imag]),
-        kernel=np.concatenate([waves(real, taps).real, k.real, k.imag - k.real, k.real + k.imag]),
-        output=np.concatenate([waves(real, output).real / pixels, back]).T,
+        image=_transform(extent, extent, lambda re, im: [re + im, re, im]),
+        kernel=_transform(extent, taps, of_kernel),
+        output=_transform(extent, output, of_output, mean=True),
     )
+
+
+def _transform(
+    extent: Pair,
+    pixels: Pair,
+    factors: Callable[[np.ndarray, np.ndarray], Sequence[np.ndarray]],
+    *,
+    mean: bool = False,
+) -> Transform:
+    """The transform of real pixels; `factors` gives the three numbers for a complex one's parts.
+
+    Frequencies f and -f of a real image are conjugates: one of the two suffices, and counts twice
+    in a mean over all.
+    """
+    once, twice = np.array([1, 2]) / math.prod(extent) if mean else (1, 1)
+    real, half = _own_conjugates(extent[0])
+    rows = np.zeros((2 * len(half) + 2, pixels[0]))
+    rows[: len(real)] = _waves(real, extent[0], pixels[0]).real
+    waves = _waves(half, extent[0], pixels[0])
+    rows[2::2], rows[3::2] = waves.real, waves.imag
+
+    # The first pair holds two real numbers, which are transformed each for itself.
+    real, pairs = _own_conjugates(extent[1])
+    waves = _waves(pairs, extent[1], pixels[1])
+    own = once * _waves(real, extent[1], pixels[1]).real
+    single = np.concatenate([own, *(twice * x for x in factors(waves.real, waves.imag))])
+    waves = _waves(range(extent[1]), extent[1], pixels[1])
+    of_complex = np.hstack([waves.real, -waves.imag]), np.hstack([waves.imag, waves.real])
+    columns = np.zeros((len(half) + 1, 3 * extent[1], 2 * pixels[1]))
+    columns[0, : len(single), : pixels[1]] = single
+    columns[0, len(single) : 2 * len(single), pixels[1] :] = single
+    columns[1:] = twice * np.concatenate(factors(*of_complex))
+    return Transform(rows, columns)
+
+
+def _own_conjugates(n: int) -> tuple[list[int], list[int]]:
+    """The frequencies of period `n` that are their own conjugates, and half of the others."""
+    return [f for f in range(n) if f == -f % n], [f for f in range(n) if f < -f % n]
+
+
+def _waves(frequencies: Sequence[int], n: int, size: int) -> np.ndarray:
+    """`exp(-2πi f x / n)`, `[f, x]`."""
+    return np.exp(-2j * np.pi * np.outer(frequencies, np.arange(size)) / n)
