@@ -6,7 +6,7 @@ those of `capsjax.shapes`; M tiles of m examples, N tiles of n capsules.
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,23 +88,41 @@ def _input_gradients(
     parents, depth = weights.shape[2:]
     tiles = _cut(config, poses, weights, prior)
     examples = tiles.poses.shape[-1]
-    cut_routes = jax.tree.map(partial(_cut_examples, examples=examples), routes)
+    # Without a prior the first couplings are uniform, whatever the votes.
+    is_uniform = routes[0].total is None and prior is None
+    uniform = _cut_examples(routes[0].d_sums, examples=examples) if is_uniform else None
+    others = [
+        Route(jnp.zeros_like(d_sums) if total is None else total, d_sums)
+        for total, d_sums in routes[is_uniform:]
+    ]
+    cut_examples = jax.vmap(partial(_cut_examples, examples=examples), out_axes=1)
+    stacked = jax.tree.map(lambda *x: cut_examples(jnp.stack(x)), *others) if others else None
 
     def one_tile(
-        capsule_tile: Tiles, carry: tuple[Array, Array], example_tile: tuple[Array, Any]
+        capsule_tile: Tiles,
+        carry: tuple[Array, Array],
+        example_tile: tuple[Array, Array | None, Route | None],
     ) -> tuple[tuple[Array, Array], Array]:
         d_weights, d_prior = carry
-        poses, routes = example_tile
+        poses, uniform, stacked = example_tile
         votes = _votes(capsule_tile._replace(poses=poses), parents)
+
+        def factors(route: Route) -> tuple[Array, Array]:
+            couplings = _couplings(votes, capsule_tile.prior, route.total)
+            d_logits = _softmax_gradient(couplings, _fold(votes * route.d_sums[None], 2))
+            return couplings, d_logits
+
         d_votes = jnp.zeros_like(votes)
-        for total, d_sums in routes:
-            couplings = _couplings(votes, capsule_tile.prior, *(() if total is None else (total,)))
-            d_votes += couplings[:, :, None] * d_sums[None]
-            if gradient == "full" and not (total is None and prior is None):
-                d_logits = _softmax_gradient(couplings, _fold(votes * d_sums[None], 2))
-                d_prior += d_logits.sum(-1)
-                if total is not None:
-                    d_votes += d_logits[:, :, None] * total[None]
+        if uniform is not None:
+            d_votes += uniform[None] / parents
+        if stacked is not None:
+            # What a loop returns is in memory; else XLA:CPU computes it anew for each of D numbers.
+            couplings, d_logits = lax.map(factors, stacked)
+            for t in range(len(couplings)):
+                d_votes += couplings[t][:, :, None] * stacked.d_sums[t][None]
+                if gradient == "full":
+                    d_votes += d_logits[t][:, :, None] * stacked.total[t][None]
+                    d_prior += d_logits[t].sum(-1)
         d_votes = lax.optimization_barrier(d_votes).reshape(votes.shape[0], -1, votes.shape[-1])
         d_poses = jnp.einsum("npx,nxm->npm", capsule_tile.weights.astype(accumulate), d_votes)
         d_weights += jnp.einsum("npm,nxm->npx", poses.astype(accumulate), d_votes)
@@ -116,7 +134,7 @@ def _input_gradients(
             jnp.zeros((capsule_tile.weights.shape[0], parents), accumulate),
         )
         step = partial(one_tile, capsule_tile)
-        carry, d_poses = lax.scan(step, zeros, (capsule_tile.poses, cut_routes))
+        carry, d_poses = lax.scan(step, zeros, (capsule_tile.poses, uniform, stacked))
         return d_poses, carry[0].astype(weights.dtype), carry[1]
 
     by_capsules = tiles._replace(poses=tiles.poses.swapaxes(0, 1))
