@@ -29,6 +29,7 @@ def program(params: training.Params, images: np.ndarray, labels: np.ndarray) -> 
         training.adam(1e-3, final_learning_rate=1e-4, num_steps=1000),
     )
     state = trainer.initial_state(0)
+    trainer.compile_step(state, images, labels)
 
     def train() -> None:
         nonlocal state
