@@ -61,12 +61,15 @@ def parts(
         compiled = jax.jit(function).lower(*arguments).compile()
         return lambda: jax.block_until_ready(compiled(*arguments))
 
-    def gradients(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-        def run(*arguments: Any) -> Any:
-            outputs, vjp = jax.vjp(function, *arguments)
+    # Inputs have no gradient, but are arguments all the same: of constants XLA computes in advance.
+    def gradients(
+        function: Callable[..., Any], *arguments: Any, inputs: tuple[Any, ...] = ()
+    ) -> Callable[[], Any]:
+        def run(arguments: tuple[Any, ...], inputs: tuple[Any, ...]) -> Any:
+            outputs, vjp = jax.vjp(lambda *arguments: function(*arguments, *inputs), *arguments)
             return outputs, vjp(outputs)
 
-        return bind(run, *arguments)
+        return bind(run, arguments, inputs)
 
     def layer(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda params, *inputs: function(trainer.model(params), *inputs)
@@ -78,7 +81,7 @@ def parts(
         ),
         "routing": bind(capsjax.dynamic_routing, poses, weights),
         "routing, with gradients": gradients(capsjax.dynamic_routing, poses, weights),
-        "first convolution, with gradients": gradients(lambda p: first(p, pixels), params),
+        "first convolution, with gradients": gradients(first, params, inputs=(pixels,)),
         "primary capsules, with gradients": gradients(
             layer(lambda model, x: model.primary(x)), params, features
         ),
