@@ -92,7 +92,7 @@ def _input_gradients(
     is_uniform = routes[0].total is None and prior is None
     uniform = _cut_examples(routes[0].d_sums, examples=examples) if is_uniform else None
     others = [
-        Route(jnp.zeros_like(d_sums) if total is None else total, d_sums)
+        (jnp.zeros_like(d_sums) if total is None else total, d_sums)
         for total, d_sums in routes[is_uniform:]
     ]
     cut_examples = jax.vmap(partial(_cut_examples, examples=examples), out_axes=1)
@@ -101,15 +101,16 @@ def _input_gradients(
     def one_tile(
         capsule_tile: Tiles,
         carry: tuple[Array, Array],
-        example_tile: tuple[Array, Array | None, Route | None],
+        example_tile: tuple[Array, Array | None, tuple[Array, Array] | None],
     ) -> tuple[tuple[Array, Array], Array]:
         d_weights, d_prior = carry
         poses, uniform, stacked = example_tile
         votes = _votes(capsule_tile._replace(poses=poses), parents)
 
-        def factors(route: Route) -> tuple[Array, Array]:
-            couplings = _couplings(votes, capsule_tile.prior, route.total)
-            d_logits = _softmax_gradient(couplings, _fold(votes * route.d_sums[None], 2))
+        def factors(route: tuple[Array, Array]) -> tuple[Array, Array]:
+            total, d_sums = route
+            couplings = _couplings(votes, capsule_tile.prior, total)
+            d_logits = _softmax_gradient(couplings, _fold(votes * d_sums[None], 2))
             return couplings, d_logits
 
         d_votes = jnp.zeros_like(votes)
@@ -117,11 +118,12 @@ def _input_gradients(
             d_votes += uniform[None] / parents
         if stacked is not None:
             # What a loop returns is in memory; else XLA:CPU computes it anew for each of D numbers.
+            totals, d_sums = stacked
             couplings, d_logits = lax.map(factors, stacked)
             for t in range(len(couplings)):
-                d_votes += couplings[t][:, :, None] * stacked.d_sums[t][None]
+                d_votes += couplings[t][:, :, None] * d_sums[t][None]
                 if gradient == "full":
-                    d_votes += d_logits[t][:, :, None] * stacked.total[t][None]
+                    d_votes += d_logits[t][:, :, None] * totals[t][None]
                     d_prior += d_logits[t].sum(-1)
         d_votes = lax.optimization_barrier(d_votes).reshape(votes.shape[0], -1, votes.shape[-1])
         d_poses = jnp.einsum("npx,nxm->npm", capsule_tile.weights.astype(accumulate), d_votes)
