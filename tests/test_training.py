@@ -314,7 +314,9 @@ def test_a_test_loss_that_is_not_finite_is_named(dataset):
     window = training.empty_window()._replace(steps=jnp.int32(1))
     bad = training.Evaluation(np.zeros((len(dataset.test.labels), 10)), float("nan"))
     stub = types.SimpleNamespace(
-        step=lambda state, images, labels: state, evaluate=lambda *_, batch_size: bad
+        step=lambda state, images, labels: state,
+        compile_step=lambda state, images, labels: None,
+        evaluate=lambda *_, batch_size: bad,
     )
     state = training.State({}, optax.EmptyState(), jnp.int32(4), jnp.zeros(2), window)
     message = r"^the loss on the test data is not finite at step 5; try a lower --learning_rate$"
