@@ -7,7 +7,7 @@ from typing import Any
 
 from absl import logging
 
-from experiments import cli, records, runs, train_mnist, trained
+from experiments import cli, data, records, runs, train_mnist, trained
 from experiments.cli import flag
 from experiments.errors import InputError
 
@@ -38,12 +38,13 @@ def main(config: Config) -> int:
         raise InputError(
             f"--variants must be some of {', '.join(VARIANTS)}, each once, got {config.variants!r}"
         )
+    dataset = runs.prepare(config)
     table = []
     for name in names:
         found = []
         for seed in range(config.seed, config.seed + config.seeds):
             run = run_config(config, name, seed)
-            if not is_finished(run):
+            if not is_finished(run, dataset):
                 logging.info("%s with seed %d", name, seed)
                 if status := train_mnist.main(run):
                     return status
@@ -63,11 +64,10 @@ def run_config(config: Config, variant: str, seed: int) -> train_mnist.Config:
     return dataclasses.replace(shared, **VARIANTS[variant] | {"seed": seed, "workdir": workdir})
 
 
-def is_finished(run: train_mnist.Config) -> bool:
+def is_finished(run: train_mnist.Config, dataset: data.Dataset) -> bool:
     """Whether the folder holds this very run, trained to the end."""
     if not (pathlib.Path(run.workdir) / "figures").is_dir():  # what a run makes last
         return False
-    dataset = runs.prepare(run)
     records.open_workdir(run.workdir, config=run, data_sha256=dataset.sha256)
     wanted = runs.num_steps(run, dataset.train)
     last = records.read_metrics(run.workdir)[-1]["step"]

@@ -95,14 +95,13 @@ class SoftmaxClassification(Classification):
         self, model: Any, images: Array, labels: Array, key: Array | None
     ) -> tuple[Array, Array]:
         """Drops units in training."""
-        dropout_key = None if key is None else jax.random.fold_in(key, 2)
-        logits = model(images, dropout_key=dropout_key).astype(jnp.float32)
+        logits = _logits(model, images, key)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return loss, jax.nn.softmax(logits)
 
     def scores(self, model: Any, images: Array) -> Array:
         """The classes' probabilities."""
-        return jax.nn.softmax(model(images).astype(jnp.float32))
+        return jax.nn.softmax(_logits(model, images, None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,11 +185,16 @@ class OverlaidSigmoids(Overlaid):
         self, model: Any, images: Array, labels: Array, key: Array | None
     ) -> tuple[Array, Array]:
         """Drops units in training."""
-        dropout_key = None if key is None else jax.random.fold_in(key, 2)
-        logits = model(overlay(images), dropout_key=dropout_key).astype(jnp.float32)
+        logits = _logits(model, overlay(images), key)
         loss = optax.sigmoid_binary_cross_entropy(logits, self._targets(labels)).sum(1)
         return loss, jax.nn.sigmoid(logits)
 
     def scores(self, model: Any, images: Array) -> Array:
         """The classes' probabilities, each by itself."""
-        return jax.nn.sigmoid(model(overlay(images)).astype(jnp.float32))
+        return jax.nn.sigmoid(_logits(model, overlay(images), None))
+
+
+def _logits(model: Any, images: Array, key: Array | None) -> Array:
+    """What an ordinary network says, in float32; units are dropped if there is a key."""
+    dropout_key = None if key is None else jax.random.fold_in(key, 2)
+    return model(images, dropout_key=dropout_key).astype(jnp.float32)

@@ -118,12 +118,6 @@ def write_bytes(path: StrPath, content: bytes) -> None:
         files.write(pathlib.Path(path), content)
 
 
-def write_text(path: StrPath, text: str) -> None:
-    """Writes a file of text, in a folder that is there."""
-    with files.writing(path):
-        files.write(pathlib.Path(path), text.encode())
-
-
 def append_lines(path: StrPath, rows: Iterable[Mapping[str, Any]]) -> None:
     """Adds rows to a file of JSON lines, in a folder that is made if need be."""
     with files.writing(path):

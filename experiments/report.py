@@ -39,7 +39,7 @@ def main(config: Config) -> int:
     if not os.path.isdir(output.parent):
         raise InputError(f"--output: {output.parent} is not a folder; make it first")
     runs, folders = report_runs.read(workdirs)
-    records.write_text(output, report_page.page(runs, folders))
+    records.write_bytes(output, report_page.page(runs, folders).encode())
     logging.info("%s shows %d run%s", output, len(runs), "s" * (len(runs) > 1))
     return 0
 

@@ -5,13 +5,13 @@ import json
 import pathlib
 import re
 import shutil
-import sys
 
+import in_process
 import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import cli, data, evaluate, idx, inspection, records, train_mnist, training
+from experiments import data, evaluate, idx, inspection, records, train_mnist, training
 from experiments import trained as load_trained
 from experiments.checkpoints import Checkpoints
 from experiments.errors import InputError
@@ -67,14 +67,9 @@ def workdir(trained, tmp_path):
 @pytest.fixture
 def program(monkeypatch, capsys):
     """Runs the program in this process: its exit status, stdout and stderr."""
-    monkeypatch.setattr(cli, "_configure_logging", lambda config_class: None)
 
     def program(**flags):
-        arguments = [f"--{name}={value}" for name, value in flags.items()]
-        monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
-        with pytest.raises(SystemExit) as exit_:
-            cli.run(evaluate.Config, evaluate.main)
-        return exit_.value.code, *capsys.readouterr()
+        return in_process.run(evaluate, flags, monkeypatch, capsys)
 
     return program
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 
+import in_process
 import numpy as np
 import pytest
 import small_runs
@@ -35,17 +36,12 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def program(folder, tmp_path, monkeypatch, capsys):
     """Runs the program among the runs, in this process: its exit status, stdout and stderr."""
-    monkeypatch.setattr(cli, "_configure_logging", lambda config_class: None)
     monkeypatch.setattr(trained, "load", load)
     monkeypatch.chdir(folder)
 
     def program(**flags):
         settings = {"output": tmp_path / "out"} | FEW | flags
-        arguments = [f"--{name}={value}" for name, value in settings.items()]
-        monkeypatch.setattr(sys, "argv", ["evaluate_poses", *arguments])
-        with pytest.raises(SystemExit) as exit_:
-            cli.run(evaluate_poses.Config, evaluate_poses.main)
-        return exit_.value.code, *capsys.readouterr()
+        return in_process.run(evaluate_poses, settings, monkeypatch, capsys)
 
     return program
 

@@ -2,15 +2,14 @@
 
 import json
 import re
-import sys
 
+import in_process
 import numpy as np
 import pytest
 import test_figures
 from PIL import Image
 
 from experiments import (
-    cli,
     data,
     evidence,
     files,
@@ -76,15 +75,10 @@ def workdirs(tmp_path_factory, data_dir):
 @pytest.fixture
 def program(tmp_path, monkeypatch, capsys):
     """Runs a program in this process: its exit status, stdout and stderr."""
-    monkeypatch.setattr(cli, "_configure_logging", lambda config_class: None)
     monkeypatch.chdir(tmp_path)
 
     def program(name, **flags):
-        arguments = [f"--{key}={value}" for key, value in flags.items()]
-        monkeypatch.setattr(sys, "argv", [name, *arguments])
-        with pytest.raises(SystemExit) as exit_:
-            cli.run(PROGRAMS[name].Config, PROGRAMS[name].main)
-        return exit_.value.code, *capsys.readouterr()
+        return in_process.run(PROGRAMS[name], flags, monkeypatch, capsys)
 
     return program
 

@@ -6,6 +6,7 @@ import pathlib
 import re
 import sys
 
+import in_process
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -32,17 +33,12 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def program(folder, tmp_path, monkeypatch, capsys):
     """Runs the program among the runs, in this process: its exit status, stdout and stderr."""
-    monkeypatch.setattr(cli, "_configure_logging", lambda config_class: None)
     monkeypatch.setattr(trained, "load", load)
     monkeypatch.chdir(folder)
 
     def program(**flags):
         settings = {"output": tmp_path / "out"} | FEW | flags
-        arguments = [f"--{name}={value}" for name, value in settings.items()]
-        monkeypatch.setattr(sys, "argv", ["measure_equivariance", *arguments])
-        with pytest.raises(SystemExit) as exit_:
-            cli.run(measure_equivariance.Config, measure_equivariance.main)
-        return exit_.value.code, *capsys.readouterr()
+        return in_process.run(measure_equivariance, settings, monkeypatch, capsys)
 
     return program
 

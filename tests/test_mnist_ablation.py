@@ -3,8 +3,8 @@
 import json
 import re
 import statistics
-import sys
 
+import in_process
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +13,7 @@ from flax import nnx
 
 import capsjax
 from capsjax.models import CapsNet
-from experiments import cli, data, mnist_ablation, records, train_mnist
+from experiments import data, mnist_ablation, records, train_mnist
 
 
 def test_one_iteration_is_the_control_without_routing():
@@ -45,7 +45,6 @@ def test_controls_differ_from_routing_in_what_they_name_alone():
 def program(tmp_path, monkeypatch, capsys):
     """Runs the program in this process, with tiny networks: exit status and stderr."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_configure_logging", lambda config_class: None)
     whole = data.load("mnist_small")
     few = [data.Split(s.images[:40, 5:22, 5:22], s.labels[:40]) for s in (whole.train, whole.test)]
     small = data.Dataset("mnist_small", 10, *few, "5a")
@@ -63,11 +62,8 @@ def program(tmp_path, monkeypatch, capsys):
             "seeds": 2,
             "variants": "3_iterations,1_iteration_reconstruction",
         } | changes
-        flags = [f"--{name}={value}" for name, value in settings.items()]
-        monkeypatch.setattr(sys, "argv", ["mnist_ablation", *flags])
-        with pytest.raises(SystemExit) as exit_:
-            cli.run(mnist_ablation.Config, mnist_ablation.main)
-        return exit_.value.code, capsys.readouterr().err
+        status, _, stderr = in_process.run(mnist_ablation, settings, monkeypatch, capsys)
+        return status, stderr
 
     return program
 

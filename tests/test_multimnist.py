@@ -3,13 +3,13 @@
 import collections
 import dataclasses
 import re
-import sys
 
+import in_process
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import cli, data, multimnist, objectives, records, train_multimnist
+from experiments import data, multimnist, objectives, records, train_multimnist
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,6 @@ def test_overlaid_ink_is_no_brighter_than_white():
 def program(tmp_path, monkeypatch, capsys):
     """Runs the program in this process, with a tiny network: exit status and stderr."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_configure_logging", lambda config_class: None)
 
     def program(**changes):
         settings = {
@@ -146,11 +145,8 @@ def program(tmp_path, monkeypatch, capsys):
             "test_size": 21,
             "log_every_steps": 2,
         } | changes
-        flags = [f"--{name}={value}" for name, value in settings.items()]
-        monkeypatch.setattr(sys, "argv", ["train_multimnist", *flags])
-        with pytest.raises(SystemExit) as exit_:
-            cli.run(train_multimnist.Config, train_multimnist.main)
-        return exit_.value.code, capsys.readouterr().err
+        status, _, stderr = in_process.run(train_multimnist, settings, monkeypatch, capsys)
+        return status, stderr
 
     return program
 

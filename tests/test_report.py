@@ -7,28 +7,24 @@ import json
 import os
 import pathlib
 import re
-import sys
 
+import in_process
 import pytest
 from PIL import Image
 from reports import ABSENT, HOSTILE, cells, metrics, parse, write_figure, write_rows, write_run
 
-from experiments import cli, report
+from experiments import report
 
 
 @pytest.fixture
 def program(tmp_path, monkeypatch, capsys):
     """Runs the program in this process, in a folder of the test's own: status and stderr."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_configure_logging", lambda config_class: None)
 
     def program(*workdirs, **flags):
         flags = {"workdirs": ",".join(workdirs), **flags}
-        arguments = [f"--{name}={value}" for name, value in flags.items()]
-        monkeypatch.setattr(sys, "argv", ["report", *arguments])
-        with pytest.raises(SystemExit) as exit_:
-            cli.run(report.Config, report.main)
-        return exit_.value.code, capsys.readouterr().err
+        status, _, stderr = in_process.run(report, flags, monkeypatch, capsys)
+        return status, stderr
 
     return program
 

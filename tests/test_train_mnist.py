@@ -12,13 +12,14 @@ import subprocess
 import sys
 import time
 
+import in_process
 import jax
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 import capsjax
-from experiments import cli, data, figures, idx, inspection, records, runs, train_mnist, training
+from experiments import data, figures, idx, inspection, records, runs, train_mnist, training
 from experiments.checkpoints import Checkpoints
 from experiments.display import Display
 from experiments.errors import InputError
@@ -103,21 +104,13 @@ def train(tiny, tmp_path, monkeypatch):
 def program(tiny, tmp_path, monkeypatch, capsys):
     """Runs the program in this process: its exit status and stderr."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_configure_logging", lambda config_class: None)
 
     def program(**changes):
-        arguments = flags(tiny, **changes)
-        monkeypatch.setattr(sys, "argv", ["/some/where/train_mnist.py", *arguments])
-        with pytest.raises(SystemExit) as exit_:
-            cli.run(train_mnist.Config, train_mnist.main)
-        return exit_.value.code, capsys.readouterr().err
+        settings = dataclasses.asdict(tiny) | changes
+        status, _, stderr = in_process.run(train_mnist, settings, monkeypatch, capsys)
+        return status, stderr
 
     return program
-
-
-def flags(config, **changes):
-    settings = dataclasses.asdict(config) | changes
-    return [f"--{name}={value}" for name, value in settings.items()]
 
 
 def rows(workdir):
@@ -358,7 +351,8 @@ def test_a_second_signal_acts_as_usual(train, monkeypatch):
 
 def test_killed_again_and_again_a_run_ends_as_if_nothing_had_been(tiny, train, finished, tmp_path):
     rng = random.Random(0)
-    arguments = flags(tiny, workdir=str(tmp_path / "run"))
+    settings = dataclasses.asdict(tiny) | {"workdir": tmp_path / "run"}
+    arguments = [f"--{name}={value}" for name, value in settings.items()]
     command = [sys.executable, "-m", "experiments.train_mnist", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": jax.default_backend()}
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGKILL):

@@ -93,7 +93,7 @@ def _input_gradients(
     uniform = _cut_examples(routes[0].d_sums, examples=examples) if is_uniform else None
     others = [
         (jnp.zeros_like(d_sums) if total is None else total, d_sums)
-        for total, d_sums in routes[is_uniform:]
+        for total, d_sums in (routes[1:] if is_uniform else routes)
     ]
     cut_examples = jax.vmap(partial(_cut_examples, examples=examples), out_axes=1)
     stacked = jax.tree.map(lambda *x: cut_examples(jnp.stack(x)), *others) if others else None
