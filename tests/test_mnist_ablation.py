@@ -1,5 +1,6 @@
 """The ablation: what its variants are, and that its table says what the runs did."""
 
+import dataclasses
 import json
 import re
 import statistics
@@ -94,6 +95,17 @@ def test_the_table_holds_the_last_epochs_of_all_seeds(program, tmp_path, monkeyp
     status, stderr = program(learning_rate=0.5)
     assert status == 2
     assert "other settings: learning_rate 0.001 there, 0.5 here" in stderr
+
+
+def test_a_run_killed_before_its_first_metrics_is_trained(program, tmp_path):
+    config = mnist_ablation.Config(dataset="mnist_small", workdir="all", conv_channels=2)
+    small = {"primary_types": 1, "capsule_length": 2, "batch_size": 8, "num_epochs": 1}
+    config = dataclasses.replace(config, **small)
+    run = mnist_ablation.run_config(config, "3_iterations", 0)
+    folder = records.open_workdir(run.workdir, config=run, data_sha256="5a")
+    records.Metrics(folder, step=0).close()
+    assert program(variants="3_iterations", seeds=1) == (0, "")
+    assert records.read_metrics(folder)[-1]["step"] == 5
 
 
 def test_a_stopped_run_stops_all(program, tmp_path, monkeypatch):
