@@ -1,5 +1,6 @@
 """Every operation x implementation x case x dtype x transform against the float64 oracle."""
 
+import math
 from functools import cache, partial
 from typing import NamedTuple
 from unittest import mock
@@ -249,8 +250,9 @@ def test_dynamic_routing_never_stores_the_votes():
 def test_strided_conv_matches_the_oracle(implementation, name, dtype, monkeypatch):
     # Whether the spectral form pays is not in question here, and its own answer would be no.
     monkeypatch.setattr(strided_conv.spectral, "_worthwhile", lambda *arguments: True)
-    monkeypatch.setattr(strided_conv.spectral, "CHANNELS", 2)  # several chunks, one not full
     batch, image, kernel_size, outputs, stride = CONVOLUTIONS[name]
+    depth = 2 * math.prod(stride)  # of two channels: several chunks, one not full
+    monkeypatch.setattr(strided_conv.spectral, "DEPTH", depth)
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.random((batch, *image)), dtype)
     kernel = jnp.asarray(rng.normal(size=(*kernel_size, image[-1], outputs)), dtype)

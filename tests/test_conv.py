@@ -35,7 +35,10 @@ def test_a_cpu_gets_matrix_products_and_an_accelerator_its_own_convolution():
         ((128, 20, 20, 256), (9, 9, 256, 256), 2, True),  # the paper's primary capsules
         ((64, 20, 20, 64), (9, 9, 64, 64), 2, True),
         ((64, 20, 20, 256), (9, 9, 256, 256), 2, True),
-        ((20, 20, 20, 256), (9, 9, 256, 256), 2, False),
+        ((20, 20, 20, 256), (9, 9, 256, 256), 2, True),
+        ((8, 20, 20, 256), (9, 9, 256, 256), 2, False),
+        ((64, 20, 20, 128), (3, 3, 128, 128), 1, True),
+        ((64, 20, 20, 128), (9, 9, 128, 128), 3, False),
         ((128, 28, 28, 1), (9, 9, 1, 256), 1, False),  # its first layer: one channel
         ((1, 20, 20, 256), (9, 9, 256, 256), 2, False),  # the kernel's transform for one image
         ((128, 16, 16, 64), (3, 3, 64, 64), 2, False),

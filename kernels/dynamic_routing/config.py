@@ -19,15 +19,20 @@ class Tile(NamedTuple):
 # 1.3 MB of float32 votes: with their agreements they stay in a core's caches. Twice and half
 # of it are slower at 1152 x 8 -> 10 x 16 (BUILD_NOTES.md, "Routing on a CPU").
 TILE_VOTES = 16 * 10 * 16 * 128
-# Examples are the innermost axis: 128 float32 fill 8 vector registers of 16 lanes.
+# Examples are the innermost axis: 128 float32 fill 8 vector registers of 16 lanes. Whole registers
+# of 8 lanes are worth their padding, but for the smallest batches.
 MAX_EXAMPLES = 128
+VECTOR = 8
 
 
 def tile_for(batch: int, capsules: int, parents: int, depth: int) -> Tile:
     """The tile for `[batch, capsules, parents, depth]` votes; it need not divide them."""
-    examples = min(batch, MAX_EXAMPLES)
-    fitting = TILE_VOTES // (parents * depth * examples)
-    return Tile(capsules=max(1, min(capsules, fitting)), examples=examples)
+    padded = -(-batch // VECTOR) * VECTOR if batch >= VECTOR // 2 else batch
+    examples = min(padded, MAX_EXAMPLES)
+    fitting = max(1, TILE_VOTES // (parents * depth * examples))
+    # Sums over a power of two are made by halves.
+    fitting = 2 ** (fitting.bit_length() - 1)
+    return Tile(capsules=min(capsules, fitting), examples=examples)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,11 +24,12 @@ from capsjax.kernels.dispatch import Unsupported
 
 Pair = tuple[int, int]
 
-# 2 Zen 4 cores: about 80 billion multiplications and 1.5 billion such moves a second. It places
-# the measured break-even points of BUILD_NOTES.md, "Convolution on a CPU".
-MOVED = 50
-# Input channels transformed at a time: 16 and 64 take 1.04 and 1.09 times the processor time.
-CHANNELS = 32
+# Multiplications in the time that a patch's number takes, a number of image or output in Fourier
+# space, and of the kernel there: fitted to the timings of BUILD_NOTES.md, "Convolution on a CPU".
+PATCH, IMAGE, KERNEL = 25, 150, 60
+# Numbers of a pixel (phases times channels) transformed at a time, which products sum over: XLA:CPU
+# runs a batch of products on one core alone where they sum over half as many.
+DEPTH = 256
 
 
 class Plan(NamedTuple):
@@ -77,11 +78,11 @@ def strided_conv(images: Array, kernel: Array, *, stride: Pair) -> Array:
     taps = _each(lambda k, s: -(-k // s), kernel_size, stride)
     output = _each(lambda n, k, s: (n - k) // s + 1, (height, width), kernel_size, stride)
     extent = _each(lambda o, t: o + t - 1, output, taps)
-    if not _worthwhile(extent, taps, output, batch, math.prod(stride), kernel.shape):
+    if not _worthwhile(extent, output, batch, math.prod(stride), kernel.shape):
         raise Unsupported(f"transforms of {extent} phases cost more than the direct sum")
 
     dtype = jnp.promote_types(images.dtype, jnp.float32)
-    chunks = -(-channels // CHANNELS)
+    chunks = -(-channels * math.prod(stride) // DEPTH)
     size = -(-channels // chunks)
     missing = (0, chunks * size - channels)
     x = jnp.pad(images.astype(dtype), ((0, 0), (0, 0), (0, 0), missing))
@@ -195,20 +196,17 @@ def _each(function: Callable[..., int], *pairs: tuple[int, ...]) -> Pair:
 
 
 def _worthwhile(
-    extent: Pair, taps: Pair, output: Pair, batch: int, phases: int, kernel: tuple[int, ...]
+    extent: Pair, output: Pair, batch: int, phases: int, kernel: tuple[int, ...]
 ) -> bool:
-    """Whether this form costs less than one product over patches, in multiplications an image.
+    """Whether this form, with gradients, costs less than one product over patches.
 
-    Both are bound by memory in part. A number that is written and read again counts as
-    `MOVED` multiplications: patches in the direct form, the transformed kernel here.
+    Both in multiplications an image; the kernel is transformed once for all images of a batch.
     """
     height, width, channels, outputs = kernel
+    direct = math.prod(output) * height * width * channels * (outputs + PATCH)
     pairs = phases * channels * outputs
-    direct = math.prod(output) * height * width * channels * (outputs + MOVED)
-    image = math.prod(extent) * phases * channels + math.prod(output) * outputs + pairs
-    # With gradients the kernel is transformed twice, and its gradient once.
-    of_kernel = pairs * (2 * math.prod(taps) + 3 * MOVED)
-    spectral = 1.5 * math.prod(extent) * (image + of_kernel / batch)
+    numbers = phases * channels + outputs
+    spectral = 1.5 * math.prod(extent) * (pairs * (1 + KERNEL / batch) + numbers * IMAGE)
     return spectral < direct
 
 
