@@ -1,6 +1,7 @@
 """Settings of every test: no silent broadcasting of ranks, no accelerator."""
 
 import contextlib
+import os
 import resource
 
 import jax
@@ -11,6 +12,21 @@ import pytest
 def _strict_jax():
     with jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _compiled_once(tmp_path_factory):
+    """All workers, and the programs that they start, share what one of them compiled."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    settings = {
+        "jax_compilation_cache_dir": str(folder / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 @pytest.fixture
