@@ -13,7 +13,7 @@ import operator
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 
 def check_floating(function: str, **arrays: Array) -> None:
@@ -59,3 +59,19 @@ def check_choice(function: str, name: str, value: object, choices: Sequence[str]
     """Raises ValueError unless the value is one of the choices."""
     if value not in choices:
         raise ValueError(f"{function}: {name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_axis_name(function: str, axis_name: object) -> None:
+    """Raises ValueError unless the name is None or that of one axis or several of a shard_map."""
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    known = axis_name is None or (names and all(isinstance(name, str) for name in names))
+    try:
+        if known and axis_name is not None:
+            lax.axis_size(axis_name)
+    except NameError:
+        known = False
+    if not known:
+        raise ValueError(
+            f"{function}: axis_name must name an axis of the enclosing jax.shard_map, or a tuple "
+            f"of them, got {axis_name!r}"
+        )

@@ -54,7 +54,7 @@ def dispatch(
             return call(*arrays)
         platform = platforms[implementation]
         rule = f"{op}: implementation {implementation!r} runs on {platform}"
-        refuse = partial(_refuse, jax.eval_shape(call, *arrays), rule)
+        refuse = partial(_refuse, call, rule)
         return lax.platform_dependent(*arrays, **{platform: call, "default": refuse})
 
     def first_supported(names: Sequence[str]) -> Implementation:
@@ -101,9 +101,8 @@ def _refuse_in_lowering(context: mlir.LoweringRuleContext, *, shapes: Any, rule:
 mlir.register_lowering(_refused, _refuse_in_lowering)
 
 
-def _refuse(like: Any, rule: str, *arrays: Any) -> Any:
-    """Has the structure and shapes of `like`, and cannot be lowered."""
-    del arrays
-    leaves, structure = jax.tree.flatten(like)
-    shapes = tuple(jax.core.ShapedArray(leaf.shape, leaf.dtype) for leaf in leaves)
-    return jax.tree.unflatten(structure, _refused.bind(shapes=shapes, rule=rule))
+def _refuse(call: Implementation, rule: str, *arrays: Any) -> Any:
+    """Has the structure and types of what `call` returns, and cannot be lowered."""
+    program, like = jax.make_jaxpr(call, return_shape=True)(*arrays)
+    results = _refused.bind(shapes=tuple(program.out_avals), rule=rule)
+    return jax.tree.unflatten(jax.tree.structure(like), results)

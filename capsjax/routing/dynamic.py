@@ -1,12 +1,14 @@
 """Dynamic routing by agreement (Sabour, Frosst, Hinton 2017)."""
 
 import math
+from functools import partial
 
 import jax.numpy as jnp
 from jax import Array
 
 from capsjax import shapes
 from capsjax.kernels import dynamic_routing as op
+from capsjax.kernels.devices import AxisName, names_of, share_examples, varying_axes
 from capsjax.kernels.dispatch import dispatch
 from capsjax.kernels.dynamic_routing.reference import route_votes
 from capsjax.kernels.squash import accumulation_dtype
@@ -24,6 +26,7 @@ def dynamic_routing(
     mask: Array | None = None,
     gradient: str = "full",
     implementation: str | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> Array:
     """Routes input capsules to output capsules by agreement, with votes and routing fused.
 
@@ -53,6 +56,12 @@ def dynamic_routing(
         every mode. Kernels take float32 and bfloat16; for a TPU the weights of 128 capsules must
         fit into vector memory (P·J·D up to about 80,000), for a GPU P is at most 128 and D
         256. For anything else None takes `"xla"`.
+      axis_name: Inside `jax.shard_map`, the axis of the mesh (or a tuple of axes) over which the
+        input capsules are split, with their `weights`, `prior` and `mask`; `bias` and the result
+        are the same all along it. Each iteration adds up `[..., J, D]` over the devices, forward
+        and backward, and nothing else is sent. Examples need no axis: split by `shard_map`
+        they are routed where they are, and under `jit` each device takes a share of a sharded
+        batch, if the batch is in leading axes and not mapped over by `vmap`.
 
     Returns:
       Outputs `[..., J, D]`, in the dtype of `poses`; each has a length below 1.
@@ -68,26 +77,39 @@ def dynamic_routing(
       >>> outputs = dynamic_routing(poses, weights, num_iterations=3)
       >>> outputs.shape, bool(jnp.all(lengths(outputs) < 1))
       ((2, 3, 5), True)
+
+      Two input capsules of six a device, on a machine that has three, or all six on one:
+
+      >>> mesh = jax.make_mesh((1,), ("capsules",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> @jax.jit
+      ... @jax.shard_map(
+      ...     mesh=mesh, in_specs=(jax.P(None, "capsules"), jax.P("capsules")), out_specs=jax.P()
+      ... )
+      ... def routed(poses, weights):
+      ...     return dynamic_routing(poses, weights, axis_name="capsules")
+      >>> bool(jnp.allclose(routed(poses, weights), outputs))
+      True
     """
     name = "dynamic_routing"
-    num_iterations = _check_settings(name, num_iterations, gradient)
+    num_iterations = _check_settings(name, num_iterations, gradient, axis_name)
     poses, prior, bias = _check_arrays(name, poses, weights, prior, bias, mask)
     *leading, capsules, length = poses.shape
     if 0 in leading:  # no example: no implementation need bother
         return jnp.zeros((*leading, *weights.shape[2:]), poses.dtype)
-    outputs = dispatch(
+    _check_bias(name, bias, axis_name)
+    route = partial(
+        dispatch,
         name,
         op.IMPLEMENTATIONS,
         op.PREFERENCE,
         op.PLATFORMS,
         implementation,
-        poses.reshape(math.prod(leading), capsules, length),
-        weights,
-        prior,
-        bias,
         num_iterations=num_iterations,
         gradient=gradient,
+        axis_name=axis_name,
     )
+    flat_poses = poses.reshape(math.prod(leading), capsules, length)
+    outputs = share_examples(route, flat_poses, weights, prior, bias)
     return outputs.reshape(*leading, *weights.shape[2:])
 
 
@@ -99,6 +121,7 @@ def dynamic_routing_from_votes(
     bias: Array | None = None,
     mask: Array | None = None,
     gradient: str = "full",
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> Array:
     """Routes votes that the caller has made, by the paper's procedure.
 
@@ -112,6 +135,7 @@ def dynamic_routing_from_votes(
       bias: `[J, D]`.
       mask: `[I]` or `[..., I]`.
       gradient: `"full"` or `"last"`.
+      axis_name: The axis over which the votes, `prior` and `mask` are split by input capsules.
 
     Returns:
       Outputs `[..., J, D]`, in the dtype of `votes`.
@@ -126,7 +150,7 @@ def dynamic_routing_from_votes(
       (2, 3, 5)
     """
     name = "dynamic_routing_from_votes"
-    num_iterations = _check_settings(name, num_iterations, gradient)
+    num_iterations = _check_settings(name, num_iterations, gradient, axis_name)
     votes = jnp.asarray(votes)
     shapes.check_floating(name, votes=votes)
     leading = votes.shape[:-3]
@@ -134,6 +158,7 @@ def dynamic_routing_from_votes(
     capsules, parents, depth = votes.shape[-3:]
     prior = _check_parameter(name, "prior", prior, "[I, J]", (capsules, parents), votes)
     bias = _check_parameter(name, "bias", bias, "[J, D]", (parents, depth), votes)
+    _check_bias(name, bias, axis_name)
     votes = _masked(name, votes, mask, trailing=2)
     outputs, _ = route_votes(
         votes.reshape(math.prod(leading), capsules, parents, depth).astype(
@@ -143,6 +168,7 @@ def dynamic_routing_from_votes(
         bias,
         num_iterations=num_iterations,
         gradient=gradient,
+        axis_name=axis_name,
     )
     return outputs.reshape(*leading, parents, depth).astype(votes.dtype)
 
@@ -155,6 +181,7 @@ def routing_couplings(
     prior: Array | None = None,
     bias: Array | None = None,
     mask: Array | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> Array:
     """The couplings of every iteration of `dynamic_routing`, for a look inside; stores the votes.
 
@@ -168,6 +195,7 @@ def routing_couplings(
       prior: `[I, J]`.
       bias: `[J, D]`.
       mask: `[I]` or `[..., I]`; the couplings of masked capsules are 0.
+      axis_name: The axis over which the input capsules are split, and so is the result.
 
     Returns:
       `[T, ..., I, J]`, float32 at least; those of one child over its parents sum to 1.
@@ -182,8 +210,9 @@ def routing_couplings(
       ((3, 6, 3), 0.3333333432674408)
     """
     name = "routing_couplings"
-    num_iterations = _check_settings(name, num_iterations, "full")
+    num_iterations = _check_settings(name, num_iterations, "full", axis_name)
     poses, prior, bias = _check_arrays(name, poses, weights, prior, bias, mask)
+    _check_bias(name, bias, axis_name)
     *leading, capsules, length = poses.shape
     votes = jnp.einsum(
         "bip,ipjd->bijd",
@@ -191,7 +220,14 @@ def routing_couplings(
         weights,
         preferred_element_type=accumulation_dtype(poses.dtype),
     )
-    _, couplings = route_votes(votes, prior, bias, num_iterations=num_iterations, gradient="full")
+    _, couplings = route_votes(
+        votes,
+        prior,
+        bias,
+        num_iterations=num_iterations,
+        gradient="full",
+        axis_name=axis_name,
+    )
     stacked = jnp.stack(couplings).reshape(num_iterations, *leading, *votes.shape[1:3])
     if mask is None:
         return stacked
@@ -199,8 +235,11 @@ def routing_couplings(
     return jnp.where(kept, stacked, 0)
 
 
-def _check_settings(function: str, num_iterations: int, gradient: str) -> int:
+def _check_settings(
+    function: str, num_iterations: int, gradient: str, axis_name: AxisName | None
+) -> int:
     shapes.check_choice(function, "gradient", gradient, GRADIENTS)
+    shapes.check_axis_name(function, axis_name)
     return shapes.check_positive(function, "num_iterations", num_iterations)
 
 
@@ -242,6 +281,16 @@ def _check_parameter(
         names = " or ".join(sorted(dtype.name for dtype in allowed))
         raise TypeError(f"{function}: {name} must be {names}, got {array.dtype}")
     return array
+
+
+def _check_bias(function: str, bias: Array | None, axis_name: AxisName | None) -> None:
+    """The sums that a bias is added to are those of all devices, so it must be one, too."""
+    apart = varying_axes(bias) & names_of(axis_name)
+    if apart:
+        raise ValueError(
+            f"{function}: bias must be the same all along axis_name, got one that varies over "
+            f"{', '.join(sorted(apart))}"
+        )
 
 
 def _masked(function: str, array: Array, mask: Array | None, *, trailing: int) -> Array:

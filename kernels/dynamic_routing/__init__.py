@@ -1,7 +1,8 @@
 """Dynamic routing by agreement: one function, several implementations.
 
 Each takes `(poses [B, I, P], weights [I, P, J, D], prior [I, J] or None, bias [J, D] or None)`
-and the settings `num_iterations` and `gradient`, and returns `[B, J, D]` in the poses' dtype.
+and the settings `num_iterations`, `gradient` and `axis_name`, and returns `[B, J, D]` in the dtype
+of the poses.
 """
 
 from capsjax.kernels.dynamic_routing import (

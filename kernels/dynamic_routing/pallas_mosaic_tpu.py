@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.core import ShapedArray
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from capsjax.kernels.devices import AxisName
 from capsjax.kernels.dispatch import Unsupported
 from capsjax.kernels.dynamic_routing import pallas_mosaic_tpu_tiles as tiles
 from capsjax.kernels.dynamic_routing import xla
@@ -41,6 +42,7 @@ def dynamic_routing(
     *,
     num_iterations: int,
     gradient: str,
+    axis_name: AxisName | None = None,
     config: MosaicTpuConfig | None = None,
     interpret: Any = False,
 ) -> Array:
@@ -60,7 +62,9 @@ def dynamic_routing(
             raise Unsupported(
                 f"tiles of weights [I, P, J, D] = {weights.shape} exceed its vector memory"
             )
-    return route(passes(config, interpret), num_iterations, gradient, poses, weights, prior, bias)
+    return route(
+        passes(config, interpret), num_iterations, gradient, axis_name, poses, weights, prior, bias
+    )
 
 
 @functools.cache  # the same object for the same arguments, since JAX compares static arguments
@@ -147,7 +151,7 @@ def _weighted_sums(
         grid=(problem.Q, problem.N, panel),
         in_specs=specs,
         out_specs=pl.BlockSpec((panel, problem.J, problem.D, m), lambda q, i, s: (q, 0, 0, 0)),
-        out_shape=jax.ShapeDtypeStruct((problem.S, problem.J, problem.D, m), jnp.float32),
+        out_shape=ShapedArray((problem.S, problem.J, problem.D, m), jnp.float32),
         scratch_shapes=[
             pltpu.VMEM((problem.P, m, n), jnp.float32),
             *(pltpu.VMEM((problem.J, m, n), jnp.float32) for _ in range(2)),
@@ -253,13 +257,13 @@ def _input_gradients(
                 d_weights_ref[...] = d_weights_sums_ref[...].astype(weights.dtype)
 
     prior_specs = specs[2:3] if has_prior else []
-    prior_shapes = [jax.ShapeDtypeStruct((problem.J, 1, problem.I), jnp.float32)] * has_prior
+    prior_shapes = [ShapedArray((problem.J, 1, problem.I), jnp.float32)] * has_prior
     d_poses, d_weights, *d_prior = pl.pallas_call(
         kernel,
         grid=(problem.N, problem.Q, panel),
         in_specs=specs,
         out_specs=[*specs[:2], *prior_specs],
-        out_shape=[*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[:2]), *prior_shapes],
+        out_shape=[*(ShapedArray(x.shape, x.dtype) for x in operands[:2]), *prior_shapes],
         scratch_shapes=[
             *(pltpu.VMEM((problem.P, m, n), jnp.float32) for _ in range(2)),
             *(

@@ -15,9 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import ShapedArray
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from capsjax.kernels.devices import AxisName
 from capsjax.kernels.dispatch import Unsupported
 from capsjax.kernels.dynamic_routing import xla
 from capsjax.kernels.dynamic_routing.config import TritonConfig, triton_config_for
@@ -56,6 +58,7 @@ def dynamic_routing(
     *,
     num_iterations: int,
     gradient: str,
+    axis_name: AxisName | None = None,
     config: TritonConfig | None = None,
     interpret: bool = False,
 ) -> Array:
@@ -68,7 +71,7 @@ def dynamic_routing(
             f"got {poses.shape[2]} and {weights.shape[3]}"
         )
     kernels = passes(config, interpret)
-    return route(kernels, num_iterations, gradient, poses, weights, prior, bias)
+    return route(kernels, num_iterations, gradient, axis_name, poses, weights, prior, bias)
 
 
 @cache  # the procedure takes its passes as a static argument: equal ones must be the same
@@ -122,10 +125,10 @@ def _weighted_sums(
         # Programs that differ in examples only run side by side and share the weights in L2.
         grid=(tiling.example_tiles, ranges),
         out_shape=(
-            jax.ShapeDtypeStruct((ranges, tiling.batch, parents * depth), jnp.float32),
+            ShapedArray((ranges, tiling.batch, parents * depth), jnp.float32),
             None
             if tiling.chunks == 1
-            else jax.ShapeDtypeStruct((programs * group, 3, tiling.cut.examples), jnp.float32),
+            else ShapedArray((programs * group, 3, tiling.cut.examples), jnp.float32),
         ),
         interpret=interpret,
         compiler_params=pltriton.CompilerParams(num_warps=tiling.cut.num_warps, num_stages=1),

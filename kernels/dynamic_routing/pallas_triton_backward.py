@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import ShapedArray
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
@@ -79,8 +80,8 @@ def input_gradients(
     examples = tiling.cut.examples
     capsules, length, parents, depth = weights.shape
 
-    def float32(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
+    def float32(*shape: int) -> ShapedArray:
+        return ShapedArray(shape, jnp.float32)
 
     d_weights_dtype = weights.dtype if walk.splits == 1 else jnp.float32
     several_chunks = tiling.chunks > 1
@@ -88,8 +89,8 @@ def input_gradients(
         partial(_kernel, tiling, walk, gradient == "full", interpret),
         grid=(walk.programs, walk.splits),
         out_shape=(
-            jax.ShapeDtypeStruct(poses.shape, poses.dtype),
-            jax.ShapeDtypeStruct((walk.splits, capsules, length, parents * depth), d_weights_dtype),
+            ShapedArray(poses.shape, poses.dtype),
+            ShapedArray((walk.splits, capsules, length, parents * depth), d_weights_dtype),
             None if prior is None else float32(walk.splits, *prior.shape),
             Unfinished(
                 float32(slots, examples, length) if several_chunks else None,

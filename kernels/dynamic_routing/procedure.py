@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_batching import custom_vmap
 
+from capsjax.kernels.devices import AxisName, add_up, names_of, vary_over, varying_axes
 from capsjax.kernels.only_on import only_on
 from capsjax.kernels.squash import accumulation_dtype, squash
 
@@ -61,11 +62,11 @@ class Residuals(NamedTuple):
     totals: tuple[Array, ...]  # sums V of the outputs before iterations 2 … T, each [B, J, D]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def route(
     passes: Passes,
     num_iterations: int,
     gradient: str,
+    axis_name: AxisName | None,
     poses: Array,
     weights: Array,
     prior: Array | None,
@@ -76,13 +77,36 @@ def route(
     Source: Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules", procedure 1,
     https://arxiv.org/abs/1710.09829, with its logits written as agreements with sums of outputs.
     """
-    return _forward(passes, num_iterations, gradient, poses, weights, prior, bias)[0]
+    # Gradients are of the types of their arguments, so these are made to vary alike beforehand:
+    # how JAX transposes that adds up the gradients of what is the same on several devices.
+    axes = varying_axes(poses, weights, prior, bias)
+    if axes & names_of(axis_name):
+        axes |= names_of(axis_name)
+    poses, weights, prior = jax.tree.map(partial(vary_over, axes), (poses, weights, prior))
+    bias = jax.tree.map(partial(vary_over, axes - names_of(axis_name)), bias)
+    return _route(passes, num_iterations, gradient, axis_name, poses, weights, prior, bias)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _route(
+    passes: Passes,
+    num_iterations: int,
+    gradient: str,
+    axis_name: AxisName | None,
+    poses: Array,
+    weights: Array,
+    prior: Array | None,
+    bias: Array | None,
+) -> Array:
+    arrays = poses, weights, prior, bias
+    return _forward(passes, num_iterations, gradient, axis_name, *arrays)[0]
 
 
 def _forward(
     passes: Passes,
     num_iterations: int,
     gradient: str,
+    axis_name: AxisName | None,
     poses: Array,
     weights: Array,
     prior: Array | None,
@@ -92,7 +116,8 @@ def _forward(
     sums: list[Array] = []
     totals: list[Array] = []
     for iteration in range(num_iterations):
-        weighted = passes.sums(poses, weights, prior, totals[-1] if totals else None)
+        total = vary_over(varying_axes(poses), totals[-1]) if totals else None
+        weighted = add_up(passes.sums(poses, weights, prior, total), axis_name)
         sums.append(weighted if bias is None else weighted + bias.astype(weighted.dtype)[None])
         outputs = squash(sums[-1])
         if iteration + 1 < num_iterations:
@@ -105,29 +130,38 @@ def _backward(
     passes: Passes,
     num_iterations: int,
     gradient: str,
+    axis_name: AxisName | None,
     residuals: Residuals,
     cotangent: Array,
 ) -> tuple[Array, Array, Array | None, Array | None]:
     poses, weights, prior, bias, sums, totals = residuals
+    vary = partial(vary_over, varying_axes(poses))
+    # Of what all devices have, sums and totals, a device has the whole gradient where JAX knows
+    # that they have it, and a share of it where it does not: `shard_map(check_vma=False)`, `vmap`.
+    is_whole = bool(varying_axes(poses) & names_of(axis_name))
     # Iterations before the last matter only through the couplings, which "last" leaves constant.
     first = num_iterations - 1 if gradient == "last" else 0
     # An iteration's output gets the loss's gradient (the last one) or that of all later logits.
     d_outputs = cotangent.astype(accumulation_dtype(poses.dtype))
     d_sums: list[Array] = []  # of iterations t … T
+    own_d_sums: list[Array] = []  # the same, of what this device adds to the sums
     for iteration in reversed(range(first, num_iterations)):
         _, squash_vjp = jax.vjp(squash, sums[iteration])
         d_sums.insert(0, *squash_vjp(d_outputs))
+        own_d_sums.insert(0, vary(d_sums[0]) if is_whole else add_up(d_sums[0], axis_name))
         if iteration > first:
-            total = totals[iteration - 1]
-            term = passes.logit_gradient_sums(poses, weights, prior, total, d_sums[0])
+            total = vary(totals[iteration - 1])
+            term = passes.logit_gradient_sums(poses, weights, prior, total, own_d_sums[0])
+            term = add_up(term, axis_name) if is_whole else term
             d_outputs = term if iteration == num_iterations - 1 else d_outputs + term
-    routes = [Route(*pair) for pair in zip((None, *totals)[first:], d_sums, strict=True)]
+    own_totals = (None, *map(vary, totals))[first:]
+    routes = [Route(*pair) for pair in zip(own_totals, own_d_sums, strict=True)]
     gradients = passes.input_gradients(poses, weights, prior, routes, gradient)
     d_bias = None if bias is None else jnp.sum(jnp.stack(d_sums), (0, 1)).astype(bias.dtype)
     return *gradients, d_bias
 
 
-route.defvjp(_forward, _backward)
+_route.defvjp(_forward, _backward)
 
 
 def kernel_passes(kernels: Passes, plain: Passes, *, platform: str | None) -> Passes:
@@ -145,7 +179,7 @@ def kernel_passes(kernels: Passes, plain: Passes, *, platform: str | None) -> Pa
     """
 
     def bound(function: Callable[..., Any]) -> Callable[..., Any]:
-        return function if platform is None else only_on(platform, function)
+        return only_on(platform, function)
 
     def input_gradients(
         poses: Array,

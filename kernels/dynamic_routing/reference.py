@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from capsjax.kernels.devices import AxisName, add_up
 from capsjax.kernels.squash import accumulation_dtype, squash
 
 
@@ -15,11 +16,19 @@ def dynamic_routing(
     *,
     num_iterations: int,
     gradient: str,
+    axis_name: AxisName | None = None,
 ) -> Array:
     """Forms all votes, then routes them."""
     accumulate = accumulation_dtype(poses.dtype)
     votes = jnp.einsum("bip,ipjd->bijd", poses, weights, preferred_element_type=accumulate)
-    outputs, _ = route_votes(votes, prior, bias, num_iterations=num_iterations, gradient=gradient)
+    outputs, _ = route_votes(
+        votes,
+        prior,
+        bias,
+        num_iterations=num_iterations,
+        gradient=gradient,
+        axis_name=axis_name,
+    )
     return outputs.astype(poses.dtype)
 
 
@@ -30,6 +39,7 @@ def route_votes(
     *,
     num_iterations: int,
     gradient: str,
+    axis_name: AxisName | None,
 ) -> tuple[Array, list[Array]]:
     """Routing by agreement of given votes.
 
@@ -42,6 +52,7 @@ def route_votes(
       bias: `[J, D]`, added to every weighted sum, or None.
       num_iterations: T, at least 1.
       gradient: `"full"`, or `"last"`: the last couplings are constants.
+      axis_name: The axis of a mesh over which the input capsules are split, or None.
 
     Returns:
       The outputs `[B, J, D]`, and the couplings of each iteration, T times `[B, I, J]`.
@@ -57,7 +68,7 @@ def route_votes(
             couplings = jax.nn.softmax(logits, axis=2)
         if gradient == "last":
             couplings = lax.stop_gradient(couplings)
-        sums = jnp.einsum("bij,bijd->bjd", couplings, votes)
+        sums = add_up(jnp.einsum("bij,bijd->bjd", couplings, votes), axis_name)
         if bias is not None:
             sums += bias.astype(votes.dtype)[None]
         outputs = squash(sums)

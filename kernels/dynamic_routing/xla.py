@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from capsjax.kernels.devices import AxisName
 from capsjax.kernels.dynamic_routing.config import Tile, tile_for
 from capsjax.kernels.dynamic_routing.procedure import InputGradients, Passes, Route, route
 from capsjax.kernels.squash import accumulation_dtype
@@ -33,10 +34,11 @@ def dynamic_routing(
     *,
     num_iterations: int,
     gradient: str,
+    axis_name: AxisName | None = None,
     config: Tile | None = None,
 ) -> Array:
     """Routes without stored votes, on any platform; a config of None is chosen for the shapes."""
-    return route(passes(config), num_iterations, gradient, poses, weights, prior, bias)
+    return route(passes(config), num_iterations, gradient, axis_name, poses, weights, prior, bias)
 
 
 @cache  # the same object for the same config, since JAX compares static arguments
@@ -98,6 +100,9 @@ def _input_gradients(
     cut_examples = jax.vmap(partial(_cut_examples, examples=examples), out_axes=1)
     stacked = jax.tree.map(lambda *x: cut_examples(jnp.stack(x)), *others) if others else None
 
+    # Like an argument, not of their own: what a loop carries varies over a mesh as that does.
+    zeros = partial(jnp.zeros_like, poses, accumulate)
+
     def one_tile(
         capsule_tile: Tiles,
         carry: tuple[Array, Array],
@@ -131,12 +136,12 @@ def _input_gradients(
         return (d_weights, d_prior), d_poses.astype(poses.dtype)
 
     def all_examples(capsule_tile: Tiles) -> tuple[Array, Array, Array]:
-        zeros = (
-            jnp.zeros(capsule_tile.weights.shape, accumulate),
-            jnp.zeros((capsule_tile.weights.shape[0], parents), accumulate),
+        nothing = (
+            zeros(capsule_tile.weights.shape),
+            zeros((capsule_tile.weights.shape[0], parents)),
         )
         step = partial(one_tile, capsule_tile)
-        carry, d_poses = lax.scan(step, zeros, (capsule_tile.poses, uniform, stacked))
+        carry, d_poses = lax.scan(step, nothing, (capsule_tile.poses, uniform, stacked))
         return d_poses, carry[0].astype(weights.dtype), carry[1]
 
     by_capsules = tiles._replace(poses=tiles.poses.swapaxes(0, 1))
@@ -170,7 +175,7 @@ def _weighted_sums(
 
     def all_capsules(arguments: tuple[Array, Sequence[Array]]) -> Array:
         poses, states = arguments
-        zeros = jnp.zeros((parents, depth, examples), accumulate)
+        zeros = jnp.zeros_like(poses, accumulate, (parents, depth, examples))
         return lax.scan(partial(one_tile, states), zeros, tiles._replace(poses=poses))[0]
 
     cut_states = jax.tree.map(partial(_cut_examples, examples=examples), states)
