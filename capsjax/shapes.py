@@ -12,8 +12,10 @@
 import operator
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
+from jax.sharding import AxisType
 
 
 def check_floating(function: str, **arrays: Array) -> None:
@@ -62,16 +64,13 @@ def check_choice(function: str, name: str, value: object, choices: Sequence[str]
 
 
 def check_axis_name(function: str, axis_name: object) -> None:
-    """Raises ValueError unless the name is None or that of one axis or several of a shard_map."""
+    """Raises ValueError unless the name is None or that of an axis, or axes, of a shard_map."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    manual = {name for name, kind in axes if kind == AxisType.Manual}
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    known = axis_name is None or (names and all(isinstance(name, str) for name in names))
-    try:
-        if known and axis_name is not None:
-            lax.axis_size(axis_name)
-    except NameError:
-        known = False
-    if not known:
+    if axis_name is not None and not (names and manual.issuperset(names)):
         raise ValueError(
-            f"{function}: axis_name must name an axis of the enclosing jax.shard_map, or a tuple "
-            f"of them, got {axis_name!r}"
+            f"{function}: axis_name must name an axis of the enclosing jax.shard_map, or be a "
+            f"tuple of such names, got {axis_name!r} where they are {sorted(manual)}"
         )

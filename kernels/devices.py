@@ -5,11 +5,12 @@ being those over which all devices have the same numbers.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import jax
 from jax import Array, lax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 AxisName = str | tuple[str, ...]
 
@@ -36,33 +37,56 @@ def vary_over(axes: frozenset[str], x: Array) -> Array:
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
-def share_examples(function: Callable[..., Array], batched: Array, *others: Array | None) -> Array:
-    """Calls a function of one batch, sharing out the examples if the batch lies on a mesh.
+def share_examples(
+    function: Callable[..., Array],
+    first: Array,
+    *others: Array | None,
+    has_examples: tuple[bool, ...],
+) -> Array:
+    """Calls a function of examples, each device doing its share if the examples lie on a mesh.
 
     XLA cuts loops over tiles of examples, and kernels, by gathering what they read. Here each
-    device runs the function on examples of its own, whatever axes of the mesh the batch is
-    sharded over: an axis that it is not sharded over takes its share of each device's examples.
-    Nothing is done where axes are not automatic, as inside `shard_map`.
+    device runs the function on examples of its own. Over which axes of a mesh examples are
+    sharded only XLA knows if the axes are automatic: they are shared out over all axes that
+    divide them, in the mesh's order; nothing is sent for an axis over which they were not
+    sharded. Inside `shard_map`, whose axes are manual, the function is called as it is.
 
     Args:
-      function: of `batched` and `others`; its result has the examples first, as `batched` has.
-      batched: `[B, ...]`.
-      *others: Arrays that all examples need, None for an absent one.
+      function: of all the arrays, to one array that has examples along its first axis. The same
+        function must be the same object: it is compiled once an object.
+      first: Examples along its first axis.
+      *others: None for an absent one.
+      has_examples: For each of the others whether examples lie along its first axis.
     """
-    arrays = [x for x in (batched, *others) if x is not None]
-    mesh = next((m for m in (jax.typeof(x).sharding.mesh for x in arrays) if not m.empty), None)
-    if mesh is None or set(mesh.axis_types) != {AxisType.Auto}:
-        return function(batched, *others)
-    axes, shares = [], 1
+    arrays = first, *others
+    context = jax.sharding.get_abstract_mesh()
+    meshes = [context, *(jax.typeof(x).sharding.mesh for x in arrays if x is not None)]
+    mesh = next((mesh for mesh in meshes if not mesh.empty), context)
+    types = set(mesh.axis_types)
+    if types == {AxisType.Auto}:
+        axes = _dividing_axes(mesh, first.shape[0])
+    elif types == {AxisType.Explicit}:
+        axes = jax.typeof(first).sharding.spec[0]
+    else:
+        return function(*arrays)
+    examples, whole = PartitionSpec(axes), PartitionSpec()
+    specs = examples, *(examples if has else whole for has in has_examples)
+    if types == {AxisType.Explicit}:
+        arrays = jax.reshard(arrays, tuple(NamedSharding(mesh, spec) for spec in specs))
+    return _shared(function, mesh, specs, examples)(*arrays)
+
+
+def _dividing_axes(mesh: AbstractMesh, examples: int) -> tuple[str, ...]:
+    axes: list[str] = []
     for axis, size in mesh.shape.items():
-        if size > 1 and batched.shape[0] % (shares * size) == 0:
+        if examples % size == 0:
             axes.append(axis)
-            shares *= size
-    if not axes:
-        return function(batched, *others)
-    examples, whole = PartitionSpec(tuple(axes)), PartitionSpec()
-    in_specs = (examples, *(whole for _ in others))
-    shared: Callable[..., Any] = jax.shard_map(
-        function, mesh=mesh, in_specs=in_specs, out_specs=examples
-    )
-    return shared(batched, *others)
+            examples //= size
+    return tuple(axes)
+
+
+@cache  # JAX compiles anew for each new function, which matters outside of `jit`
+def _shared(
+    function: Callable[..., Array], mesh: AbstractMesh, in_specs: Any, out_specs: Any
+) -> Callable[..., Array]:
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs))

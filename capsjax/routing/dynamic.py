@@ -1,7 +1,8 @@
 """Dynamic routing by agreement (Sabour, Frosst, Hinton 2017)."""
 
 import math
-from functools import partial
+from collections.abc import Callable
+from functools import cache
 
 import jax.numpy as jnp
 from jax import Array
@@ -92,25 +93,44 @@ def dynamic_routing(
     """
     name = "dynamic_routing"
     num_iterations = _check_settings(name, num_iterations, gradient, axis_name)
-    poses, prior, bias = _check_arrays(name, poses, weights, prior, bias, mask)
-    *leading, capsules, length = poses.shape
+    poses, prior, bias, mask = _check_arrays(name, poses, weights, prior, bias, mask)
+    leading = poses.shape[:-2]
     if 0 in leading:  # no example: no implementation need bother
         return jnp.zeros((*leading, *weights.shape[2:]), poses.dtype)
     _check_bias(name, bias, axis_name)
-    route = partial(
-        dispatch,
-        name,
-        op.IMPLEMENTATIONS,
-        op.PREFERENCE,
-        op.PLATFORMS,
-        implementation,
-        num_iterations=num_iterations,
-        gradient=gradient,
-        axis_name=axis_name,
-    )
-    flat_poses = poses.reshape(math.prod(leading), capsules, length)
-    outputs = share_examples(route, flat_poses, weights, prior, bias)
-    return outputs.reshape(*leading, *weights.shape[2:])
+    route = _dispatched(implementation, num_iterations, gradient, axis_name)
+    arrays = poses, mask, weights, prior, bias
+    if not leading:
+        return route(*arrays)
+    has_examples = mask is not None and mask.ndim > 1, False, False, False
+    return share_examples(route, *arrays, has_examples=has_examples)
+
+
+@cache  # the same settings are the same function, as `share_examples` asks
+def _dispatched(
+    implementation: str | None, num_iterations: int, gradient: str, axis_name: AxisName | None
+) -> Callable[..., Array]:
+    def route(
+        poses: Array, mask: Array | None, weights: Array, prior: Array | None, bias: Array | None
+    ) -> Array:
+        *leading, capsules, length = poses.shape
+        outputs = dispatch(
+            "dynamic_routing",
+            op.IMPLEMENTATIONS,
+            op.PREFERENCE,
+            op.PLATFORMS,
+            implementation,
+            _masked(poses, mask, trailing=1).reshape(math.prod(leading), capsules, length),
+            weights,
+            prior,
+            bias,
+            num_iterations=num_iterations,
+            gradient=gradient,
+            axis_name=axis_name,
+        )
+        return outputs.reshape(*leading, *weights.shape[2:])
+
+    return route
 
 
 def dynamic_routing_from_votes(
@@ -159,7 +179,7 @@ def dynamic_routing_from_votes(
     prior = _check_parameter(name, "prior", prior, "[I, J]", (capsules, parents), votes)
     bias = _check_parameter(name, "bias", bias, "[J, D]", (parents, depth), votes)
     _check_bias(name, bias, axis_name)
-    votes = _masked(name, votes, mask, trailing=2)
+    votes = _masked(votes, _check_mask(name, votes.shape[:-2], mask), trailing=2)
     outputs, _ = route_votes(
         votes.reshape(math.prod(leading), capsules, parents, depth).astype(
             accumulation_dtype(votes.dtype)
@@ -211,12 +231,12 @@ def routing_couplings(
     """
     name = "routing_couplings"
     num_iterations = _check_settings(name, num_iterations, "full", axis_name)
-    poses, prior, bias = _check_arrays(name, poses, weights, prior, bias, mask)
+    poses, prior, bias, mask = _check_arrays(name, poses, weights, prior, bias, mask)
     _check_bias(name, bias, axis_name)
     *leading, capsules, length = poses.shape
     votes = jnp.einsum(
         "bip,ipjd->bijd",
-        poses.reshape(math.prod(leading), capsules, length),
+        _masked(poses, mask, trailing=1).reshape(math.prod(leading), capsules, length),
         weights,
         preferred_element_type=accumulation_dtype(poses.dtype),
     )
@@ -250,8 +270,8 @@ def _check_arrays(
     prior: Array | None,
     bias: Array | None,
     mask: Array | None,
-) -> tuple[Array, Array | None, Array | None]:
-    """The masked poses, the prior and the bias, all found to fit each other."""
+) -> tuple[Array, Array | None, Array | None, Array | None]:
+    """The poses, the prior, the bias and the mask, all found to fit each other."""
     poses, weights = jnp.asarray(poses), jnp.asarray(weights)
     shapes.check_floating(function, poses=poses, weights=weights)
     leading = poses.shape[:-2]
@@ -261,7 +281,7 @@ def _check_arrays(
     parents, depth = weights.shape[2:]
     prior = _check_parameter(function, "prior", prior, "[I, J]", (capsules, parents), poses)
     bias = _check_parameter(function, "bias", bias, "[J, D]", (parents, depth), poses)
-    return _masked(function, poses, mask, trailing=1), prior, bias
+    return poses, prior, bias, _check_mask(function, poses.shape[:-1], mask)
 
 
 def _check_parameter(
@@ -293,17 +313,22 @@ def _check_bias(function: str, bias: Array | None, axis_name: AxisName | None) -
         )
 
 
-def _masked(function: str, array: Array, mask: Array | None, *, trailing: int) -> Array:
-    """Zeroes what masked capsules have to say: a vote of 0 adds nothing and agrees with nothing."""
+def _check_mask(function: str, full: tuple[int, ...], mask: Array | None) -> Array | None:
     if mask is None:
-        return array
+        return None
     mask = jnp.asarray(mask)
     if mask.dtype != jnp.bool_:
         raise TypeError(f"{function}: mask must be bool, got {mask.dtype}")
-    full = array.shape[: array.ndim - trailing]
     if mask.shape not in {full, full[-1:]}:
         raise ValueError(
             f"{function}: mask must have shape [I] or [..., I] = {full}, got {mask.shape}"
         )
-    kept = jnp.broadcast_to(mask, full)
+    return mask
+
+
+def _masked(array: Array, mask: Array | None, *, trailing: int) -> Array:
+    """Zeroes what masked capsules have to say: a vote of 0 adds nothing and agrees with nothing."""
+    if mask is None:
+        return array
+    kept = jnp.broadcast_to(mask, array.shape[: array.ndim - trailing])
     return jnp.where(jnp.expand_dims(kept, tuple(range(-trailing, 0))), array, 0)

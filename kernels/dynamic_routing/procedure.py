@@ -137,7 +137,7 @@ def _backward(
     poses, weights, prior, bias, sums, totals = residuals
     vary = partial(vary_over, varying_axes(poses))
     # Of what all devices have, sums and totals, a device has the whole gradient where JAX knows
-    # that they have it, and a share of it where it does not: `shard_map(check_vma=False)`, `vmap`.
+    # that they have it, and a share of it where it does not: in `shard_map(check_vma=False)`.
     is_whole = bool(varying_axes(poses) & names_of(axis_name))
     # Iterations before the last matter only through the couplings, which "last" leaves constant.
     first = num_iterations - 1 if gradient == "last" else 0

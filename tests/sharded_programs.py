@@ -1,0 +1,248 @@
+"""Routing on eight host devices: the programs of `test_sharding.py`, each in a process of its own.
+
+Prints what it found as one JSON object. The oracle is as in `test_conformance.py`.
+"""
+
+import itertools
+import json
+import re
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+from jax import P
+from jax.sharding import AxisType, NamedSharding
+
+import capsjax
+from capsjax.kernels import dynamic_routing
+from capsjax.kernels.dynamic_routing import pallas_mosaic_tpu, pallas_triton
+
+KERNELS = {
+    "pallas_mosaic_tpu": partial(pallas_mosaic_tpu.dynamic_routing, interpret=True),
+    "pallas_triton": partial(pallas_triton.dynamic_routing, interpret=True),
+}
+SIZES = {"batch": 4, "capsules": 8, "length": 2, "parents": 3, "depth": 5}
+FULL, LAST = "full", "last"
+
+
+def arguments(dtype, batch):
+    """Poses, weights, prior, bias, mask and the outputs' cotangent."""
+    rng = np.random.default_rng(0)
+    _, capsules, length, parents, depth = SIZES.values()
+
+    def normal(scale, *shape):
+        return jnp.asarray(rng.normal(size=shape) * scale, dtype)
+
+    return (
+        normal(0.5, batch, capsules, length),
+        normal(0.5, capsules, length, parents, depth),
+        normal(1, capsules, parents),
+        normal(0.1, parents, depth),
+        jnp.asarray(rng.random((batch, capsules)) < 0.7),
+        normal(1, batch, parents, depth),
+    )
+
+
+def oracle(num_iterations, gradient, batch=SIZES["batch"]):
+    """Outputs and gradients in float64."""
+    poses, *others, mask, cotangent = arguments("float64", batch)
+    kept = np.asarray(mask, np.float64)[..., None]
+    outputs, _, gradients = oracles.dynamic_routing(
+        poses * kept, *others, cotangent, num_iterations=num_iterations, gradient=gradient
+    )
+    return outputs, (gradients[0] * kept, *gradients[1:])
+
+
+def route(poses, weights, prior, bias, mask, **settings):
+    return capsjax.dynamic_routing(poses, weights, prior=prior, bias=bias, mask=mask, **settings)
+
+
+def mapped_route(poses, weights, prior, bias, mask, **settings):
+    def one(poses, mask):
+        return route(poses, weights, prior, bias, mask, **settings)
+
+    return jax.vmap(one)(poses, mask)
+
+
+def split(function, mesh, *, check_vma=True):
+    """The function with examples split over "data" and input capsules over "capsules"."""
+    capsules, both = P("capsules"), P("data", "capsules")
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(both, capsules, capsules, P(), both),
+        out_specs=P("data"),
+        check_vma=check_vma,
+    )
+
+
+def gradients_of(function):
+    """A function of the arguments: the other's outputs and gradients."""
+
+    def run(*arguments):
+        *arrays, mask, cotangent = arguments
+        outputs, vjp = jax.vjp(lambda *a: function(*a, mask), *arrays)
+        return outputs, vjp(cotangent)
+
+    return run
+
+
+def found(function, wanted, arrays):
+    """How far the compiled function is from what is wanted, and what its devices send."""
+    compiled = jax.jit(function).lower(*arrays).compile()
+    results = compiled(*arrays)
+    return {
+        "distance": distance(results, wanted),
+        "sent": re.findall(
+            r"= \(?\w+\[([\d,]*)\].*? ((?:all|collective|reduce)-(?!window)[a-z-]+)\(",
+            compiled.as_text(),
+        ),
+        "outputs": str(results[0].sharding.spec),
+    }
+
+
+def distance(actual, wanted):
+    """The largest difference in any array, relative to its largest number."""
+    pairs = zip(*map(jax.tree.leaves, (actual, wanted)), strict=True)
+    return max(float(np.abs(a - w).max() / max(np.abs(w).max(), 1e-3)) for a, w in pairs)
+
+
+def make_mesh(sizes, names, kind=AxisType.Auto):
+    return jax.make_mesh(sizes, names, axis_types=(kind,) * len(names))
+
+
+def capsules_over_an_axis():
+    """The routing itself split by input capsules, for each implementation that runs anywhere."""
+    mesh = make_mesh((2, 4), ("data", "capsules"))
+    checked = [(t, FULL) for t in (1, 2, 3)] + [(3, LAST)]
+    cases = [
+        *itertools.product(("reference", "xla"), ("float64",), checked, (True,)),
+        *itertools.product(("reference", "xla"), ("float64",), [(3, FULL), (2, LAST)], (False,)),
+        *itertools.product(("reference", "xla"), ("float32",), [(3, FULL)], (True,)),
+    ]
+    for implementation, dtype, (num_iterations, gradient), check_vma in cases:
+        settings = {
+            "implementation": implementation,
+            "num_iterations": num_iterations,
+            "gradient": gradient,
+        }
+        arrays = arguments(dtype, SIZES["batch"])
+        if dtype == "float64":
+            wanted = oracle(num_iterations, gradient)
+        else:
+            wanted = jax.jit(gradients_of(partial(route, **settings)))(*arrays)
+        function = partial(route, axis_name="capsules", **settings)
+        program = gradients_of(split(function, mesh, check_vma=check_vma))
+        name = f"{implementation} {dtype} T={num_iterations} {gradient}"
+        yield f"{name}{'' if check_vma else ' unchecked'}", found(program, wanted, arrays)
+
+
+def kernels_over_an_axis():
+    """The kernels, interpreted, split alike."""
+    mesh = make_mesh((2, 4), ("data", "capsules"))
+    dynamic_routing.IMPLEMENTATIONS.update(KERNELS)
+    dynamic_routing.PLATFORMS.clear()
+    arrays = arguments("float32", SIZES["batch"])
+    for implementation, check_vma in itertools.product(KERNELS, (True, False)):
+        settings = {"implementation": implementation, "num_iterations": 2}
+        function = partial(route, axis_name="capsules", **settings)
+        program = gradients_of(split(function, mesh, check_vma=check_vma))
+        name = f"{implementation}{'' if check_vma else ' unchecked'}"
+        yield name, found(program, oracle(2, FULL), arrays)
+
+
+def other_ways_to_write_it():
+    """Gradients taken inside of shard_map, `vmap` in it, two axes at once, given votes."""
+    mesh = make_mesh((2, 4), ("data", "capsules"))
+    arrays = arguments("float64", SIZES["batch"])
+    function = partial(route, axis_name="capsules")
+    capsules, both = P("capsules"), P("data", "capsules")
+    inside = jax.shard_map(
+        gradients_of(function),
+        mesh=mesh,
+        in_specs=(both, capsules, capsules, P(), both, P("data")),
+        out_specs=(P("data"), (both, capsules, capsules, P())),
+    )
+    yield "gradients inside", found(inside, oracle(3, FULL), arrays)
+    mapped = gradients_of(split(partial(mapped_route, axis_name="capsules"), mesh))
+    yield "mapped", found(mapped, oracle(3, FULL), arrays)
+    axes = "data", "capsules"
+    all_capsules = jax.shard_map(
+        partial(route, axis_name=axes),
+        mesh=mesh,
+        in_specs=(P(None, axes), P(axes), P(axes), P(), P(None, axes)),
+        out_specs=P(),
+    )
+    yield "two axes", found(gradients_of(all_capsules), oracle(3, FULL), arrays)
+
+    def from_votes(poses, weights, prior, bias, mask):
+        votes = jnp.einsum("bip,ipjd->bijd", poses, weights)
+        return capsjax.dynamic_routing_from_votes(
+            votes, prior=prior, bias=bias, mask=mask, axis_name="capsules"
+        )
+
+    votes = gradients_of(split(from_votes, mesh))
+    yield "from votes", found(votes, oracle(3, FULL), arrays)
+
+    def couplings(poses, weights, prior, bias, mask, **settings):
+        return capsjax.routing_couplings(
+            poses, weights, prior=prior, bias=bias, mask=mask, **settings
+        )
+
+    here = jax.shard_map(
+        partial(couplings, axis_name="capsules"),
+        mesh=mesh,
+        in_specs=(both, capsules, capsules, P(), both),
+        out_specs=P(None, "data", "capsules"),
+    )
+    yield "couplings", {"distance": distance(here(*arrays[:-1]), couplings(*arrays[:-1]))}
+
+
+def batches():
+    """Batches that were sharded before they came to `jit`, which knows nothing of routing."""
+    batch = 1024  # several tiles of examples, if it were whole
+    one, two = ((8,), ("data",)), ((2, 4), ("data", "capsules"))
+    everywhere = [P()] * 3
+    ways = {
+        "one axis": (make_mesh(*one), P("data"), everywhere),
+        "explicit": (make_mesh(*one, AxisType.Explicit), P("data"), everywhere),
+        "one of two axes": (make_mesh(*two), P("data"), everywhere),
+        "cut both ways": (make_mesh(*two), P("data", "capsules"), [*[P("capsules")] * 2, P()]),
+    }
+    for name, (mesh, examples, others) in ways.items():
+        specs = [examples, *others, P("data"), P("data")]
+        arrays = [
+            jax.device_put(x, NamedSharding(mesh, spec))
+            for x, spec in zip(arguments("float64", batch), specs, strict=True)
+        ]
+        yield name, found(gradients_of(route), oracle(3, FULL, batch), arrays)
+    mesh = make_mesh(*one)
+    dynamic_routing.IMPLEMENTATIONS.update(KERNELS)
+    dynamic_routing.PLATFORMS.clear()
+    for implementation in KERNELS:
+        arrays = [
+            jax.device_put(x, NamedSharding(mesh, spec))
+            for x, spec in zip(
+                arguments("float32", 16),
+                [P("data"), *everywhere, P("data"), P("data")],
+                strict=True,
+            )
+        ]
+        function = gradients_of(partial(route, implementation=implementation))
+        yield implementation, found(function, oracle(3, FULL, 16), arrays)
+    outputs = route(*arrays[:-1], num_iterations=2)
+    yield "eager", {"outputs": str(outputs.sharding.spec)}
+
+
+PROGRAMS = {
+    program.__name__: program
+    for program in (capsules_over_an_axis, kernels_over_an_axis, other_ways_to_write_it, batches)
+}
+
+
+if __name__ == "__main__":
+    with jax.enable_x64(True):
+        print(json.dumps(dict(PROGRAMS[sys.argv[1]]())))

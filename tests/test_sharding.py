@@ -1,0 +1,104 @@
+"""Routing over several devices: eight of the host's, in processes of their own."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import P
+from jax.sharding import AxisType
+
+import capsjax
+
+ROOT = pathlib.Path(__file__).parents[1]
+STATE = "2,3,5"  # the sums of the examples of a device, [B, J, D]
+
+
+def run(program):
+    """What a program of `sharded_programs` found, by the name of the case."""
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", ROOT / "tests" / "sharded_programs.py", program],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_capsules_over_an_axis_are_routed_as_on_one_device():
+    cases = run("capsules_over_an_axis")
+    assert len(cases) == 14
+    for name, case in cases.items():
+        assert case["distance"] < (1e-12 if "float64" in name else 1e-6), name
+        # An iteration adds up the states once, forward and backward, and at the end the
+        # gradients of what devices share are added up over the examples. Nothing else is sent.
+        iterations = int(name.split("T=")[1][0])
+        states = sum(shape == STATE for shape, _ in case["sent"])
+        forward_only = 1 if "full" in name else iterations
+        if "unchecked" in name:  # JAX does not know what is whole and has it added up once more
+            forward_only -= 1
+        assert {kind for _, kind in case["sent"]} == {"all-reduce"}, name
+        assert states == 2 * iterations - forward_only, name
+        assert len(case["sent"]) - states <= (2 if "unchecked" in name else 1), name
+
+
+def test_kernels_over_an_axis_are_too():
+    cases = run("kernels_over_an_axis")
+    assert len(cases) == 4
+    for name, case in cases.items():
+        assert case["distance"] < 1e-6, name
+        assert {kind for _, kind in case["sent"]} == {"all-reduce"}, name
+
+
+def test_so_they_are_however_it_is_written():
+    cases = run("other_ways_to_write_it")
+    assert len(cases) == 5
+    assert all(case["distance"] < 1e-12 for case in cases.values()), cases
+
+
+def test_a_sharded_batch_stays_where_it_is():
+    cases = run("batches")
+    assert cases.pop("eager")["outputs"].startswith("P('data'")
+    assert len(cases) == 6
+    for name, case in cases.items():
+        assert case["distance"] < (1e-6 if "pallas" in name else 1e-12), name
+        assert case["outputs"].startswith(("P('data'", "P(('data', 'capsules')")), name
+        if name != "cut both ways":  # there weights are brought together, once each way
+            kinds = [kind for _, kind in case["sent"]]
+            assert kinds == ["all-reduce"], name  # of the gradients of what devices share
+
+
+def on_one_device(function, *specs):
+    mesh = jax.make_mesh((1,), ("capsules",), axis_types=(AxisType.Auto,))
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=P())
+
+
+@pytest.mark.parametrize("axis_name", ["parents", ("capsules", "parents"), (), 3])
+def test_an_axis_that_is_not_there_is_named(axis_name):
+    poses, weights = jnp.ones((2, 6, 4)), jnp.ones((6, 4, 3, 5))
+
+    def route(poses, weights):
+        return capsjax.dynamic_routing(poses, weights, axis_name=axis_name)
+
+    rule = "dynamic_routing: axis_name must name an axis of the enclosing jax.shard_map"
+    with pytest.raises(ValueError, match=rf"{rule}.* where they are \['capsules'\]"):
+        on_one_device(route, P(None, "capsules"), P("capsules"))(poses, weights)
+    with pytest.raises(ValueError, match=rf"{rule}.* where they are \[\]"):
+        route(poses, weights)
+
+
+def test_a_bias_must_be_the_same_along_the_axis():
+    poses, weights, bias = jnp.ones((2, 6, 4)), jnp.ones((6, 4, 3, 5)), jnp.ones((3, 5))
+
+    def route(poses, weights, bias):
+        return capsjax.dynamic_routing(poses, weights, bias=bias, axis_name="capsules")
+
+    split = on_one_device(route, P(None, "capsules"), P("capsules"), P("capsules"))
+    with pytest.raises(ValueError, match="bias must be the same all along axis_name"):
+        split(poses, weights, bias)
