@@ -6,17 +6,28 @@ in the environment they read once, when they are loaded: set `environment` for a
 
 import dataclasses
 import importlib.metadata
+import math
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+from jax.sharding import (
+    AbstractDevice,
+    AbstractMesh,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    SingleDeviceSharding,
+)
 
 from experiments.errors import InputError
 
+# Chips of a TPU, and how JAX names a slice of so many.
+_TPU_SLICES = {4: "2x2", 8: "2x4", 16: "4x4", 64: "8x8"}
 _GPU_PACKAGES = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc")
 
 
@@ -37,7 +48,7 @@ class Target:
     """A device as its data sheet has it: rates for dense matrices, without sparsity."""
 
     device: str  # as JAX names it
-    topology: str  # as JAX names it
+    topology: str  # as JAX names it, without the number of devices
     source: str  # of the rates
     memory: int  # bytes
     bandwidth: float  # of that memory, bytes/s
@@ -86,7 +97,7 @@ TARGETS = {
     ),
     "tpu_v5e": Target(
         device="TPU v5 lite",
-        topology="v5e:2x2",
+        topology="v5e",
         source="https://cloud.google.com/tpu/docs/v5e",
         memory=16 * 10**9,
         bandwidth=819e9,
@@ -151,34 +162,64 @@ def compile_for(name: str, function: Callable[..., Any], *shapes: jax.ShapeDtype
       >>> product = jax.ShapeDtypeStruct((512, 512), "float32")
       >>> compile_for("h100", jax.numpy.dot, product, product).memory_analysis()  # doctest: +SKIP
     """
+    sharding = SingleDeviceSharding(_devices(name, 1)[0])
+    return _compile(name, function, [(x, sharding) for x in shapes])
+
+
+def compile_over(
+    name: str,
+    axes: Mapping[str, int],
+    function: Callable[..., Any],
+    *placed: tuple[jax.ShapeDtypeStruct, PartitionSpec],
+) -> Any:
+    """Compiles a function for a mesh of a target's devices.
+
+    Args:
+      name: As in `compile_for`, like what is returned.
+      axes: The mesh's axes and their sizes; of a TPU v5e together 4, 8, 16 or 64.
+      function: of arrays; `jax.shard_map` in it takes its mesh from the context.
+      *placed: shapes of its arguments, and how they lie on the mesh.
+    """
+    devices = np.array(_devices(name, math.prod(axes.values())))
+    mesh = Mesh(devices.reshape(tuple(axes.values())), tuple(axes))
+    shardings = [(x, NamedSharding(mesh, spec)) for x, spec in placed]
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return _compile(name, function, shardings)
+
+
+def _devices(name: str, count: int) -> Sequence[Any]:
+    """That many devices of a target, none of which is there."""
     target = TARGETS[name]
     if target.gpu is None:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=target.topology)
-        return _lower(function, topology.devices[0], shapes).compile()
+        topology = f"{target.topology}:{_TPU_SLICES[max(count, 4)]}"
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[:count]
     # The plug-in is found when JAX looks for its backends, which nothing public asks for without
     # a device.
     from jax._src import xla_bridge
 
     xla_bridge.backends()
-    topology = topologies.get_topology_desc(
+    return topologies.get_topology_desc(
         platform="cuda",
         topology_name=target.topology,
-        topology="1x1x1",
+        topology=f"1x1x{count}",
         target_config=_gpu_target_config(target, target.gpu),
-    )
+    ).devices
+
+
+def _compile(name: str, function: Callable[..., Any], placed: Sequence[tuple[Any, Any]]) -> Any:
+    structs = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in placed]
+    target = TARGETS[name]
+    if target.gpu is None:
+        return jax.jit(function).lower(*structs).compile()
     # From jax 0.11 on, Pallas-Triton asks which GPU it lowers for.
     device = AbstractDevice(
         device_kind=target.device, num_cores=target.gpu.multiprocessors, platform="gpu"
     )
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-        lowered = _lower(function, topology.devices[0], shapes)
+    here = jax.sharding.get_abstract_mesh()
+    mesh = AbstractMesh(here.axis_sizes, here.axis_names, here.axis_types, abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        lowered = jax.jit(function).lower(*structs)
     return lowered.compile()
-
-
-def _lower(function: Callable[..., Any], device: Any, shapes: tuple[Any, ...]) -> Any:
-    sharding = SingleDeviceSharding(device)
-    placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in shapes]
-    return jax.jit(function).lower(*placed)
 
 
 def _gpu_target_config(target: Target, gpu: Gpu) -> str:

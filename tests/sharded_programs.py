@@ -5,7 +5,10 @@ Prints what it found as one JSON object. The oracle is as in `test_conformance.p
 
 import itertools
 import json
+import os
+import pathlib
 import re
+import subprocess
 import sys
 from functools import partial
 
@@ -19,6 +22,7 @@ from jax.sharding import AxisType, NamedSharding
 import capsjax
 from capsjax.kernels import dynamic_routing
 from capsjax.kernels.dynamic_routing import pallas_mosaic_tpu, pallas_triton
+from experiments import targets
 
 KERNELS = {
     "pallas_mosaic_tpu": partial(pallas_mosaic_tpu.dynamic_routing, interpret=True),
@@ -26,6 +30,21 @@ KERNELS = {
 }
 SIZES = {"batch": 4, "capsules": 8, "length": 2, "parents": 3, "depth": 5}
 FULL, LAST = "full", "last"
+HOST_DEVICES = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+
+
+def run(program, *arguments, environment=None):
+    """What a program of this file found, by the name of the case."""
+    environment = environment or {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": HOST_DEVICES}
+    root = pathlib.Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", __file__, program, *arguments],
+        env={**environment, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def arguments(dtype, batch):
@@ -96,12 +115,15 @@ def found(function, wanted, arrays):
     results = compiled(*arrays)
     return {
         "distance": distance(results, wanted),
-        "sent": re.findall(
-            r"= \(?\w+\[([\d,]*)\].*? ((?:all|collective|reduce)-(?!window)[a-z-]+)\(",
-            compiled.as_text(),
-        ),
+        "sent": communication(compiled.as_text()),
         "outputs": str(results[0].sharding.spec),
     }
+
+
+def communication(text):
+    """Shapes and kinds of what the devices of a compiled program send each other."""
+    kinds = "(?:all|collective|reduce)-(?!window)[a-z-]+"
+    return re.findall(rf"= \(?\w+\[([\d,]*)\].*? ({kinds})\(", text)
 
 
 def distance(actual, wanted):
@@ -237,12 +259,50 @@ def batches():
     yield "eager", {"outputs": str(outputs.sharding.spec)}
 
 
+def for_absent_devices(target):
+    """What eight devices of a target would run and send, at a size of the paper's."""
+    shapes = [
+        jax.ShapeDtypeStruct(shape, "float32")
+        for shape in [(1024, 1152, 8), (1152, 8, 10, 16), (1024, 10, 16)]
+    ]
+
+    def found(axes, function, specs):
+        def run(poses, weights, cotangent):
+            outputs, vjp = jax.vjp(function, poses, weights)
+            return outputs, vjp(cotangent)
+
+        placed = zip(shapes, specs, strict=True)
+        text = targets.compile_over(target, axes, run, *placed).as_text()
+        called = re.findall(r'custom_call_target="([^"]*)"', text)
+        return {
+            "kernels": sum("tpu_custom_call" in name or "triton" in name for name in called),
+            "sent": [pair for pair in communication(text) if not pair[1].endswith("-done")],
+        }
+
+    specs = P("data"), P(), P("data")
+    yield "batch", found({"data": 8}, capsjax.dynamic_routing, specs)
+    specs = P("data", "capsules"), P("capsules"), P("data")
+    function = jax.shard_map(
+        partial(capsjax.dynamic_routing, axis_name="capsules"),
+        in_specs=specs[:2],
+        out_specs=specs[2],
+    )
+    yield "capsules", found({"data": 2, "capsules": 4}, function, specs)
+
+
 PROGRAMS = {
     program.__name__: program
-    for program in (capsules_over_an_axis, kernels_over_an_axis, other_ways_to_write_it, batches)
+    for program in (
+        capsules_over_an_axis,
+        kernels_over_an_axis,
+        other_ways_to_write_it,
+        batches,
+        for_absent_devices,
+    )
 }
 
 
 if __name__ == "__main__":
-    with jax.enable_x64(True):
-        print(json.dumps(dict(PROGRAMS[sys.argv[1]]())))
+    name, *arguments_of_it = sys.argv[1:]
+    with jax.enable_x64(name != "for_absent_devices"):
+        print(json.dumps(dict(PROGRAMS[name](*arguments_of_it))))

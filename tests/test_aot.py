@@ -7,6 +7,7 @@ import sys
 from functools import cache
 
 import pytest
+import sharded_programs
 
 from capsjax.kernels.dynamic_routing import PLATFORMS
 from capsjax.kernels.dynamic_routing.cases import CASES
@@ -107,6 +108,19 @@ def test_stored_votes_do_not_fit_where_tiles_do(target, implementation):
     stored = compiled(Program(target, compile_report.STORED_VOTES, case, True))
     assert "RESOURCE_EXHAUSTED" in stored["reason"]
     assert "reason" not in compiled(Program(target, implementation, case, True))
+
+
+@pytest.mark.parametrize(
+    ("target", "implementation"), programs(kernels_only=True, only=("h100", "tpu_v5e"))
+)
+def test_eight_devices_run_kernels_and_send_sums_only(target, implementation, tmp_path):
+    environment = targets.environment(target, tmp_path)
+    found = sharded_programs.run("for_absent_devices", target, environment=environment)
+    weights, part, state = "1152,8,10,16", "288,8,10,16", "512,10,16"
+    for name, sums in {"batch": [weights], "capsules": [part, *[state] * 5]}.items():
+        assert found[name]["kernels"] >= 5, implementation
+        assert sorted(shape for shape, _ in found[name]["sent"]) == sorted(sums)
+        assert all(kind.startswith("all-reduce") for _, kind in found[name]["sent"])
 
 
 @pytest.mark.parametrize(("target", "implementation"), programs(only=("h100",)))

@@ -1,34 +1,15 @@
 """Routing over several devices: eight of the host's, in processes of their own."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import P
 from jax.sharding import AxisType
+from sharded_programs import run
 
 import capsjax
 
-ROOT = pathlib.Path(__file__).parents[1]
 STATE = "2,3,5"  # the sums of the examples of a device, [B, J, D]
-
-
-def run(program):
-    """What a program of `sharded_programs` found, by the name of the case."""
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", ROOT / "tests" / "sharded_programs.py", program],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 def test_capsules_over_an_axis_are_routed_as_on_one_device():
