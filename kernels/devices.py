@@ -49,7 +49,7 @@ def share_examples(
     device runs the function on examples of its own. Over which axes of a mesh examples are
     sharded only XLA knows if the axes are automatic: they are shared out over all axes that
     divide them, in the mesh's order; nothing is sent for an axis over which they were not
-    sharded. Inside `shard_map`, whose axes are manual, the function is called as it is.
+    sharded. On one device, and inside `shard_map`, whose axes are manual, this is just a call.
 
     Args:
       function: of all the arrays, to one array that has examples along its first axis. The same
@@ -63,7 +63,7 @@ def share_examples(
     meshes = [context, *(jax.typeof(x).sharding.mesh for x in arrays if x is not None)]
     mesh = next((mesh for mesh in meshes if not mesh.empty), context)
     types = set(mesh.axis_types)
-    if types == {AxisType.Auto}:
+    if types == {AxisType.Auto} and mesh.size > 1:
         axes = _dividing_axes(mesh, first.shape[0])
     elif types == {AxisType.Explicit}:
         axes = jax.typeof(first).sharding.spec[0]
