@@ -26,6 +26,12 @@ _FREE = {
 }
 _SLICES = {"slice", "dynamic-slice", "gather", "slice-start"}
 _KERNELS = {"tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu_v2"}
+_COLLECTIVE = re.compile(
+    "(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)"
+    "(?:-start)?"
+)
+# Groups of one device, in both of the ways that XLA writes them.
+_ALONE = re.compile(r"replica_groups=(\{\{\d+\}|\[\d+,1\])")
 # Custom calls of XLA's own that only name memory.
 _FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "Sharding"}
 
@@ -88,6 +94,47 @@ def traffic(text: str) -> Traffic:
     """
     computations, entry = parse(text)
     return _computation(computations, computations[entry])
+
+
+def sent(text: str) -> dict[str, int]:
+    """What one device of a program hands over to those it works with, in bytes by the kind.
+
+    Counted are the operands of each `all-reduce`, `all-gather` and so on, loops times their trip
+    count, and of a conditional the branch that sends most. How often they go over a wire is the
+    network's affair: in a ring of N devices an all-reduce sends 2 (N - 1) / N times its operand.
+
+    Args:
+      text: `compiled.as_text()` of any platform.
+
+    Raises:
+      ValueError: a loop that sends has a trip count that is not to be found.
+    """
+    computations, entry = parse(text)
+    return _sent(computations, computations[entry])
+
+
+def _sent(computations: dict[str, Computation], computation: Computation) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for instruction in computation.values():
+        found: dict[str, int] = {}
+        times = 1
+        if _ALONE.search(instruction.attributes):
+            continue
+        if kind := _COLLECTIVE.fullmatch(instruction.opcode):
+            operands = [computation[name].arrays for name in instruction.operands]
+            found = {kind[1]: sum(array.size for arrays in operands for array in arrays)}
+        elif instruction.opcode == "while":
+            found = _sent(computations, computations[_attribute(instruction, "body")])
+            times = _trips(computations, computation, instruction) if found else 1
+        elif instruction.opcode == "conditional":
+            branches = [_sent(computations, computations[b]) for b in _branches(instruction)]
+            found = max(branches, key=lambda branch: sum(branch.values()))
+        elif instruction.opcode in ("call", "async-start", "fusion", "fusion-start"):
+            name = "to_apply" if instruction.opcode == "call" else "calls"
+            found = _sent(computations, computations[_attribute(instruction, name)])
+        for name, size in found.items():
+            total[name] = total.get(name, 0) + times * size
+    return total
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
@@ -187,17 +234,21 @@ def _called(
         body = _computation(computations, computations[_attribute(instruction, "body")])
         return body, _trips(computations, computation, instruction)
     if instruction.opcode == "conditional":
-        names = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
-        branches = names[1].split(", ") if names else []
-        branches = branches or [
-            _attribute(instruction, f"{b}_computation") for b in ("true", "false")
+        counted = [
+            _computation(computations, computations[name]) for name in _branches(instruction)
         ]
-        counted = [_computation(computations, computations[name.strip("%")]) for name in branches]
         return max(counted, key=lambda branch: branch.moved), 1
     if instruction.opcode in ("call", "async-start"):
         name = "to_apply" if instruction.opcode == "call" else "calls"
         return _computation(computations, computations[_attribute(instruction, name)]), 1
     return None, 0
+
+
+def _branches(conditional: Instruction) -> list[str]:
+    names = re.search(r"branch_computations=\{([^}]*)\}", conditional.attributes)
+    if names:
+        return [name.strip("%") for name in names[1].split(", ")]
+    return [_attribute(conditional, f"{branch}_computation") for branch in ("true", "false")]
 
 
 def _attribute(instruction: Instruction, name: str) -> str:

@@ -1,0 +1,153 @@
+"""Shows how routing scales over devices: memory and communication of each, and time on a CPU.
+
+A CPU pretends to be several devices, and is timed where each has a core of its own. For a TPU or
+GPU the programs are compiled by its own compiler, which needs no device.
+"""
+
+import concurrent.futures
+import dataclasses
+import datetime
+import os
+from typing import Any
+
+import jax
+import numpy as np
+
+from capsjax.kernels.dynamic_routing.cases import CASES
+from experiments import cli, compile_report, records, scaling, scaling_figures, targets
+from experiments.cli import flag
+from experiments.errors import InputError
+from experiments.scaling import HOST, Program
+
+# The network of the paper at a quarter of its batch: 1 to 8 times of it run on two cores.
+HOST_CASE = CASES["capsnet_mnist"]._replace(batch=32)
+HOST_DEVICES = 1, 2, 4, 8
+# What a device does not get done alone: the largest case, and a million input capsules.
+LARGE = {"long": CASES["long"], "million": compile_report.scaling_cases()[2**20]}
+DEVICES = {"tpu_v5e": (1, 4, 8, 16), "h100": (1, 2, 4, 8)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to compile, and how often to run it."""
+
+    target: str = flag(
+        ",".join([HOST, *DEVICES]), f"Any of {', '.join([HOST, *DEVICES])}, commas in between."
+    )
+    repeats: int = flag(5, "Timed runs on a CPU, where there is a core a device.", minimum=1)
+    jobs: int = flag(2, "Compilers for absent devices that run at the same time.", minimum=1)
+    output: str = flag("", "File that a JSON line for each row is added to; empty: none.")
+    figure: str = flag("", "File of a plot, .png; empty: none.")
+
+
+def main(config: Config) -> int:
+    """Compiles every program, prints a row for each, and draws them."""
+    asked = [
+        (kind, program) for name in _targets(config.target) for kind, program in programs(name)
+    ]
+    rows: list[dict[str, Any]] = []
+    print(heading())
+    # Runs that are timed have the machine for themselves.
+    for is_timed in (True, False):
+        chosen = [(k, p) for k, p in asked if (p.target == HOST) == is_timed]
+        chosen = [(k, _timed(p, config.repeats)) for k, p in chosen]
+        with concurrent.futures.ThreadPoolExecutor(1 if is_timed else config.jobs) as pool:
+            measured = pool.map(scaling.measure, [program for _, program in chosen])
+            for (kind, program), found in zip(chosen, measured, strict=True):
+                rows.append(describe(kind, program, found))
+                print(line(rows[-1]), flush=True)
+                if config.output:
+                    records.append_lines(config.output, rows[-1:])
+    if config.figure:
+        records.save_figure(scaling_figures.scaling(rows), config.figure)
+    return 0
+
+
+def programs(target: str) -> list[tuple[str, Program]]:
+    """What to compile for a target, each with its name.
+
+    Strong scaling shares one problem out; in weak scaling it grows with the devices. Either is
+    over input capsules or over examples.
+    """
+    if target != HOST:
+        return [
+            (f"{name}, strong", Program(target, 1, count, case, 0))
+            for name, case in LARGE.items()
+            for count in DEVICES[target]
+        ]
+    whole = HOST_CASE._replace(batch=4 * HOST_CASE.batch)
+    found = []
+    for count in HOST_DEVICES:
+        more_capsules = HOST_CASE._replace(capsules=count * HOST_CASE.capsules)
+        more_examples = HOST_CASE._replace(batch=count * HOST_CASE.batch)
+        found += [
+            ("capsules, strong", Program(HOST, 1, count, whole, 0)),
+            ("capsules, weak", Program(HOST, 1, count, more_capsules, 0)),
+            ("examples, strong", Program(HOST, count, 1, whole, 0)),
+            ("examples, weak", Program(HOST, count, 1, more_examples, 0)),
+        ]
+    return found
+
+
+def describe(kind: str, program: Program, found: dict[str, Any]) -> dict[str, Any]:
+    """One row."""
+    return {
+        "kind": kind,
+        **dataclasses.asdict(program),
+        "sizes": program.case._asdict(),
+        "votes_mb": scaling.votes_mb(program.case),
+        **found,
+        "memory_mb": found["argument_mb"] + found["result_mb"] + found["temporary_mb"],
+        "jax": jax.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+_COLUMNS = {"I": 9, "B": 6, "memory MB": 11, "temp MB": 9, "sent MB": 9, "all votes MB": 14}
+
+
+def heading() -> str:
+    """The head of the table."""
+    cells = "".join(f"{name:>{width}}" for name, width in _COLUMNS.items())
+    return f"{'target':8} {'':20}{'devices':>8}{cells}{'ms (min, max)':>24}"
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table; memory and what is sent are of one device."""
+    sizes = row["sizes"]
+    cells = (
+        sizes["capsules"],
+        sizes["batch"],
+        f"{row['memory_mb']:.1f}",
+        f"{row['temporary_mb']:.2f}",
+        f"{sum(row['sent_mb'].values()):.3f}",
+        f"{row['votes_mb']:.0f}",
+    )
+    times = [1000 * value for value in row["seconds"]]
+    shown = f"{np.median(times):.1f} ({min(times):.1f}, {max(times):.1f})" if times else ""
+    return (
+        f"{row['target']:8} {row['kind']:20}{row['data'] * row['capsules']:8}"
+        + "".join(f"{cell:>{width}}" for cell, width in zip(cells, _COLUMNS.values(), strict=True))
+        + f"{shown:>24}"
+    )
+
+
+def _timed(program: Program, repeats: int) -> Program:
+    """The program with timed runs, if it runs here with a core a device."""
+    fits = program.data * program.capsules <= (os.cpu_count() or 1)
+    return dataclasses.replace(program, repeats=repeats if program.target == HOST and fits else 0)
+
+
+def _targets(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in (HOST, *DEVICES):
+            known = ", ".join([HOST, *DEVICES])
+            raise InputError(f"--target must name any of {known}, got {name!r}")
+        if name != HOST:
+            targets.check_installed(name)
+    return names
+
+
+if __name__ == "__main__":
+    cli.run(Config, main)

@@ -1,0 +1,157 @@
+"""Compiles, and on a CPU runs, one program over several devices, in a process of its own.
+
+How many devices a CPU pretends to be is read once a process.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import capsjax
+from capsjax.kernels.dynamic_routing.cases import Case
+from experiments import hlo, targets
+
+HOST = "cpu"
+MB = 1e6
+Placed = tuple[jax.ShapeDtypeStruct, PartitionSpec]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Routing with its gradients over a mesh."""
+
+    target: str  # `HOST` or one of `targets.TARGETS`
+    data: int  # devices that share the examples out
+    capsules: int  # devices that share the input capsules out
+    case: Case
+    repeats: int  # timed runs; 0: it is compiled only
+
+
+def measure(program: Program) -> dict[str, Any]:
+    """Compiles a program for its devices.
+
+    Returns:
+      Of one device, argument_mb, result_mb and temporary_mb; sent_mb, what it hands over to
+      others by the kind (`hlo.sent`); and seconds, the times of its runs.
+    """
+    request = json.dumps(dataclasses.asdict(program))
+    with tempfile.TemporaryDirectory() as folder:
+        if program.target == HOST:
+            count = program.data * program.capsules
+            flags = f"--xla_force_host_platform_device_count={count}"
+            environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+        else:
+            environment = targets.environment(program.target, pathlib.Path(folder))
+        done = subprocess.run(
+            [sys.executable, "-m", "experiments.scaling", request],
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd=pathlib.Path(__file__).parents[1],
+        )
+    if done.returncode:
+        raise RuntimeError(f"compiling {program} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def routing(case: Case) -> tuple[Callable[..., Any], tuple[Placed, ...]]:
+    """Routing with all its gradients over axes "data" and "capsules", and its arguments."""
+    examples, capsules, both = P("data"), P("capsules"), P("data", "capsules")
+
+    # Its mesh is that of the context.
+    @jax.shard_map(in_specs=(both, capsules), out_specs=examples)
+    def route(poses: Array, weights: Array) -> Array:
+        return capsjax.dynamic_routing(
+            poses, weights, num_iterations=case.num_iterations, axis_name="capsules"
+        )
+
+    def values_and_gradients(poses: Array, weights: Array, cotangent: Array) -> Any:
+        outputs, vjp = jax.vjp(route, poses, weights)
+        return outputs, vjp(cotangent)
+
+    placed = (
+        ((case.batch, case.capsules, case.length), both),
+        ((case.capsules, case.length, case.parents, case.depth), capsules),
+        ((case.batch, case.parents, case.depth), examples),
+    )
+    structs = tuple((jax.ShapeDtypeStruct(shape, case.dtype), spec) for shape, spec in placed)
+    return values_and_gradients, structs
+
+
+def _measure_here(program: Program) -> dict[str, Any]:
+    """Does what `measure` says, in a process with the target's environment."""
+    function, placed = routing(program.case)
+    compiled: Any
+    axes = {"data": program.data, "capsules": program.capsules}
+    if program.target == HOST:
+        kinds = (AxisType.Auto,) * len(axes)
+        mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds)
+        shardings = [NamedSharding(mesh, spec) for _, spec in placed]
+        with jax.set_mesh(mesh):
+            shapes = [
+                jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+                for (x, _), sharding in zip(placed, shardings, strict=True)
+            ]
+            compiled = jax.jit(function).lower(*shapes).compile()
+    else:
+        compiled = targets.compile_over(program.target, axes, function, *placed)
+        shardings = []
+    memory = compiled.memory_analysis()
+    found = {
+        "argument_mb": memory.argument_size_in_bytes / MB,
+        "result_mb": memory.output_size_in_bytes / MB,
+        "temporary_mb": memory.temp_size_in_bytes / MB,
+        "sent_mb": {kind: size / MB for kind, size in hlo.sent(compiled.as_text()).items()},
+        "seconds": [],
+    }
+    if program.repeats:
+        found["seconds"] = _times(compiled, placed, shardings, program.repeats)
+    return found
+
+
+def _times(
+    compiled: Any, placed: tuple[Placed, ...], shardings: list[NamedSharding], repeats: int
+) -> list[float]:
+    """Seconds of each run, after one that warms up."""
+    rng = np.random.default_rng(0)
+    arrays = [
+        # Weights of deviation 0.1: votes of a length that routing is meant for.
+        jax.device_put(jnp.asarray(0.1 * rng.standard_normal(x.shape), x.dtype), sharding)
+        for (x, _), sharding in zip(placed, shardings, strict=True)
+    ]
+    times = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        jax.block_until_ready(compiled(*arrays))
+        times.append(time.perf_counter() - started)
+    return times[1:]
+
+
+def votes_mb(case: Case) -> float:
+    """The votes, which nobody stores or sends."""
+    sizes = case.batch, case.capsules, case.parents, case.depth
+    return math.prod(sizes) * jnp.dtype(case.dtype).itemsize / MB
+
+
+def main(request: str) -> None:
+    """Prints the measurements of the program that a JSON text asks for, as a line of JSON."""
+    fields = json.loads(request)
+    print(json.dumps(_measure_here(Program(**{**fields, "case": Case(*fields["case"])}))))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
