@@ -131,7 +131,12 @@ def environment(name: str, dumps: pathlib.Path) -> dict[str, str]:
     common = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
     if TARGETS[name].gpu:
         # From jax 0.11 on, PTX is dumped for the emitters that are asked for.
-        return {**common, "XLA_FLAGS": f"--xla_dump_to={dumps} --xla_dump_emitter_re=.*"}
+        return {
+            **common,
+            "XLA_FLAGS": f"--xla_dump_to={dumps} --xla_dump_emitter_re=.*",
+            # Else Triton looks the names of its stack up, which no one reads, for most of the time.
+            "LLVM_DISABLE_SYMBOLIZATION": "1",
+        }
     flags = {
         "xla_jf_dump_to": dumps,
         "xla_jf_dump_llo_text": "true",
