@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
@@ -135,6 +135,8 @@ class Capsules(nnx.Module):
       gradient: `"full"` or `"last"`, as in `dynamic_routing`.
       bias: What the bias starts at; None for no bias, as in the paper.
       implementation: As in `dynamic_routing`.
+      axis_name: Inside `jax.shard_map`, the axis over which examples are split, and the weights by
+        their input capsules: each device routes its capsules for the examples of all along it.
       dtype: Of the computation; parameters stay float32.
       rngs: For the weights (truncated normal of deviation 0.1).
 
@@ -156,6 +158,7 @@ class Capsules(nnx.Module):
         bias: float | None = None,
         weights_init: Initializer = votes_init,
         implementation: str | None = None,
+        axis_name: str | None = None,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
@@ -165,10 +168,20 @@ class Capsules(nnx.Module):
         self.num_iterations = num_iterations
         self.gradient = gradient
         self.implementation = implementation
+        self.axis_name = axis_name
         self.dtype = dtype
 
     def __call__(self, poses: Array) -> Array:
-        """Maps poses `[..., I, P]` to poses `[..., J, D]`."""
+        """Maps poses `[..., I, P]` to poses `[..., J, D]`; with an axis, `[B, I, P]` only."""
+        if self.axis_name is None:
+            return self._route(poses)
+        axis = self.axis_name
+        own_capsules = lax.all_to_all(poses, axis, split_axis=1, concat_axis=0, tiled=True)
+        outputs = self._route(own_capsules)
+        first = len(poses) * lax.axis_index(axis)
+        return lax.dynamic_slice_in_dim(outputs, first, len(poses))
+
+    def _route(self, poses: Array) -> Array:
         return dynamic_routing(
             poses.astype(self.dtype),
             self.weights[...].astype(self.dtype),
@@ -176,6 +189,7 @@ class Capsules(nnx.Module):
             bias=None if self.bias is None else self.bias[...],
             gradient=self.gradient,
             implementation=self.implementation,
+            axis_name=self.axis_name,
         )
 
     def couplings(self, poses: Array) -> Array:

@@ -14,6 +14,7 @@ from capsjax import nn
 from capsjax.models import CapsNet
 from experiments.cli import flag
 from experiments.errors import InputError
+from experiments.transforms import AxisName, draw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,12 +110,17 @@ class Cnn(nnx.Module):
             x = jax.nn.relu(layer(x))
         return x
 
-    def __call__(self, images: Array, *, dropout_key: Array | None = None) -> Array:
+    def __call__(
+        self, images: Array, *, dropout_key: Array | None = None, axis_name: AxisName = None
+    ) -> Array:
         """Maps images `[B, H, W, C]` to logits `[B, K]`; a key of None drops nothing."""
         x = self.features(images)
         if dropout_key is not None:
-            kept = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
-            x = jnp.where(kept, x / (1 - self.dropout), 0)
+            share = 1 - self.dropout
+            kept = draw(
+                lambda shape: jax.random.bernoulli(dropout_key, share, shape), x.shape, axis_name
+            )
+            x = jnp.where(kept, x / share, 0)
         return self.layers[-1](x)
 
 

@@ -10,17 +10,27 @@ import optax
 from jax import Array
 
 import capsjax
-from experiments.transforms import placed, shifted
+from experiments.transforms import AxisName, placed, shifted
 
 
 class Objective(Protocol):
-    """What the trainer asks of an objective; B examples, K classes, images in 0 … 1."""
+    """What the trainer asks of an objective; B examples, K classes, images in 0 … 1.
 
-    def augment(self, images: Array, key: Array) -> Array:
+    `axis_name` names the axes of a mesh over which the batch is split, None if it is not: what is
+    drawn at random for an example does not depend on it.
+    """
+
+    def augment(self, images: Array, key: Array, *, axis_name: AxisName = None) -> Array:
         """The training images `[B, H, W, C]`, moved at random."""
 
     def loss(
-        self, model: Any, images: Array, labels: Array, key: Array | None
+        self,
+        model: Any,
+        images: Array,
+        labels: Array,
+        key: Array | None,
+        *,
+        axis_name: AxisName = None,
     ) -> tuple[Array, Array]:
         """The loss of each example `[B]`, and the scores of its classes `[B, K]`.
 
@@ -46,10 +56,12 @@ class Classification:
     shift: int  # pixels
     canvas: int  # pixels a side; 0: the image's own size
 
-    def augment(self, images: Array, key: Array) -> Array:
+    def augment(self, images: Array, key: Array, *, axis_name: AxisName = None) -> Array:
         """Shifts by up to `shift` pixels, then places at random on the canvas."""
-        moved = shifted(images, key, self.shift)
-        return placed(moved, jax.random.fold_in(key, 1), self.canvas) if self.canvas else moved
+        moved = shifted(images, key, self.shift, axis_name=axis_name)
+        if not self.canvas:
+            return moved
+        return placed(moved, jax.random.fold_in(key, 1), self.canvas, axis_name=axis_name)
 
     def errors(self, scores: Array, labels: Array) -> Array:
         """Whether the highest score is another class's."""
@@ -67,12 +79,19 @@ class CapsuleClassification(Classification):
     reconstruction_weight: float
 
     def loss(
-        self, model: Any, images: Array, labels: Array, key: Array | None
+        self,
+        model: Any,
+        images: Array,
+        labels: Array,
+        key: Array | None,
+        *,
+        axis_name: AxisName = None,
     ) -> tuple[Array, Array]:
         """The decoder draws the true class in training, and that of the longest capsule in a test.
 
         So it learns before the classes do.
         """
+        del axis_name
         capsules = model(images)
         lengths = capsjax.lengths(capsules).astype(jnp.float32)
         loss = capsjax.margin_loss(lengths, jax.nn.one_hot(labels, self.num_classes))
@@ -92,16 +111,22 @@ class SoftmaxClassification(Classification):
     """Cross-entropy of the logits of an ordinary network, with dropout in training."""
 
     def loss(
-        self, model: Any, images: Array, labels: Array, key: Array | None
+        self,
+        model: Any,
+        images: Array,
+        labels: Array,
+        key: Array | None,
+        *,
+        axis_name: AxisName = None,
     ) -> tuple[Array, Array]:
         """Drops units in training."""
-        logits = _logits(model, images, key)
+        logits = _logits(model, images, key, axis_name)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return loss, jax.nn.softmax(logits)
 
     def scores(self, model: Any, images: Array) -> Array:
         """The classes' probabilities."""
-        return jax.nn.softmax(_logits(model, images, None))
+        return jax.nn.softmax(_logits(model, images, None, None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,9 +139,9 @@ class Overlaid:
 
     num_classes: int
 
-    def augment(self, images: Array, key: Array) -> Array:
+    def augment(self, images: Array, key: Array, *, axis_name: AxisName = None) -> Array:
         """Nothing: the digits were shifted when they were laid over each other."""
-        del key
+        del key, axis_name
         return images
 
     def errors(self, scores: Array, labels: Array) -> Array:
@@ -155,13 +180,19 @@ class OverlaidCapsules(Overlaid):
     reconstruction_weight: float
 
     def loss(
-        self, model: Any, images: Array, labels: Array, key: Array | None
+        self,
+        model: Any,
+        images: Array,
+        labels: Array,
+        key: Array | None,
+        *,
+        axis_name: AxisName = None,
     ) -> tuple[Array, Array]:
         """Each digit is drawn from its true class's capsule, in a test too.
 
         In a test the drawings count in the loss alone, which no prediction depends on.
         """
-        del key
+        del key, axis_name
         capsules = model(overlay(images))
         lengths = capsjax.lengths(capsules).astype(jnp.float32)
         loss = capsjax.margin_loss(lengths, self._targets(labels))
@@ -182,19 +213,25 @@ class OverlaidSigmoids(Overlaid):
     """Cross-entropy of each class by itself, for the logits of an ordinary network."""
 
     def loss(
-        self, model: Any, images: Array, labels: Array, key: Array | None
+        self,
+        model: Any,
+        images: Array,
+        labels: Array,
+        key: Array | None,
+        *,
+        axis_name: AxisName = None,
     ) -> tuple[Array, Array]:
         """Drops units in training."""
-        logits = _logits(model, overlay(images), key)
+        logits = _logits(model, overlay(images), key, axis_name)
         loss = optax.sigmoid_binary_cross_entropy(logits, self._targets(labels)).sum(1)
         return loss, jax.nn.sigmoid(logits)
 
     def scores(self, model: Any, images: Array) -> Array:
         """The classes' probabilities, each by itself."""
-        return jax.nn.sigmoid(_logits(model, overlay(images), None))
+        return jax.nn.sigmoid(_logits(model, overlay(images), None, None))
 
 
-def _logits(model: Any, images: Array, key: Array | None) -> Array:
+def _logits(model: Any, images: Array, key: Array | None, axis_name: AxisName) -> Array:
     """What an ordinary network says, in float32; units are dropped if there is a key."""
     dropout_key = None if key is None else jax.random.fold_in(key, 2)
-    return model(images, dropout_key=dropout_key).astype(jnp.float32)
+    return model(images, dropout_key=dropout_key, axis_name=axis_name).astype(jnp.float32)

@@ -4,9 +4,10 @@ import dataclasses
 import signal
 from collections.abc import Callable
 
+import jax
 from absl import logging
 
-from experiments import data, records, signals, training
+from experiments import data, parallel, records, signals, training
 from experiments.checkpoints import Checkpoints
 from experiments.cli import flag
 from experiments.display import Display
@@ -14,7 +15,7 @@ from experiments.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(parallel.Settings):
     """Settings of every training program; its own Config adds what is to be trained."""
 
     dataset: str = flag("mnist", "mnist_small, mnist, fashion_mnist or tfds:<name>.")
@@ -73,6 +74,8 @@ def train(
     Raises:
       InputError: The workdir holds another run or cannot be written, or the loss is not finite.
     """
+    one_device = trainer
+    trainer = parallel.spread(trainer, settings, batch_size=settings.batch_size)
     workdir = records.open_workdir(settings.workdir, config=settings, data_sha256=data_sha256)
     last_step = num_steps(settings, train_examples)
     if settings.max_steps:
@@ -82,8 +85,10 @@ def train(
         Checkpoints(workdir) as checkpoints,
         signals.stop_requests() as stopped,
     ):
-        start = trainer.initial_state(settings.seed)
-        step, state = first_step, start = checkpoints.restore(start) or (0, start)
+        start = one_device.initial_state(settings.seed)
+        step, start = checkpoints.restore(start) or (0, start)
+        start = trainer.placed(start)
+        first_step, state = step, start
         if step:
             logging.info("going on from step %d of %d in %s", step, last_step, workdir)
         with (
@@ -107,11 +112,12 @@ def train(
                 display.update(step, row)
                 if step % settings.checkpoint_every_steps == 0:
                     training.check_finite(state.window)
-                    checkpoints.save(step, state)
+                    checkpoints.save(step, trainer.whole(state))
         training.check_finite(state.window)
-        checkpoints.save(step, state)
+        checkpoints.save(step, trainer.whole(state))
+        params = jax.device_put(trainer.whole(state.params), jax.local_devices()[0])
         if stopped():
             name = signal.Signals(stopped()).name
             logging.info("%s: saved at step %d; the same --workdir goes on from there", name, step)
-            return 128 + stopped(), state.params
-    return 0, state.params
+            return 128 + stopped(), params
+    return 0, params

@@ -76,6 +76,7 @@ class Trainer:
         self._start = nnx.to_pure_dict(state)
         self.objective = objective
         self.optimizer = optimizer
+        self.axes: tuple[str, ...] | None = None  # of a mesh, over which a batch is split
         self.step = jax.jit(self._step, donate_argnums=0)
         self._evaluate_batch = jax.jit(self._evaluate)
         self._score_batch = jax.jit(lambda params, x: objective.scores(self.model(params), x))
@@ -89,9 +90,25 @@ class Trainer:
             key=jax.random.key_data(jax.random.key(seed)),
             window=empty_window(),
         )
-        return jax.device_put(state, jax.devices()[0])
+        return jax.device_put(state, jax.local_devices()[0])
 
-    def compile_step(self, state: State, images: np.ndarray, labels: np.ndarray) -> None:
+    def empty_window(self) -> Window:
+        """No steps yet, where the state is."""
+        return empty_window()
+
+    def batch(self, examples: data.Examples, indices: np.ndarray) -> tuple[Any, Any]:
+        """The images and labels of these examples, as a step takes them."""
+        return examples.take(indices)
+
+    def whole(self, tree: Any) -> Any:
+        """A part of the state on one device, as the functions of one device take it."""
+        return tree
+
+    def placed(self, state: State) -> State:
+        """A state that lies on one device, as a step takes it."""
+        return state
+
+    def compile_step(self, state: State, images: Any, labels: Any) -> None:
         """Compiles the step before it runs, and gives the memory that this took back."""
         self.step.lower(state, images, labels).compile()
         if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
@@ -108,8 +125,8 @@ class Trainer:
             indices = np.arange(start, min(start + batch_size, examples.size))
             # One compiled size: the last batch is filled up, and what was added is cut off.
             kept = len(indices)
-            missing = batch_size - kept if start else 0
-            images, labels = examples.take(np.append(indices, np.full(missing, start)))
+            missing = batch_size - kept if start or self.axes else 0
+            images, labels = self.batch(examples, np.append(indices, np.full(missing, start)))
             batch_losses, batch_scores = self._evaluate_batch(params, images, labels)
             losses.append(np.asarray(batch_losses)[:kept])
             scores.append(np.asarray(batch_scores)[:kept])
@@ -123,17 +140,18 @@ class Trainer:
 
     def _step(self, state: State, images: Array, labels: Array) -> State:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        images = self.objective.augment(scaled(images), key)
+        images = self.objective.augment(scaled(images), key, axis_name=self.axes)
 
         def mean_loss(params: Params) -> tuple[Array, Array]:
             model = self.model(params)
-            losses, scores = self.objective.loss(model, images, labels, key)
+            losses, scores = self.objective.loss(model, images, labels, key, axis_name=self.axes)
             return losses.mean(), scores
 
         (loss, scores), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
-        updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
         errors = jnp.mean(self.objective.errors(scores, labels).astype(jnp.float32))
-        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
+        loss, errors, gradients = self._averaged(loss, errors, gradients)
+        updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
+        finite = jnp.isfinite(loss) & jnp.isfinite(self._norm(gradients))
         seen = state.window
         return State(
             params=optax.apply_updates(state.params, updates),
@@ -147,6 +165,15 @@ class Trainer:
                 bad_step=jnp.where(finite | (seen.bad_step >= 0), seen.bad_step, state.step + 1),
             ),
         )
+
+    def _averaged(
+        self, loss: Array, errors: Array, gradients: Params
+    ) -> tuple[Array, Array, Params]:
+        """The means over all devices of what is each device's mean over its examples."""
+        return loss, errors, gradients
+
+    def _norm(self, gradients: Params) -> Array:
+        return optax.tree.norm(gradients)
 
     def _evaluate(self, params: Params, images: Array, labels: Array) -> tuple[Array, Array]:
         return self.objective.loss(self.model(params), scaled(images), labels, None)
@@ -165,7 +192,7 @@ def empty_window() -> Window:
         jnp.array(0, integer), jnp.array(0, real), jnp.array(0, real), jnp.array(-1, integer)
     )
     # On its device for good, as what a checkpoint restores: else a resumed step is compiled twice.
-    return jax.device_put(window, jax.devices()[0])
+    return jax.device_put(window, jax.local_devices()[0])
 
 
 def adam(
@@ -201,7 +228,8 @@ def train(
       log_every_steps: Steps from one row of metrics to the next.
       seed: Of the order of the examples.
       stopped: Asked after every step; the loop ends when it says so.
-      extra_metrics: What else an epoch's last row tells of the parameters; it changes nothing.
+      extra_metrics: What else an epoch's last row tells of the parameters, which it gets on one
+        device; it changes nothing.
 
     Yields:
       The progress after each step; a row of metrics every `log_every_steps` steps, and at an
@@ -214,10 +242,10 @@ def train(
     step = int(state.step)
     order = data.batches(train_examples.size, batch_size=batch_size, seed=seed, first_step=step)
     if step < last_step:
-        trainer.compile_step(state, *train_examples.take(np.arange(batch_size)))
+        trainer.compile_step(state, *trainer.batch(train_examples, np.arange(batch_size)))
     started, started_at = time.perf_counter(), step
     while step < last_step and not stopped():
-        state = trainer.step(state, *train_examples.take(next(order)))
+        state = trainer.step(state, *trainer.batch(train_examples, next(order)))
         step += 1
         epoch_ends = step % epoch_steps == 0 or step == last_step
         if not (epoch_ends or step % log_every_steps == 0):
@@ -228,7 +256,7 @@ def train(
         row["images_per_second"] = (
             (step - started_at) * batch_size / (time.perf_counter() - started)
         )
-        state = state._replace(window=empty_window())
+        state = state._replace(window=trainer.empty_window())
         if epoch_ends:
             evaluation = trainer.evaluate(state.params, test_examples, batch_size=batch_size)
             if not math.isfinite(evaluation.loss):
@@ -236,7 +264,7 @@ def train(
             row["test_loss"] = evaluation.loss
             row |= trainer.objective.test_metrics(evaluation.scores, test_examples.labels)
             if extra_metrics is not None:
-                row |= extra_metrics(state.params)
+                row |= extra_metrics(trainer.whole(state.params))
         started, started_at = time.perf_counter(), step
         yield Progress(step, state, row)
 

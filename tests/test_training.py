@@ -314,6 +314,8 @@ def test_a_test_loss_that_is_not_finite_is_named(dataset):
     window = training.empty_window()._replace(steps=jnp.int32(1))
     bad = training.Evaluation(np.zeros((len(dataset.test.labels), 10)), float("nan"))
     stub = types.SimpleNamespace(
+        batch=lambda examples, indices: examples.take(indices),
+        empty_window=training.empty_window,
         step=lambda state, images, labels: state,
         compile_step=lambda state, images, labels: None,
         evaluate=lambda *_, batch_size: bad,
