@@ -40,8 +40,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, oldest first."""
-        found = {entry.parent.name for entry in self._folder.glob(f"*/{_RECORD}")}
-        return sorted(int(name) for name in found if name.isdecimal())
+        return saved_steps(self._workdir)
 
     def save(self, step: int, state: Any) -> None:
         """Writes the checkpoint of one step; it is on disk when this returns.
@@ -150,7 +149,7 @@ class Checkpoints:
                     f"{found.get(name, 'absent')} there, {wanted.get(name, 'absent')} here"
                 )
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
-        with ocp.StandardCheckpointer() as reader:
+        with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as reader:
             state = reader.restore(folder / "default", abstract)
         for name, leaf in _named(state):
             if _describe(leaf) != record["leaves"][name]:
@@ -169,13 +168,31 @@ class Checkpoints:
                 shutil.rmtree(target)
             (self._folder / str(step)).rename(target)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=3, cleanup_tmp_directories=True, enable_async_checkpointing=False
+            max_to_keep=3,
+            create=False,
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=False,
+            multiprocessing_options=_alone(),
         )
         return ocp.CheckpointManager(self._folder, options=options)
 
 
+def saved_steps(workdir: files.StrPath) -> list[int]:
+    """The steps of a run that have a checkpoint, oldest first."""
+    found = {entry.parent.name for entry in pathlib.Path(workdir).glob(f"checkpoints/*/{_RECORD}")}
+    return sorted(int(name) for name in found if name.isdecimal())
+
+
 class _DamagedError(Exception):
     """A checkpoint is not what was written."""
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """Of many processes one reads and writes; the others are not waited for."""
+    own = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix="checkpoints"
+    )
 
 
 def _named(tree: Any) -> list[tuple[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from absl import logging
 
-from experiments import cli, data, records, runs, train_mnist, trained
+from experiments import cli, data, processes, records, runs, train_mnist, trained
 from experiments.cli import flag
 from experiments.errors import InputError
 
@@ -49,6 +49,8 @@ def main(config: Config) -> int:
                 if status := train_mnist.main(run):
                     return status
             found.append(run)
+        if not processes.is_lead():
+            continue
         table.append(summary(name, found))
         records.write_json(pathlib.Path(config.workdir) / "results.json", table)
     for row in table:

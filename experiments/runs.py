@@ -1,21 +1,23 @@
 """A training run in its folder: settings that all programs share, and the way from start to end."""
 
+import contextlib
 import dataclasses
+import pathlib
 import signal
 from collections.abc import Callable
 
 import jax
 from absl import logging
 
-from experiments import data, parallel, records, signals, training
-from experiments.checkpoints import Checkpoints
+from experiments import data, parallel, processes, records, signals, training
+from experiments.checkpoints import Checkpoints, saved_steps
 from experiments.cli import flag
 from experiments.display import Display
 from experiments.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(parallel.Settings):
+class Settings(parallel.Settings, processes.Settings):
     """Settings of every training program; its own Config adds what is to be trained."""
 
     dataset: str = flag("mnist", "mnist_small, mnist, fashion_mnist or tfds:<name>.")
@@ -37,10 +39,23 @@ class Settings(parallel.Settings):
 
 
 def prepare(settings: Settings) -> data.Dataset:
-    """Turns the compilation cache on, if one is named, and loads the data set."""
+    """Joins the other processes, turns the compilation cache on, and loads the data set.
+
+    Raises:
+      InputError: There is no such data set, or another process has other settings or data.
+    """
+    spread = (settings.data_parallel, settings.capsule_parallel) != (1, 1)
+    processes.start(settings, may_be_cluster=spread)
     if settings.compilation_cache:
         training.keep_compiled(settings.compilation_cache)
-    return data.load(settings.dataset, data_dir=settings.data_dir, download=settings.download)
+    dataset = processes.together(
+        lambda: data.load(settings.dataset, data_dir=settings.data_dir, download=settings.download)
+    )
+    own = {field.name for field in dataclasses.fields(processes.Settings)}
+    facts = {name: value for name, value in dataclasses.asdict(settings).items() if name not in own}
+    del facts["data_dir"], facts["compilation_cache"]
+    processes.check_same({**facts, "data_sha256": dataset.sha256})
+    return dataset
 
 
 def num_steps(settings: Settings, examples: data.Examples) -> int:
@@ -76,48 +91,74 @@ def train(
     """
     one_device = trainer
     trainer = parallel.spread(trainer, settings, batch_size=settings.batch_size)
-    workdir = records.open_workdir(settings.workdir, config=settings, data_sha256=data_sha256)
+    workdir = pathlib.Path(settings.workdir)
     last_step = num_steps(settings, train_examples)
     if settings.max_steps:
         last_step = min(last_step, settings.max_steps)
-    with (
-        records.exclusive(workdir),
-        Checkpoints(workdir) as checkpoints,
-        signals.stop_requests() as stopped,
-    ):
+    with contextlib.ExitStack() as stack:
+        finish = stack.enter_context(processes.watched(lambda: _last_checkpoint(workdir)))
+
+        def opened() -> Checkpoints:
+            records.open_workdir(workdir, config=settings, data_sha256=data_sha256)
+            stack.enter_context(records.exclusive(workdir))
+            return stack.enter_context(Checkpoints(workdir))
+
+        def save(step: int, state: training.State) -> None:
+            training.check_finite(state.window)
+            whole = trainer.whole(state)
+            processes.together(
+                lambda: None if checkpoints is None else checkpoints.save(step, whole)
+            )
+
+        checkpoints = processes.on_lead(opened)
+        stopped = processes.agreed(stack.enter_context(signals.stop_requests()))
         start = one_device.initial_state(settings.seed)
-        step, start = checkpoints.restore(start) or (0, start)
-        start = trainer.placed(start)
-        first_step, state = step, start
-        if step:
+        restored = processes.on_lead(lambda: checkpoints and checkpoints.restore(start))
+        step, start = processes.from_lead(restored or (0, start))
+        step, state = int(step), trainer.placed(start)
+        first_step = step
+        if step and checkpoints:
             logging.info("going on from step %d of %d in %s", step, last_step, workdir)
-        with (
-            records.Metrics(workdir, step=first_step, tensorboard=settings.tensorboard) as metrics,
-            Display(first_step=first_step, last_step=last_step) as display,
-        ):
-            for step, state, row in training.train(
-                trainer,
-                start,
-                train_examples,
-                test_examples,
-                batch_size=settings.batch_size,
-                last_step=last_step,
-                log_every_steps=settings.log_every_steps,
-                seed=settings.seed,
-                stopped=stopped,
-                extra_metrics=extra_metrics,
-            ):
-                if row is not None:
-                    metrics.write(row)
+        metrics = processes.on_lead(
+            lambda: stack.enter_context(
+                records.Metrics(workdir, step=first_step, tensorboard=settings.tensorboard)
+            )
+        )
+        display = processes.on_lead(
+            lambda: stack.enter_context(Display(first_step=first_step, last_step=last_step))
+        )
+        progress = training.train(
+            trainer,
+            state,
+            train_examples,
+            test_examples,
+            batch_size=settings.batch_size,
+            last_step=last_step,
+            log_every_steps=settings.log_every_steps,
+            seed=settings.seed,
+            stopped=stopped,
+            extra_metrics=extra_metrics,
+        )
+        for step, state, row in progress:
+            if metrics and row is not None:
+                metrics.write(row)
+            if display:
                 display.update(step, row)
-                if step % settings.checkpoint_every_steps == 0:
-                    training.check_finite(state.window)
-                    checkpoints.save(step, trainer.whole(state))
-        training.check_finite(state.window)
-        checkpoints.save(step, trainer.whole(state))
+            if step % settings.checkpoint_every_steps == 0:
+                save(step, state)
+        save(step, state)
         params = jax.device_put(trainer.whole(state.params), jax.local_devices()[0])
-        if stopped():
-            name = signal.Signals(stopped()).name
+        number = stopped()
+        if number and checkpoints:
+            name = signal.Signals(number).name
             logging.info("%s: saved at step %d; the same --workdir goes on from there", name, step)
-            return 128 + stopped(), params
-    return 0, params
+        status = 128 + number if number else 0
+        finish(status)
+        return status, params
+
+
+def _last_checkpoint(workdir: pathlib.Path) -> str:
+    steps = saved_steps(workdir)
+    if not steps:
+        return f"there is no checkpoint yet in {workdir}"
+    return f"the last good checkpoint is that of step {steps[-1]} in {workdir}"

@@ -2,7 +2,17 @@
 
 import dataclasses
 
-from experiments import cli, data, diagnostics, inspection, networks, objectives, runs, training
+from experiments import (
+    cli,
+    data,
+    diagnostics,
+    inspection,
+    networks,
+    objectives,
+    processes,
+    runs,
+    training,
+)
 from experiments.cli import flag
 from experiments.errors import InputError
 
@@ -70,7 +80,7 @@ def main(config: Config) -> int:
             diagnostics.measurement(trainer, dataset.train) if config.diagnostics else None
         ),
     )
-    if not status:
+    if not status and processes.is_lead():
         inspection.report(trainer, params, test, config.workdir, batch_size=config.batch_size)
     return status
 

@@ -18,6 +18,7 @@ from experiments import (
     networks,
     objectives,
     overlap_figures,
+    processes,
     records,
     runs,
     training,
@@ -82,7 +83,7 @@ def main(config: Config) -> int:
     status, params = runs.train(
         config, trainer, train_pairs, test_pairs, data_sha256=dataset.sha256
     )
-    if status:
+    if status or not processes.is_lead():
         return status
     rows = records.read_metrics(config.workdir)
     last = rows[-1]
