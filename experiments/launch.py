@@ -18,6 +18,7 @@ from experiments import cli, signals
 from experiments.cli import flag
 from experiments.errors import InputError
 
+STOPS = (signal.SIGINT, signal.SIGTERM)
 GRACE_SECONDS = 20  # from the end of the first process to that of the others
 
 
@@ -44,8 +45,8 @@ def main(command: list[str], config: Config) -> int:
             bad = [status for status in statuses if status]
             if not bad:
                 return 0
-            # What cannot be used the next start cannot use either.
-            if stopped() or 2 in bad or all(status > 128 for status in bad):
+            # What cannot be used the next start cannot use either; and who stops it means all.
+            if stopped() or {2, *(128 + number for number in STOPS)} & set(bad):
                 break
     return next((status for status in bad if status == 2), bad[0])
 

@@ -140,19 +140,17 @@ def test_a_run_that_loses_a_process_ends_as_one_device_does_on_8_then_2_then_1(
     subprocess.run(command(flags, workdir=one), check=True, env=environment())
     eight = launch(
         command(flags, workdir=many, max_steps=20, data_parallel=4, capsule_parallel=-1),
-        processes=4,
+        processes=2,
         restarts=1,
-        devices=2,
+        devices=4,
     )
-    victim = eight.pids(4)[3]
+    victim = eight.pids(2)[1]
     eight.wait_for(r"step 10 ")
     os.kill(victim, signal.SIGKILL)
     assert eight.end() == 0, "".join(eight.lines)
-    assert any("going on from step 8 of 20" in line for line in eight.lines) or any(
-        "going on from step 12 of 20" in line for line in eight.lines
-    )
-    two = launch(command(flags, workdir=many, max_steps=30, data_parallel=2), processes=2)
-    assert two.end() == 0, "".join(two.lines)
+    assert re.search(r"going on from step (8|12) of 20", "".join(eight.lines))
+    two = command(flags, workdir=many, max_steps=30, data_parallel=2)
+    subprocess.run(two, check=True, env=environment(devices=2))
     subprocess.run(command(flags, workdir=many), check=True, env=environment())
     wanted, found = rows(one), rows(many)
     assert found.keys() == wanted.keys() | {20, 30}

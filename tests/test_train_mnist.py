@@ -19,17 +19,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 import capsjax
-from experiments import (
-    data,
-    figures,
-    idx,
-    inspection,
-    parallel,
-    records,
-    runs,
-    train_mnist,
-    training,
-)
+from experiments import data, figures, idx, inspection, records, runs, train_mnist, training
 from experiments.checkpoints import Checkpoints
 from experiments.display import Display
 from experiments.errors import InputError
@@ -289,7 +279,8 @@ EFFECTS = {
 
 def test_no_field_is_left_out():
     fields = {field.name for field in dataclasses.fields(train_mnist.Config)}
-    assert EFFECTS.keys() == fields - {*parallel.Settings.__annotations__}  # see test_devices
+    devices = {field.name for base in runs.Settings.__bases__ for field in dataclasses.fields(base)}
+    assert EFFECTS.keys() == fields - devices  # for which see test_devices and test_processes
 
 
 @pytest.fixture(scope="module")
