@@ -1,4 +1,4 @@
-"""Shows how routing scales over devices: memory and communication of each, and time on a CPU.
+"""Shows how routing and training scale over devices: memory, communication, time on a CPU.
 
 A CPU pretends to be several devices, and is timed where each has a core of its own. For a TPU or
 GPU the programs are compiled by its own compiler, which needs no device.
@@ -22,6 +22,8 @@ from experiments.scaling import HOST, Program
 # The network of the paper at a quarter of its batch: 1 to 8 times of it run on two cores.
 HOST_CASE = CASES["capsnet_mnist"]._replace(batch=32)
 HOST_DEVICES = 1, 2, 4, 8
+# The quickstart's network: 6 x 6 positions of 8 types.
+TRAINED = HOST_CASE._replace(batch=64, capsules=288)
 # What a device does not get done alone: the largest case, and a million input capsules.
 LARGE = {"long": CASES["long"], "million": compile_report.scaling_cases()[2**20]}
 DEVICES = {"tpu_v5e": (1, 4, 8, 16), "h100": (1, 2, 4, 8)}
@@ -67,11 +69,12 @@ def programs(target: str) -> list[tuple[str, Program]]:
     """What to compile for a target, each with its name.
 
     Strong scaling shares one problem out; in weak scaling it grows with the devices. Either is
-    over input capsules or over examples.
+    over input capsules or over examples. Training always shares its examples out; split, it is by
+    input capsules too.
     """
     if target != HOST:
         return [
-            (f"{name}, strong", Program(target, 1, count, case, 0))
+            (f"{name}, strong", Program("routing", target, 1, count, case, 0))
             for name, case in LARGE.items()
             for count in DEVICES[target]
         ]
@@ -80,11 +83,15 @@ def programs(target: str) -> list[tuple[str, Program]]:
     for count in HOST_DEVICES:
         more_capsules = HOST_CASE._replace(capsules=count * HOST_CASE.capsules)
         more_examples = HOST_CASE._replace(batch=count * HOST_CASE.batch)
+        more_trained = TRAINED._replace(batch=count * TRAINED.batch // 2)
         found += [
-            ("capsules, strong", Program(HOST, 1, count, whole, 0)),
-            ("capsules, weak", Program(HOST, 1, count, more_capsules, 0)),
-            ("examples, strong", Program(HOST, count, 1, whole, 0)),
-            ("examples, weak", Program(HOST, count, 1, more_examples, 0)),
+            ("capsules, strong", Program("routing", HOST, 1, count, whole, 0)),
+            ("capsules, weak", Program("routing", HOST, 1, count, more_capsules, 0)),
+            ("examples, strong", Program("routing", HOST, count, 1, whole, 0)),
+            ("examples, weak", Program("routing", HOST, count, 1, more_examples, 0)),
+            ("training, strong", Program("training", HOST, count, 1, TRAINED, 0)),
+            ("training, weak", Program("training", HOST, count, 1, more_trained, 0)),
+            ("split training", Program("training", HOST, 1, count, TRAINED, 0)),
         ]
     return found
 

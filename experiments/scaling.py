@@ -23,7 +23,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import capsjax
 from capsjax.kernels.dynamic_routing.cases import Case
-from experiments import hlo, targets
+from experiments import data, hlo, parallel, targets, train_mnist
 
 HOST = "cpu"
 MB = 1e6
@@ -32,11 +32,12 @@ Placed = tuple[jax.ShapeDtypeStruct, PartitionSpec]
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Routing with its gradients over a mesh."""
+    """Routing with its gradients, or a training step, over a mesh."""
 
+    work: str  # "routing", or "training" of a small network that routes `case`, on a CPU
     target: str  # `HOST` or one of `targets.TARGETS`
-    data: int  # devices that share the examples out
-    capsules: int  # devices that share the input capsules out
+    data: int  # devices along the axis "data"
+    capsules: int  # devices along the axis "capsules"
     case: Case
     repeats: int  # timed runs; 0: it is compiled only
 
@@ -45,8 +46,9 @@ def measure(program: Program) -> dict[str, Any]:
     """Compiles a program for its devices.
 
     Returns:
-      Of one device, argument_mb, result_mb and temporary_mb; sent_mb, what it hands over to
-      others by the kind (`hlo.sent`); and seconds, the times of its runs.
+      Of one device, argument_mb, result_mb (beside the arguments' memory) and temporary_mb;
+      sent_mb, what it hands over to others by the kind (`hlo.sent`); and seconds, the times of
+      its runs.
     """
     request = json.dumps(dataclasses.asdict(program))
     with tempfile.TemporaryDirectory() as folder:
@@ -94,49 +96,75 @@ def routing(case: Case) -> tuple[Callable[..., Any], tuple[Placed, ...]]:
 
 def _measure_here(program: Program) -> dict[str, Any]:
     """Does what `measure` says, in a process with the target's environment."""
-    function, placed = routing(program.case)
     compiled: Any
-    axes = {"data": program.data, "capsules": program.capsules}
-    if program.target == HOST:
-        kinds = (AxisType.Auto,) * len(axes)
-        mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds)
-        shardings = [NamedSharding(mesh, spec) for _, spec in placed]
-        with jax.set_mesh(mesh):
-            shapes = [
-                jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-                for (x, _), sharding in zip(placed, shardings, strict=True)
-            ]
-            compiled = jax.jit(function).lower(*shapes).compile()
+    if program.work == "training":
+        compiled, run = _training(program)
+    elif program.target == HOST:
+        compiled, run = _host_routing(program)
     else:
+        function, placed = routing(program.case)
+        axes = {"data": program.data, "capsules": program.capsules}
         compiled = targets.compile_over(program.target, axes, function, *placed)
-        shardings = []
     memory = compiled.memory_analysis()
-    found = {
+    return {
         "argument_mb": memory.argument_size_in_bytes / MB,
-        "result_mb": memory.output_size_in_bytes / MB,
+        "result_mb": (memory.output_size_in_bytes - memory.alias_size_in_bytes) / MB,
         "temporary_mb": memory.temp_size_in_bytes / MB,
         "sent_mb": {kind: size / MB for kind, size in hlo.sent(compiled.as_text()).items()},
-        "seconds": [],
+        "seconds": _times(run, program.repeats) if program.repeats else [],
     }
-    if program.repeats:
-        found["seconds"] = _times(compiled, placed, shardings, program.repeats)
-    return found
 
 
-def _times(
-    compiled: Any, placed: tuple[Placed, ...], shardings: list[NamedSharding], repeats: int
-) -> list[float]:
-    """Seconds of each run, after one that warms up."""
+def _host_routing(program: Program) -> tuple[Any, Callable[[], Any]]:
+    """The compiled program, and a function that runs it."""
+    function, placed = routing(program.case)
+    mesh = jax.make_mesh(
+        (program.data, program.capsules), ("data", "capsules"), axis_types=(AxisType.Auto,) * 2
+    )
     rng = np.random.default_rng(0)
     arrays = [
         # Weights of deviation 0.1: votes of a length that routing is meant for.
-        jax.device_put(jnp.asarray(0.1 * rng.standard_normal(x.shape), x.dtype), sharding)
-        for (x, _), sharding in zip(placed, shardings, strict=True)
+        jax.device_put(
+            jnp.asarray(0.1 * rng.standard_normal(x.shape), x.dtype), NamedSharding(mesh, spec)
+        )
+        for x, spec in placed
     ]
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(function).lower(*arrays).compile()
+    return compiled, lambda: compiled(*arrays)
+
+
+def _training(program: Program) -> tuple[Any, Callable[[], Any]]:
+    """A step of the quickstart's network, compiled, and a function that takes the next step."""
+    config = train_mnist.Config(
+        dataset="mnist_small",
+        conv_channels=64,
+        primary_types=program.case.capsules // 36,  # 6 x 6 positions
+        batch_size=program.case.batch,
+        data_parallel=program.data,
+        capsule_parallel=program.capsules,
+    )
+    dataset = data.load(config.dataset)
+    trainer = train_mnist.build(config, dataset)
+    trainer = parallel.spread(trainer, config, batch_size=config.batch_size)
+    state = trainer.initial_state(0)
+    batch = trainer.batch(dataset.train, np.arange(config.batch_size))
+    compiled = trainer.step.lower(state, *batch).compile()
+
+    def run() -> Any:
+        nonlocal state
+        state = compiled(state, *batch)
+        return state
+
+    return compiled, run
+
+
+def _times(run: Callable[[], Any], repeats: int) -> list[float]:
+    """Seconds of each run, after one that warms up."""
     times = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
-        jax.block_until_ready(compiled(*arrays))
+        jax.block_until_ready(run())
         times.append(time.perf_counter() - started)
     return times[1:]
 

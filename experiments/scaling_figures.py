@@ -6,10 +6,22 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from experiments.figure_style import BLUE, GREEN, ORANGE, RED, STYLE, settle_ticks
+from experiments.figure_style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    RED,
+    STYLE,
+    settle_ticks,
+)
 
 # The first is the thickest, so that lines that coincide are seen.
-_LINES = (BLUE, 3.2), (RED, 2.4), (GREEN, 1.6), (ORANGE, 0.8)
+_LINES = (
+    *((BLUE, 3.2), (RED, 2.4), (GREEN, 1.6), (ORANGE, 0.8)),
+    *((PINK, 2.4), (GREY, 1.6), ("black", 0.8)),
+)
 _PANELS = {
     "Memory of one device (MB)": lambda row: row["memory_mb"],
     "Handed over by one device (MB)": lambda row: sum(row["sent_mb"].values()),

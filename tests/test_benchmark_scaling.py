@@ -63,27 +63,42 @@ def test_what_is_sent_counts_loops_and_branches_and_no_device_alone():
 
 
 @pytest.fixture
-def small(monkeypatch):
+def rows(tmp_path, monkeypatch, capsys):
+    """What a run with small problems on two devices writes, by the kind."""
     monkeypatch.setattr(benchmark_scaling, "HOST_CASE", SMALL)
     monkeypatch.setattr(benchmark_scaling, "HOST_DEVICES", (2,))
-
-
-def test_devices_send_sums_of_votes_or_gradients_of_weights(small, tmp_path, monkeypatch, capsys):
+    trained = benchmark_scaling.TRAINED._replace(batch=8, capsules=36)
+    monkeypatch.setattr(benchmark_scaling, "TRAINED", trained)
+    every = benchmark_scaling.programs
+    unlike = {"training, strong", "training, weak"}  # a compilation each, and nothing new
+    monkeypatch.setattr(
+        benchmark_scaling,
+        "programs",
+        lambda target: [(kind, program) for kind, program in every(target) if kind not in unlike],
+    )
     files = {"output": tmp_path / "rows.jsonl", "figure": tmp_path / "scaling.png"}
     flags = {"target": "cpu", "repeats": 1, **files}
     status, printed, _ = in_process.run(benchmark_scaling, flags, monkeypatch, capsys)
     assert status == 0
     assert files["figure"].read_bytes().startswith(b"\x89PNG")
-    rows = [json.loads(line) for line in files["output"].read_text().splitlines()]
-    assert len(rows) == len(printed.splitlines()) - 1 == 4
-    for row in rows:
-        sizes = row["sizes"]
+    found = [json.loads(line) for line in files["output"].read_text().splitlines()]
+    assert len(found) == len(printed.splitlines()) - 1
+    return {row["kind"]: row for row in found}
+
+
+def test_devices_send_sums_of_votes_or_gradients_and_no_votes(rows):
+    for kind in ("capsules, strong", "capsules, weak", "examples, strong", "examples, weak"):
+        row, sizes = rows[kind], rows[kind]["sizes"]
         weights = 4 * math.prod(sizes[k] for k in ("capsules", "length", "parents", "depth"))
         # Three sums of votes forward, two backward; or the gradient that examples share.
-        wanted = 5 * sizes["batch"] * STATE if "capsules" in row["kind"] else weights
-        assert sum(row["sent_mb"].values()) == pytest.approx(wanted / 1e6)
-        assert set(row["sent_mb"]) <= {"all-reduce"}
+        wanted = 5 * sizes["batch"] * STATE if "capsules" in kind else weights
+        assert row["sent_mb"] == {"all-reduce": pytest.approx(wanted / 1e6)}
         assert row["memory_mb"] > row["argument_mb"] > 0
+    training = rows["split training"]
+    poses = 4 * 8 * 36 * 8  # of the batch, to the devices of their capsules and back
+    assert training["sent_mb"]["all-to-all"] == pytest.approx(2 * poses / 2 / 1e6)
+    # Of the parameters and Adam's two moments, the gradients are summed.
+    assert training["sent_mb"]["all-reduce"] == pytest.approx(training["argument_mb"] / 3, rel=0.1)
 
 
 @pytest.mark.parametrize(
