@@ -50,11 +50,11 @@ def main(config: Config) -> int:
     rows: list[dict[str, Any]] = []
     print(heading())
     # Runs that are timed have the machine for themselves.
-    for is_timed in (True, False):
-        chosen = [(k, p) for k, p in asked if (p.target == HOST) == is_timed]
-        chosen = [(k, _timed(p, config.repeats)) for k, p in chosen]
-        with concurrent.futures.ThreadPoolExecutor(1 if is_timed else config.jobs) as pool:
-            measured = pool.map(scaling.measure, [program for _, program in chosen])
+    for is_host in (True, False):
+        chosen = [(k, p) for k, p in asked if (p.target == HOST) == is_host]
+        repeats = [config.repeats if _is_timed(program) else 0 for _, program in chosen]
+        with concurrent.futures.ThreadPoolExecutor(1 if is_host else config.jobs) as pool:
+            measured = pool.map(scaling.measure, [program for _, program in chosen], repeats)
             for (kind, program), found in zip(chosen, measured, strict=True):
                 rows.append(describe(kind, program, found))
                 print(line(rows[-1]), flush=True)
@@ -74,7 +74,7 @@ def programs(target: str) -> list[tuple[str, Program]]:
     """
     if target != HOST:
         return [
-            (f"{name}, strong", Program("routing", target, 1, count, case, 0))
+            (f"{name}, strong", Program("routing", target, 1, count, case))
             for name, case in LARGE.items()
             for count in DEVICES[target]
         ]
@@ -85,13 +85,13 @@ def programs(target: str) -> list[tuple[str, Program]]:
         more_examples = HOST_CASE._replace(batch=count * HOST_CASE.batch)
         more_trained = TRAINED._replace(batch=count * TRAINED.batch // 2)
         found += [
-            ("capsules, strong", Program("routing", HOST, 1, count, whole, 0)),
-            ("capsules, weak", Program("routing", HOST, 1, count, more_capsules, 0)),
-            ("examples, strong", Program("routing", HOST, count, 1, whole, 0)),
-            ("examples, weak", Program("routing", HOST, count, 1, more_examples, 0)),
-            ("training, strong", Program("training", HOST, count, 1, TRAINED, 0)),
-            ("training, weak", Program("training", HOST, count, 1, more_trained, 0)),
-            ("split training", Program("training", HOST, 1, count, TRAINED, 0)),
+            ("capsules, strong", Program("routing", HOST, 1, count, whole)),
+            ("capsules, weak", Program("routing", HOST, 1, count, more_capsules)),
+            ("examples, strong", Program("routing", HOST, count, 1, whole)),
+            ("examples, weak", Program("routing", HOST, count, 1, more_examples)),
+            ("training, strong", Program("training", HOST, count, 1, TRAINED)),
+            ("training, weak", Program("training", HOST, count, 1, more_trained)),
+            ("split training", Program("training", HOST, 1, count, TRAINED)),
         ]
     return found
 
@@ -139,10 +139,9 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def _timed(program: Program, repeats: int) -> Program:
-    """The program with timed runs, if it runs here with a core a device."""
-    fits = program.data * program.capsules <= (os.cpu_count() or 1)
-    return dataclasses.replace(program, repeats=repeats if program.target == HOST and fits else 0)
+def _is_timed(program: Program) -> bool:
+    """Whether it runs here, with a core a device."""
+    return program.target == HOST and program.data * program.capsules <= (os.cpu_count() or 1)
 
 
 def _targets(text: str) -> list[str]:

@@ -39,11 +39,10 @@ class Program:
     data: int  # devices along the axis "data"
     capsules: int  # devices along the axis "capsules"
     case: Case
-    repeats: int  # timed runs; 0: it is compiled only
 
 
-def measure(program: Program) -> dict[str, Any]:
-    """Compiles a program for its devices.
+def measure(program: Program, repeats: int) -> dict[str, Any]:
+    """Compiles a program for its devices, and runs it so often; not at all if that is 0.
 
     Returns:
       Of one device, argument_mb, result_mb (beside the arguments' memory) and temporary_mb;
@@ -59,7 +58,7 @@ def measure(program: Program) -> dict[str, Any]:
         else:
             environment = targets.environment(program.target, pathlib.Path(folder))
         done = subprocess.run(
-            [sys.executable, "-m", "experiments.scaling", request],
+            [sys.executable, "-m", "experiments.scaling", request, str(repeats)],
             capture_output=True,
             text=True,
             env=environment,
@@ -94,7 +93,7 @@ def routing(case: Case) -> tuple[Callable[..., Any], tuple[Placed, ...]]:
     return values_and_gradients, structs
 
 
-def _measure_here(program: Program) -> dict[str, Any]:
+def _measure_here(program: Program, repeats: int) -> dict[str, Any]:
     """Does what `measure` says, in a process with the target's environment."""
     compiled: Any
     if program.work == "training":
@@ -111,7 +110,7 @@ def _measure_here(program: Program) -> dict[str, Any]:
         "result_mb": (memory.output_size_in_bytes - memory.alias_size_in_bytes) / MB,
         "temporary_mb": memory.temp_size_in_bytes / MB,
         "sent_mb": {kind: size / MB for kind, size in hlo.sent(compiled.as_text()).items()},
-        "seconds": _times(run, program.repeats) if program.repeats else [],
+        "seconds": _times(run, repeats) if repeats else [],
     }
 
 
@@ -175,10 +174,11 @@ def votes_mb(case: Case) -> float:
     return math.prod(sizes) * jnp.dtype(case.dtype).itemsize / MB
 
 
-def main(request: str) -> None:
+def main(request: str, repeats: str) -> None:
     """Prints the measurements of the program that a JSON text asks for, as a line of JSON."""
     fields = json.loads(request)
-    print(json.dumps(_measure_here(Program(**{**fields, "case": Case(*fields["case"])}))))
+    program = Program(**{**fields, "case": Case(*fields["case"])})
+    print(json.dumps(_measure_here(program, int(repeats))))
 
 
 if __name__ == "__main__":
