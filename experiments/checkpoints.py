@@ -11,8 +11,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from jax.experimental import multihost_utils
 
-from experiments import files, records
+from experiments import files, processes, records
 from experiments.errors import InputError
 
 _RECORD = "record.json"
@@ -26,6 +27,9 @@ class Checkpoints:
     record.json, written last: a SHA-256 for each of its files, checked before Orbax opens them,
     and dtype, shape and CRC-32 of every leaf, checked afterwards. A checkpoint without one is a
     save that did not finish.
+
+    Of many processes each writes and reads its part of every array, on a disk that they share, and
+    all must call the same functions.
     """
 
     def __init__(self, workdir: files.StrPath):
@@ -53,29 +57,18 @@ class Checkpoints:
           InputError: the disk is full, or the like; the checkpoints before it are intact.
         """
         if self._manager is None:
-            with files.writing(self._folder):
-                self._manager = self._open_manager()
-        if step in self.steps():
+            self._manager = self._open_manager()
+        if processes.from_lead(step in self.steps()):
             return
         folder = self._folder / str(step)
         # Checked first, since Orbax fills the screen when the disk fills up under its writes.
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + 2**20
-        free = shutil.disk_usage(self._folder).free
-        if free < needed:
-            raise InputError(
-                f"checkpoint {folder} cannot be written: it needs {needed / 2**20:.1f} MiB and the "
-                f"disk has {free / 2**20:.1f} MiB free; those before it are intact"
-            )
+        processes.on_lead(lambda: self._check_space(folder, state))
         try:
             if not self._manager.save(step, args=ocp.args.StandardSave(state)):
                 newest = self.steps()[-1]
                 raise RuntimeError(f"Checkpoints.save: step must be above {newest}, got {step}")
-            record = {
-                **self._run,
-                "leaves": {name: _describe(leaf) for name, leaf in _named(state)},
-                "files": {name: _sha256(folder / name) for name in _sync(folder)},
-            }
-            files.write(folder / _RECORD, _sealed(record))
+            leaves = {name: _describe(leaf) for name, leaf in _named(state)}
+            processes.on_lead(lambda: self._seal(folder, leaves))
         except (OSError, ValueError) as error:
             reason = files.system_error(error)
             if reason is None:
@@ -106,7 +99,7 @@ class Checkpoints:
             except (_DamagedError, OSError) as error:
                 damaged[step] = str(error)
                 continue
-            for bad, reason in damaged.items():
+            for bad, reason in damaged.items() if processes.is_lead() else ():
                 logging.warning(
                     "checkpoint %s is damaged (%s): going on from step %d",
                     *(self._folder / str(bad), reason, step),
@@ -134,10 +127,7 @@ class Checkpoints:
 
     def _read(self, step: int, template: Any) -> Any:
         folder = self._folder / str(step)
-        record = _unsealed(folder / _RECORD)
-        for name, digest in record["files"].items():
-            if _sha256(folder / name) != digest:
-                raise _DamagedError(f"{name} is not what was written")
+        record = _intact(folder)
         if {key: record[key] for key in self._run} != self._run:
             raise InputError(f"checkpoint {folder} belongs to a run with other settings or data")
         found = {name: (leaf["dtype"], leaf["shape"]) for name, leaf in record["leaves"].items()}
@@ -149,7 +139,7 @@ class Checkpoints:
                     f"{found.get(name, 'absent')} there, {wanted.get(name, 'absent')} here"
                 )
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
-        with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as reader:
+        with ocp.StandardCheckpointer() as reader:
             state = reader.restore(folder / "default", abstract)
         for name, leaf in _named(state):
             if _describe(leaf) != record["leaves"][name]:
@@ -158,23 +148,44 @@ class Checkpoints:
 
     def _open_manager(self) -> ocp.CheckpointManager:
         """Makes room for new checkpoints: not sooner, since a run may be read while it trains."""
-        for entry in self._folder.iterdir():
-            if entry.name.isdecimal() and not (entry / _RECORD).exists():
-                logging.warning("checkpoint %s has no %s: removed as unfinished", entry, _RECORD)
-                shutil.rmtree(entry)
-        for step in self._damaged:
-            target = self._folder / f"damaged_{step}"
-            if target.exists():
-                shutil.rmtree(target)
-            (self._folder / str(step)).rename(target)
+        processes.on_lead(self._clear)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=3,
             create=False,
             cleanup_tmp_directories=True,
             enable_async_checkpointing=False,
-            multiprocessing_options=_alone(),
         )
-        return ocp.CheckpointManager(self._folder, options=options)
+        with files.writing(self._folder):
+            return ocp.CheckpointManager(self._folder, options=options)
+
+    def _clear(self) -> None:
+        with files.writing(self._folder):
+            for entry in self._folder.iterdir():
+                if entry.name.isdecimal() and not (entry / _RECORD).exists():
+                    logging.warning(
+                        "checkpoint %s has no %s: removed as unfinished", entry, _RECORD
+                    )
+                    shutil.rmtree(entry)
+            for step in self._damaged:
+                target = self._folder / f"damaged_{step}"
+                if target.exists():
+                    shutil.rmtree(target)
+                (self._folder / str(step)).rename(target)
+
+    def _check_space(self, folder: pathlib.Path, state: Any) -> None:
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + 2**20
+        free = shutil.disk_usage(self._folder).free
+        if free < needed:
+            raise InputError(
+                f"checkpoint {folder} cannot be written: it needs {needed / 2**20:.1f} MiB and the "
+                f"disk has {free / 2**20:.1f} MiB free; those before it are intact"
+            )
+
+    def _seal(self, folder: pathlib.Path, leaves: dict[str, Any]) -> None:
+        digests = {name: _sha256(folder / name) for name in _sync(folder)}
+        text = json.dumps({**self._run, "leaves": leaves, "files": digests})
+        sealed = json.dumps({"crc32": zlib.crc32(text.encode()), "record": json.loads(text)})
+        files.write(folder / _RECORD, sealed.encode())
 
 
 def saved_steps(workdir: files.StrPath) -> list[int]:
@@ -187,12 +198,20 @@ class _DamagedError(Exception):
     """A checkpoint is not what was written."""
 
 
-def _alone() -> ocp.options.MultiprocessingOptions:
-    """Of many processes one reads and writes; the others are not waited for."""
-    own = jax.process_index()
-    return ocp.options.MultiprocessingOptions(
-        primary_host=own, active_processes={own}, barrier_sync_key_prefix="checkpoints"
-    )
+def _intact(folder: pathlib.Path) -> dict[str, Any]:
+    """The record of a checkpoint whose files are what was written; each process reads its share."""
+    reason = ""
+    try:
+        record = _unsealed(folder / _RECORD)
+        share = list(record["files"].items())[jax.process_index() :: jax.process_count()]
+        for name, digest in share:
+            if _sha256(folder / name) != digest:
+                raise _DamagedError(f"{name} is not what was written")
+    except (_DamagedError, OSError) as error:
+        reason = str(error)
+    if reason := processes.first_reason(reason):
+        raise _DamagedError(reason)
+    return record
 
 
 def _named(tree: Any) -> list[tuple[str, Any]]:
@@ -200,14 +219,11 @@ def _named(tree: Any) -> list[tuple[str, Any]]:
 
 
 def _describe(leaf: Any) -> dict[str, Any]:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
     array = np.asarray(leaf)
     checksum = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return {"dtype": str(array.dtype), "shape": list(array.shape), "crc32": checksum}
-
-
-def _sealed(record: dict[str, Any]) -> bytes:
-    text = json.dumps(record)
-    return json.dumps({"crc32": zlib.crc32(text.encode()), "record": record}).encode()
 
 
 def _unsealed(path: pathlib.Path) -> dict[str, Any]:

@@ -128,11 +128,7 @@ class ParallelTrainer(training.Trainer):
 
     def initial_state(self, seed: int) -> training.State:
         """The state before the first step, on the mesh."""
-        return self.placed(super().initial_state(seed))
-
-    def placed(self, state: training.State) -> training.State:
-        """A state from one device or the host, on the mesh."""
-        return self._put(state, self._specs)
+        return self._put(super().initial_state(seed), self._specs)
 
     def empty_window(self) -> training.Window:
         """No steps yet, on the mesh."""

@@ -1,5 +1,6 @@
 """Training by several processes: how they find each other, agree, and notice that one is lost."""
 
+import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -90,7 +91,7 @@ def together(action: Callable[[], T]) -> T:
         result = action()
     except InputError as error:
         reason = str(error)
-    _refuse(next(filter(None, _texts(reason)), ""))
+    _refuse(first_reason(reason))
     return result  # type: ignore[return-value]
 
 
@@ -103,23 +104,28 @@ def on_lead(action: Callable[[], T]) -> T | None:
     return together(lambda: action() if is_lead() else None)
 
 
+def first_reason(reason: str) -> str:
+    """The reason of the first process that has one, in all of them."""
+    return next(filter(None, _texts(reason)), "")
+
+
 def from_lead(tree: T) -> T:
     """The arrays of process 0, in every process."""
     return tree if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(tree)
 
 
-def check_same(facts: dict[str, Any]) -> None:
-    """Raises InputError in all processes if their facts differ, with what differs."""
-    texts = _texts("\n".join(f"{name} {value!r}" for name, value in facts.items()))
-    lines = [text.split("\n") for text in texts]
-    for process, other in enumerate(lines):
+def check_same(facts: dict[str, Any], rule: str = "the processes differ") -> None:
+    """Raises InputError in all processes if their facts differ: the rule, and what differs."""
+    texts = _texts("\n".join(repr(value) for value in facts.values()))
+    values = [text.split("\n") for text in texts]
+    for process, other in enumerate(values):
         differing = [
-            f"{here} in process 0, {there.partition(' ')[2]} in process {process}"
-            for here, there in zip(lines[0], other, strict=True)
+            f"{name} {here} in process 0, {there} in process {process}"
+            for name, here, there in zip(facts, values[0], other, strict=True)
             if here != there
         ]
         if differing:
-            _refuse(f"the processes' settings differ: {'; '.join(differing)}")
+            _refuse(f"{rule}: {'; '.join(differing)}")
 
 
 def agreed(stopped: Callable[[], int]) -> Callable[[], int]:
@@ -220,7 +226,7 @@ _kept: list[Any] = []  # handlers that C calls until the process ends
 
 def _refuse(reason: str) -> None:
     if reason:
-        _outlive()
+        atexit.register(_outlive)  # not now: the others end meanwhile, and would be missed
         raise InputError(reason)
 
 

@@ -81,6 +81,11 @@ def exclusive(workdir: StrPath) -> Iterator[None]:
         yield
 
 
+def holds_run(workdir: StrPath) -> bool:
+    """Whether `open_workdir` was here."""
+    return (pathlib.Path(workdir) / _CONFIG).is_file()
+
+
 def read_config(workdir: StrPath) -> dict[str, Any]:
     """Reads what `open_workdir` wrote: the keys config, data_sha256 and versions.
 

@@ -89,7 +89,6 @@ def train(
     Raises:
       InputError: The workdir holds another run or cannot be written, or the loss is not finite.
     """
-    one_device = trainer
     trainer = parallel.spread(trainer, settings, batch_size=settings.batch_size)
     workdir = pathlib.Path(settings.workdir)
     last_step = num_steps(settings, train_examples)
@@ -98,26 +97,26 @@ def train(
     with contextlib.ExitStack() as stack:
         finish = stack.enter_context(processes.watched(lambda: _last_checkpoint(workdir)))
 
-        def opened() -> Checkpoints:
+        def opened() -> None:
             records.open_workdir(workdir, config=settings, data_sha256=data_sha256)
             stack.enter_context(records.exclusive(workdir))
-            return stack.enter_context(Checkpoints(workdir))
 
         def save(step: int, state: training.State) -> None:
             training.check_finite(state.window)
-            whole = trainer.whole(state)
-            processes.together(
-                lambda: None if checkpoints is None else checkpoints.save(step, whole)
-            )
+            checkpoints.save(step, state)
 
-        checkpoints = processes.on_lead(opened)
+        processes.on_lead(opened)
+        # Each process writes its part of every checkpoint: the disk must be the same one.
+        processes.check_same(
+            {"a run there:": records.holds_run(workdir), "checkpoints": saved_steps(workdir)},
+            f"workdir {workdir} must be on a disk that all processes share",
+        )
+        checkpoints = stack.enter_context(processes.together(lambda: Checkpoints(workdir)))
         stopped = processes.agreed(stack.enter_context(signals.stop_requests()))
-        start = one_device.initial_state(settings.seed)
-        restored = processes.on_lead(lambda: checkpoints and checkpoints.restore(start))
-        step, start = processes.from_lead(restored or (0, start))
-        step, state = int(step), trainer.placed(start)
+        start = trainer.initial_state(settings.seed)
+        step, state = checkpoints.restore(start) or (0, start)
         first_step = step
-        if step and checkpoints:
+        if step and processes.is_lead():
             logging.info("going on from step %d of %d in %s", step, last_step, workdir)
         metrics = processes.on_lead(
             lambda: stack.enter_context(
@@ -149,7 +148,7 @@ def train(
         save(step, state)
         params = jax.device_put(trainer.whole(state.params), jax.local_devices()[0])
         number = stopped()
-        if number and checkpoints:
+        if number and processes.is_lead():
             name = signal.Signals(number).name
             logging.info("%s: saved at step %d; the same --workdir goes on from there", name, step)
         status = 128 + number if number else 0

@@ -104,10 +104,6 @@ class Trainer:
         """A part of the state on one device, as the functions of one device take it."""
         return tree
 
-    def placed(self, state: State) -> State:
-        """A state that lies on one device, as a step takes it."""
-        return state
-
     def compile_step(self, state: State, images: Any, labels: Any) -> None:
         """Compiles the step before it runs, and gives the memory that this took back."""
         self.step.lower(state, images, labels).compile()

@@ -133,22 +133,24 @@ def test_a_lost_process_is_named_by_all_that_are_left(
     assert launched.end() in (75, 128 + signal.SIGKILL)
 
 
-def test_a_run_that_loses_a_process_ends_as_one_device_does_on_8_then_2_then_1(
-    launch, flags, tmp_path
-):
-    one, many = tmp_path / "one", tmp_path / "many"
+def test_a_run_that_loses_a_process_ends_as_an_unbroken_one(launch, flags, tmp_path):
+    """On 8 devices bit for bit; and on 2 devices, then 1, it goes on as one device does."""
+    spread = {"max_steps": 20, "data_parallel": 4, "capsule_parallel": -1}
+    one, whole, many = tmp_path / "one", tmp_path / "whole", tmp_path / "many"
     subprocess.run(command(flags, workdir=one), check=True, env=environment())
-    eight = launch(
-        command(flags, workdir=many, max_steps=20, data_parallel=4, capsule_parallel=-1),
-        processes=2,
-        restarts=1,
-        devices=4,
-    )
-    victim = eight.pids(2)[1]
-    eight.wait_for(r"step 10 ")
+    unbroken = launch(command(flags, workdir=whole, **spread), processes=2, devices=4)
+    assert unbroken.end() == 0, "".join(unbroken.lines)
+    broken = launch(command(flags, workdir=many, **spread), processes=2, restarts=1, devices=4)
+    victim = broken.pids(2)[1]
+    broken.wait_for(r"step 10 ")
     os.kill(victim, signal.SIGKILL)
-    assert eight.end() == 0, "".join(eight.lines)
-    assert re.search(r"going on from step (8|12) of 20", "".join(eight.lines))
+    assert broken.end() == 0, "".join(broken.lines)
+    assert re.search(r"going on from step (8|12) of 20", "".join(broken.lines))
+    assert rows(many) == rows(whole)
+    for process in (0, 1):
+        written = (many / "checkpoints/20").glob(f"default/ocdbt.process_{process}/d/*")
+        assert sum(path.stat().st_size for path in written) > 2**20, "a small share"
+
     two = command(flags, workdir=many, max_steps=30, data_parallel=2)
     subprocess.run(two, check=True, env=environment(devices=2))
     subprocess.run(command(flags, workdir=many), check=True, env=environment())
@@ -174,11 +176,13 @@ def test_a_signal_to_one_process_saves_and_ends_all(launch, flags, tmp_path):
     assert list(rows(workdir))[-1] == step
 
 
-def refused(commands):
-    """The exit statuses and last lines of processes that do not want to train."""
+def refused(commands, folders=(None, None)):
+    """The last lines of processes that do not want to train, each started in its folder."""
     runs = [
-        subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment())
-        for arguments in commands
+        subprocess.Popen(
+            arguments, stderr=subprocess.PIPE, text=True, env=environment(), cwd=folder
+        )
+        for arguments, folder in zip(commands, folders, strict=False)
     ]
     texts = [run.communicate(timeout=100)[1] for run in runs]
     assert [run.returncode for run in runs] == [2] * len(runs), texts
@@ -201,12 +205,32 @@ def test_processes_with_different_settings_are_refused(flags, tmp_path):
         for own, change in enumerate(changes)
     )
     message = (
-        r"tiny_training: the processes' settings differ: learning_rate 0.1 in process 0, 0.2 in "
+        r"tiny_training: the processes differ: learning_rate 0.1 in process 0, 0.2 in "
         r"process 1; data_sha256 '\w+' in process 0, '\w+' in process 1"
     )
     for [line] in lines:
         assert re.fullmatch(message, line)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_that_is_not_shared_is_refused(flags, tmp_path):
+    """Each process has a folder of its own under the same name, as on disks of two machines."""
+    shared = {"coordinator_address": f"localhost:{free_port()}", "num_processes": 2}
+    folders = [tmp_path / "here", tmp_path / "there"]
+    for folder in folders:
+        folder.mkdir()
+    lines = refused(
+        (
+            command(flags, workdir="run", data_parallel=2, process_id=own, **shared)
+            for own in range(2)
+        ),
+        folders,
+    )
+    line = (
+        "tiny_training: workdir run must be on a disk that all processes share: a run there: True "
+        "in process 0, False in process 1"
+    )
+    assert lines == [[line], [line]]
 
 
 def test_a_port_in_use_is_refused(flags):
