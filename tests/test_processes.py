@@ -176,6 +176,27 @@ def test_a_signal_to_one_process_saves_and_ends_all(launch, flags, tmp_path):
     assert list(rows(workdir))[-1] == step
 
 
+def test_the_processes_of_a_slurm_job_find_each_other(flags, tmp_path):
+    """What `srun` sets, and jax reads: rank, number of ranks, hosts, and the port from the job."""
+    job = next(number for number in range(os.getpid(), 2**22) if is_free(61440 + number % 4096))
+    shared = {"SLURM_JOB_ID": f"{job}", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    training = command(flags, workdir=tmp_path / "run", max_steps=4, data_parallel=2)
+    runs = [
+        subprocess.Popen(
+            training,
+            env=environment() | shared | {"SLURM_PROCID": f"{own}", "SLURM_LOCALID": f"{own}"},
+        )
+        for own in range(2)
+    ]
+    assert [run.wait(timeout=100) for run in runs] == [0, 0]
+    assert list(rows(tmp_path / "run")) == [1, 2, 3, 4]
+
+
+def is_free(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("localhost", port)) != 0
+
+
 def refused(commands, folders=(None, None)):
     """The last lines of processes that do not want to train, each started in its folder."""
     runs = [
