@@ -61,7 +61,7 @@ def draw(
     rows: list[dict[str, float]],
     folder: pathlib.Path,
 ) -> None:
-    """Draws curves and confusions, and of capsules reconstructions, tweaks and couplings."""
+    """Draws of capsules couplings, tweaks and reconstructions; confusions; and last the curves."""
     images, labels = test
     model = trainer.model(params)
     drawn = {
@@ -79,7 +79,7 @@ def draw(
     if isinstance(model, CapsNet):
         few = scaled(jnp.asarray(images[:ENTROPY_EXAMPLES]))
         drawn |= _capsule_figures(model, few, labels, trainer.objective)
-    for name, figure in drawn.items():
+    for name, figure in reversed(drawn.items()):
         records.save_figure(figure, folder / f"{name}.png")
 
 

@@ -68,7 +68,7 @@ def run_config(config: Config, variant: str, seed: int) -> train_mnist.Config:
 
 def is_finished(run: train_mnist.Config, dataset: data.Dataset) -> bool:
     """Whether the folder holds this very run, trained to the end."""
-    if not any(pathlib.Path(run.workdir).glob("figures/*.png")):  # what a run makes last
+    if not (pathlib.Path(run.workdir) / "figures/learning_curves.png").exists():  # drawn last
         return False
     records.open_workdir(run.workdir, config=run, data_sha256=dataset.sha256)
     wanted = runs.num_steps(run, dataset.train)

@@ -86,6 +86,12 @@ def test_the_table_holds_the_last_epochs_of_all_seeds(program, tmp_path, monkeyp
     assert "test_error_if_couplings_are_uniform" in table[0]
     assert "test_error_if_couplings_are_uniform" not in table[1]
 
+    # A run that was killed while it drew its figures draws them again.
+    last_drawn = tmp_path / "all/3_iterations/seed_1/figures/learning_curves.png"
+    last_drawn.unlink()
+    assert program() == (0, "")
+    assert last_drawn.exists()
+
     # What is trained already is not trained again.
     def refuse(config):
         raise AssertionError(config)
