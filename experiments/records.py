@@ -93,7 +93,7 @@ def read_config(workdir: StrPath) -> dict[str, Any]:
       InputError: the folder holds no run, or its config.json is damaged.
     """
     path = pathlib.Path(workdir) / _CONFIG
-    if not path.is_file():
+    if not holds_run(workdir):
         raise InputError(f"workdir {workdir} holds no run: it has no {_CONFIG}")
     try:
         run = json.loads(path.read_bytes())
