@@ -2,10 +2,8 @@
 
 import functools
 import json
-import pathlib
 import re
 import shutil
-import sys
 
 import in_process
 import numpy as np
@@ -13,7 +11,7 @@ import pytest
 import small_runs
 from scipy import io
 
-from experiments import affnist, cli, data, evaluate_poses, trained
+from experiments import affnist, data, evaluate_poses, trained
 from experiments.affine import Pose, random_affine, warped
 
 load = functools.cache(trained.load)  # a network is compiled once
@@ -189,13 +187,3 @@ def test_what_cannot_be_used_is_one_line(program, folder, flags, message):
     status, stdout, stderr = program(**{"workdirs": "cnn"} | flags)
     assert (status, stdout) == (2, "")
     assert re.fullmatch(f"evaluate_poses: {message}\n", stderr)
-
-
-def test_flagfiles_are_of_this_program(monkeypatch):
-    text = pathlib.Path(evaluate_poses.__file__).with_name("flagfiles") / "affine.cfg"
-    monkeypatch.setattr(sys, "argv", ["evaluate_poses", f"--flagfile={text}"])
-    monkeypatch.setattr(cli, "_configure_logging", lambda config_class: None)
-    found = []
-    with pytest.raises(SystemExit):
-        cli.run(evaluate_poses.Config, found.append)
-    assert found == [evaluate_poses.Config()]

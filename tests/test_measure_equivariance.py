@@ -2,9 +2,7 @@
 
 import functools
 import json
-import pathlib
 import re
-import sys
 
 import in_process
 import jax.numpy as jnp
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 import small_runs
 
-from experiments import cli, equivariance, measure_equivariance, trained
+from experiments import equivariance, measure_equivariance, trained
 from experiments.affine import Pose, warped
 from experiments.thickness import thickened
 
@@ -113,13 +111,3 @@ def test_what_cannot_be_used_is_one_line(program, flags, message):
     status, stdout, stderr = program(**flags)
     assert (status, stdout) == (2, "")
     assert re.fullmatch(f"measure_equivariance: {message}\n", stderr)
-
-
-def test_flagfiles_are_of_this_program(monkeypatch):
-    text = pathlib.Path(measure_equivariance.__file__).with_name("flagfiles") / "equivariance.cfg"
-    monkeypatch.setattr(sys, "argv", ["measure_equivariance", f"--flagfile={text}"])
-    monkeypatch.setattr(cli, "_configure_logging", lambda config_class: None)
-    found = []
-    with pytest.raises(SystemExit):
-        cli.run(measure_equivariance.Config, found.append)
-    assert found == [measure_equivariance.Config()]

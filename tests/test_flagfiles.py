@@ -1,0 +1,46 @@
+"""Every flagfile is read by the program that it is for, and names only what that program has."""
+
+import importlib
+import pathlib
+import sys
+
+import pytest
+
+from experiments import cli
+
+FOLDER = pathlib.Path(cli.__file__).with_name("flagfiles")
+PROGRAMS = {
+    "ablation": "mnist_ablation",
+    "ablation_small": "mnist_ablation",
+    "affine": "evaluate_poses",
+    "equivariance": "measure_equivariance",
+    "multimnist": "train_multimnist",
+    "multimnist_small": "train_multimnist",
+    "parse_tree": "parse_tree",
+    "routing": "benchmark_routing",
+    "routing_quick": "benchmark_routing",
+    "tweaks": "tweak_dimensions",
+}  # all others are for train_mnist
+
+
+def read(name, monkeypatch):
+    """The flagfile's Config, and the default one of its program."""
+    program = importlib.import_module(f"experiments.{PROGRAMS.get(name, 'train_mnist')}")
+    monkeypatch.setattr(sys, "argv", ["program", f"--flagfile={FOLDER / name}.cfg"])
+    monkeypatch.setattr(cli, "_configure_logging", lambda config_class: None)
+    found = []
+    with pytest.raises(SystemExit):
+        cli.run(program.Config, found.append)
+    return found[0], program.Config()
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.iterdir()))
+def test_its_program_takes_it(name, monkeypatch):
+    config, default = read(name, monkeypatch)
+    assert type(config) is type(default)
+
+
+@pytest.mark.parametrize("name", ["affine", "equivariance"])
+def test_these_programs_do_the_same_without_it(name, monkeypatch):
+    config, default = read(name, monkeypatch)
+    assert config == default
