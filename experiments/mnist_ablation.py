@@ -7,7 +7,7 @@ from typing import Any
 
 from absl import logging
 
-from experiments import cli, data, processes, records, runs, train_mnist, trained
+from experiments import ablation_figures, cli, data, processes, records, runs, train_mnist, trained
 from experiments.cli import flag
 from experiments.errors import InputError
 
@@ -53,6 +53,9 @@ def main(config: Config) -> int:
             continue
         table.append(summary(name, found))
         records.write_json(pathlib.Path(config.workdir) / "results.json", table)
+    if table:
+        figure = ablation_figures.errors_by_variant(table)
+        records.save_figure(figure, pathlib.Path(config.workdir) / "test_errors.png")
     for row in table:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
     return 0

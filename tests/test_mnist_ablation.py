@@ -14,7 +14,7 @@ from flax import nnx
 
 import capsjax
 from capsjax.models import CapsNet
-from experiments import data, mnist_ablation, records, train_mnist
+from experiments import ablation_figures, data, mnist_ablation, records, train_mnist
 
 
 def test_one_iteration_is_the_control_without_routing():
@@ -40,6 +40,31 @@ def test_controls_differ_from_routing_in_what_they_name_alone():
         assert differing.pop("workdir") == f"w/{name}/seed_6"
         wanted = mnist_ablation.VARIANTS[name]
         assert differing == {k: v for k, v in wanted.items() if getattr(usual, k) != v}
+
+
+def test_the_figure_shows_every_seed_the_mean_and_the_control():
+    table = [
+        {"variant": "1_iteration", "test_error": 2.0, "test_errors": [1.0, 3.0]},
+        {
+            "variant": "3_iterations",
+            "test_error": 1.0,
+            "test_errors": [0.5, 1.5],
+            "test_error_if_couplings_are_uniform": 1.25,
+        },
+    ]
+    figure = ablation_figures.errors_by_variant(table)
+    (axes,) = figure.axes
+    drawn = [line.get_xydata().tolist() for line in axes.lines]
+    seeds_and_means = [
+        [[1.0, 0], [3.0, 0]],
+        [[2.0, -0.3], [2.0, 0.3]],
+        [[0.5, 1], [1.5, 1]],
+        [[1.0, 0.7], [1.0, 1.3]],
+    ]
+    assert drawn == [*seeds_and_means, [[1.25, 1]]]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["1 iteration", "3 iterations"]
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["a seed", "mean of the seeds", "the same, tested without routing"]
 
 
 @pytest.fixture
@@ -83,6 +108,7 @@ def test_the_table_holds_the_last_epochs_of_all_seeds(program, tmp_path, monkeyp
         assert row["test_error"] == pytest.approx(statistics.mean(errors), abs=1e-3)
         assert row["deviation"] == pytest.approx(statistics.stdev(errors), abs=1e-3)
         assert row["epochs"] == 1
+    assert (tmp_path / "all/test_errors.png").exists()
     assert "test_error_if_couplings_are_uniform" in table[0]
     assert "test_error_if_couplings_are_uniform" not in table[1]
 
