@@ -2,8 +2,8 @@
 
 import importlib
 import pathlib
-import sys
 
+import in_process
 import pytest
 
 from experiments import cli
@@ -23,24 +23,27 @@ PROGRAMS = {
 }  # all others are for train_mnist
 
 
-def read(name, monkeypatch):
-    """The flagfile's Config, and the default one of its program."""
-    program = importlib.import_module(f"experiments.{PROGRAMS.get(name, 'train_mnist')}")
-    monkeypatch.setattr(sys, "argv", ["program", f"--flagfile={FOLDER / name}.cfg"])
-    monkeypatch.setattr(cli, "_configure_logging", lambda config_class: None)
-    found = []
-    with pytest.raises(SystemExit):
-        cli.run(program.Config, found.append)
-    return found[0], program.Config()
+@pytest.fixture
+def read(monkeypatch, capsys):
+    """Reads a flagfile: its Config, and the default one of its program."""
+
+    def read(name):
+        program = importlib.import_module(f"experiments.{PROGRAMS.get(name, 'train_mnist')}")
+        found = []
+        monkeypatch.setattr(program, "main", found.append)
+        in_process.run(program, {"flagfile": FOLDER / f"{name}.cfg"}, monkeypatch, capsys)
+        return found[0], program.Config()
+
+    return read
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.iterdir()))
-def test_its_program_takes_it(name, monkeypatch):
-    config, default = read(name, monkeypatch)
+def test_its_program_takes_it(name, read):
+    config, default = read(name)
     assert type(config) is type(default)
 
 
 @pytest.mark.parametrize("name", ["affine", "equivariance"])
-def test_these_programs_do_the_same_without_it(name, monkeypatch):
-    config, default = read(name, monkeypatch)
+def test_these_programs_do_the_same_without_it(name, read):
+    config, default = read(name)
     assert config == default
