@@ -23,7 +23,7 @@ class Settings:
 
     network: str = flag(
         "capsnet",
-        "capsnet; cnn: the paper's baseline; pooling_cnn: a small one with max-pooling.",
+        "capsnet; cnn: the paper's baseline for MNIST; pooling_cnn: a small one with max-pooling.",
         choices=("capsnet", "cnn", "pooling_cnn"),
     )
     num_iterations: int = flag(3, "Routing iterations; with 1, couplings are uniform.", minimum=1)
@@ -43,16 +43,17 @@ class Cnn(nnx.Module):
     """Convolutions with ReLU, dense layers, and dropout before the logits.
 
     Source: Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules", section 5,
-    https://arxiv.org/abs/1710.09829: the defaults are its baseline, without pooling. The paper does
-    not name the rate of dropout.
+    https://arxiv.org/abs/1710.09829: the defaults are its baseline for MNIST, without pooling. That
+    its convolutions are padded follows from its 35.4 million parameters; the paper does not name
+    the rate of dropout.
 
     Args:
       image_shape: H, W, C of the images.
       num_classes: Logits.
       channels: Of each convolution.
       kernel_size: Rows and columns of each window.
-      pooling: Whether the maximum of 2 x 2 pixels follows each convolution; an odd last row or
-        column is left out.
+      pooling: Whether the maximum of 2 x 2 pixels follows each convolution, which is then without
+        padding; an odd last row or column is left out.
       hidden: Sizes of the dense layers before the logits.
       dropout: Share of the last hidden units that training drops.
       dtype: Of the computation; parameters stay float32.
@@ -81,9 +82,8 @@ class Cnn(nnx.Module):
             convolutions.append(
                 nn.Convolution(inputs, outputs, kernel_size=kernel_size, dtype=dtype, rngs=rngs)
             )
-            height, width = (
-                (n - kernel_size + 1) // (2 if pooling else 1) for n in (height, width)
-            )
+            if pooling:
+                height, width = ((n - kernel_size + 1) // 2 for n in (height, width))
             inputs = outputs
         if min(height, width) < 1:
             raise ValueError(
@@ -103,6 +103,7 @@ class Cnn(nnx.Module):
         """Maps images `[B, H, W, C]` to the last hidden units `[B, hidden]`."""
         x = images
         for convolution in self.convolutions:
+            x = x if self.pooling else _padded(x, convolution.kernel.shape[0])
             x = jax.nn.relu(convolution(x))
             x = _pooled(x) if self.pooling else x
         x = x.reshape(len(x), -1)
@@ -162,6 +163,12 @@ def build(
         )
     except ValueError as error:
         raise InputError(str(error)) from error
+
+
+def _padded(x: Array, kernel_size: int) -> Array:
+    """Zeros around `[B, H, W, C]`, so that a convolution leaves H and W as they are."""
+    room = ((kernel_size - 1) // 2, kernel_size // 2)
+    return jnp.pad(x, ((0, 0), room, room, (0, 0)))
 
 
 def _pooled(x: Array) -> Array:
