@@ -74,7 +74,7 @@ def draw(
             images / np.float32(255), labels, evaluation.predictions, evaluation.scores
         ),
     }
-    if any("gradient_norm" in row for row in rows):
+    if routing_figures.measured(rows):
         drawn["routing_diagnostics"] = routing_figures.diagnostics(rows)
     if isinstance(model, CapsNet):
         few = scaled(jnp.asarray(images[:ENTROPY_EXAMPLES]))

@@ -12,6 +12,11 @@ from experiments.figure_style import BLUE, GREEN, ORANGE, PINK, RED, STYLE, sett
 _PARTS = {"convolution": BLUE, "primary": RED, "capsules": GREEN, "decoder": ORANGE}
 
 
+def measured(rows: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
+    """Those rows of `metrics.jsonl` that have diagnostics."""
+    return [row for row in rows if "gradient_norm" in row]
+
+
 @STYLE
 def diagnostics(rows: Sequence[Mapping[str, float]]) -> Figure:
     """Draws entropy and clear parents by iteration, dead capsules, and shares of the gradient.
@@ -22,7 +27,7 @@ def diagnostics(rows: Sequence[Mapping[str, float]]) -> Figure:
     Raises:
       ValueError: No row has any.
     """
-    rows = [row for row in rows if "gradient_norm" in row]
+    rows = measured(rows)
     if not rows:
         raise ValueError("diagnostics: rows must be one or more with diagnostics, got none")
     iterations = sum(key.startswith("coupling_entropy_") for key in rows[0])

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from absl import logging
+
 from experiments import (
     cli,
     data,
@@ -10,6 +12,8 @@ from experiments import (
     networks,
     objectives,
     processes,
+    records,
+    routing_figures,
     runs,
     training,
 )
@@ -67,7 +71,11 @@ def test_split(config: Config, dataset: data.Dataset) -> data.Split:
 
 def main(config: Config) -> int:
     """Trains from the workdir's newest checkpoint to the end, and draws the figures."""
-    dataset = runs.prepare(config)
+    return train(config, runs.prepare(config))
+
+
+def train(config: Config, dataset: data.Dataset) -> int:
+    """What `main` does, for a data set that is loaded; returns the exit status."""
     trainer = build(config, dataset)
     test = test_split(config, dataset)
     status, params = runs.train(
@@ -82,6 +90,14 @@ def main(config: Config) -> int:
     )
     if not status and processes.is_lead():
         inspection.report(trainer, params, test, config.workdir, batch_size=config.batch_size)
+        if config.diagnostics and not routing_figures.measured(
+            records.read_metrics(config.workdir)
+        ):
+            logging.warning(
+                "--diagnostics: %s was trained to its end without them; for a run with them use "
+                "another --workdir",
+                config.workdir,
+            )
     return status
 
 

@@ -14,7 +14,15 @@ from flax import nnx
 
 import capsjax
 from capsjax.models import CapsNet
-from experiments import ablation_figures, data, mnist_ablation, records, train_mnist
+from experiments import (
+    ablation_figures,
+    checkpoints,
+    data,
+    mnist_ablation,
+    records,
+    runs,
+    train_mnist,
+)
 
 
 def test_one_iteration_is_the_control_without_routing():
@@ -97,7 +105,7 @@ def program(tmp_path, monkeypatch, capsys):
 def test_the_table_holds_the_last_epochs_of_all_seeds(program, tmp_path, monkeypatch):
     assert program() == (0, "")
     table = json.loads((tmp_path / "all" / "results.json").read_text())
-    assert [row["variant"] for row in table] == ["3_iterations", "1_iteration_reconstruction"]
+    assert [row["variant"] for row in table] == ["1_iteration_reconstruction", "3_iterations"]
     for row in table:
         errors = [
             records.read_metrics(tmp_path / "all" / row["variant"] / f"seed_{seed}")[-1]
@@ -108,9 +116,9 @@ def test_the_table_holds_the_last_epochs_of_all_seeds(program, tmp_path, monkeyp
         assert row["test_error"] == pytest.approx(statistics.mean(errors), abs=1e-3)
         assert row["deviation"] == pytest.approx(statistics.stdev(errors), abs=1e-3)
         assert row["epochs"] == 1
-    assert (tmp_path / "all/test_errors.png").exists()
-    assert "test_error_if_couplings_are_uniform" in table[0]
-    assert "test_error_if_couplings_are_uniform" not in table[1]
+    assert (tmp_path / "all/figures/test_errors.png").exists()
+    assert "test_error_if_couplings_are_uniform" not in table[0]
+    assert "test_error_if_couplings_are_uniform" in table[1]
 
     # A run that was killed while it drew its figures draws them again.
     last_drawn = tmp_path / "all/3_iterations/seed_1/figures/learning_curves.png"
@@ -118,11 +126,18 @@ def test_the_table_holds_the_last_epochs_of_all_seeds(program, tmp_path, monkeyp
     assert program() == (0, "")
     assert last_drawn.exists()
 
+    # Another variant joins the table; those that are not named stay as they are.
+    assert program(variants="1_iteration", seeds=1) == (0, "")
+    more = json.loads((tmp_path / "all" / "results.json").read_text())
+    assert more[1:] == table
+    assert more[0]["variant"] == "1_iteration"
+    assert len(more[0]["test_errors"]) == 1
+
     # What is trained already is not trained again.
-    def refuse(config):
+    def refuse(config, dataset):
         raise AssertionError(config)
 
-    monkeypatch.setattr(train_mnist, "main", refuse)
+    monkeypatch.setattr(train_mnist, "train", refuse)
     assert program() == (0, "")
     status, stderr = program(learning_rate=0.5)
     assert status == 2
@@ -140,8 +155,29 @@ def test_a_run_killed_before_its_first_metrics_is_trained(program, tmp_path):
     assert records.read_metrics(folder)[-1]["step"] == 5
 
 
+def test_a_run_with_figures_of_fewer_steps_goes_on(program, tmp_path):
+    """As one that was killed before its last checkpoint, when it went on from --max_steps."""
+    workdir = tmp_path / "all/1_iteration/seed_0"
+    assert program(variants="1_iteration", seeds=1, max_steps=3) == (0, "")
+    assert records.read_metrics(workdir)[-1]["step"] == 3
+    assert program(variants="1_iteration", seeds=1) == (0, "")
+    assert records.read_metrics(workdir)[-1]["step"] == 5
+    assert checkpoints.saved_steps(workdir)[-1] == 5
+
+
+def test_runs_of_one_process_use_its_devices(program, tmp_path, monkeypatch):
+    """JAX joins the processes of a cluster only once: before the first run, not before each."""
+    joined = []
+    monkeypatch.setattr(runs, "prepare", lambda config: joined.append(1) or data.load("small"))
+    assert program(variants="1_iteration", data_parallel=1, max_steps=1) == (0, "")
+    assert joined == [1]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    status, stderr = program(variants="1_iteration")
+    assert (status, stderr[:41]) == (2, "mnist_ablation: an ablation runs in one p")
+
+
 def test_a_stopped_run_stops_all(program, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_mnist, "main", lambda config: 143)
+    monkeypatch.setattr(train_mnist, "train", lambda *_: 143)
     assert program() == (143, "")
     assert not (tmp_path / "all" / "results.json").exists()
 
@@ -152,6 +188,11 @@ def test_a_stopped_run_stops_all(program, tmp_path, monkeypatch):
         ({"seeds": 0}, "--seeds must be at least 1, got 0"),
         ({"variants": "2_iterations"}, "--variants must be some of .*, got '2_iterations'"),
         ({"variants": "cnn,cnn"}, "--variants must be some of .*, each once, got 'cnn,cnn'"),
+        ({"network": "pooling_cnn"}, "--network is what --variants vary: .*, got pooling_cnn"),
+        ({"num_iterations": 5}, "--num_iterations is what --variants vary: .*, got 5"),
+        ({"reconstruction_weight": 0}, "--reconstruction_weight must be above 0: .*"),
+        ({"variants": "cnn", "diagnostics": True}, "--diagnostics and --capsule_parallel are .*"),
+        ({"seed": 2**32 - 1}, r"--seed \+ --seeds must be at most 4294967296, got 4294967295 \+ 2"),
     ],
 )
 def test_what_cannot_be_used_is_one_line(program, flags, message):
