@@ -110,7 +110,7 @@ def load(name: str, *, data_dir: str = "", download: bool = False) -> Dataset:
         raise InputError(
             f"--dataset must be mnist_small, mnist, fashion_mnist or tfds:<name>, got {name!r}."
         )
-    root = Path(data_dir).expanduser() if data_dir else None
+    root = Path(os.path.expanduser(data_dir)) if data_dir else None
     if root and not (root.is_dir() and os.access(root, os.R_OK | os.X_OK)):
         raise InputError(f"--data_dir must be a folder that can be read, got {data_dir}.")
 
@@ -203,6 +203,7 @@ def _batches(
         # not what its Generator makes of them.
         bits = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(num_examples)
         order = np.argsort(bits, kind="stable").astype(np.int32)
+        del bits  # else 8 bytes an example are held all epoch
         for start in range(skipped * batch_size, num_examples - batch_size + 1, batch_size):
             yield order[start : start + batch_size]
         skipped = 0

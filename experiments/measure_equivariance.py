@@ -43,7 +43,7 @@ class Config:
 
 def main(config: Config) -> int:
     """Measures the networks on the same digits; writes and prints what came out."""
-    workdirs = [workdir for workdir in (config.workdir, config.cnn_workdir) if workdir]
+    workdirs = [config.workdir, *([config.cnn_workdir] if config.cnn_workdir else [])]
     runs = list(trained.load_all(workdirs, data_dir=config.data_dir).values())
     for run, name, wanted in zip(runs, ("workdir", "cnn_workdir"), (True, False), strict=False):
         if isinstance(run.model, CapsNet) != wanted:

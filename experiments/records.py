@@ -83,7 +83,7 @@ def exclusive(workdir: StrPath) -> Iterator[None]:
 
 def holds_run(workdir: StrPath) -> bool:
     """Whether `open_workdir` was here."""
-    return (pathlib.Path(workdir) / _CONFIG).is_file()
+    return os.path.isfile(pathlib.Path(workdir) / _CONFIG)
 
 
 def read_config(workdir: StrPath) -> dict[str, Any]:

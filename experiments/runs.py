@@ -62,14 +62,20 @@ def num_steps(settings: Settings, examples: data.Examples) -> int:
     """The steps of all epochs.
 
     Raises:
-      InputError: The batch is larger than the data.
+      InputError: The batch is larger than the data, or the steps do not fit into an int32.
     """
     if settings.batch_size > examples.size:
         raise InputError(
             f"--batch_size must be at most the {examples.size} training examples of "
             f"{settings.dataset}, got {settings.batch_size}"
         )
-    return settings.num_epochs * (examples.size // settings.batch_size)
+    steps = settings.num_epochs * (examples.size // settings.batch_size)
+    if steps >= 2**31:
+        raise InputError(
+            f"--num_epochs={settings.num_epochs} are {steps} steps, more than can be counted: "
+            f"at most {2**31 - 1}"
+        )
+    return steps
 
 
 def train(
@@ -115,6 +121,10 @@ def train(
         stopped = processes.agreed(stack.enter_context(signals.stop_requests()))
         start = trainer.initial_state(settings.seed)
         step, state = checkpoints.restore(start) or (0, start)
+        if step > last_step:
+            raise InputError(
+                f"workdir {workdir} is at step {step} already, past --max_steps={last_step}"
+            )
         first_step = step
         if step and processes.is_lead():
             logging.info("going on from step %d of %d in %s", step, last_step, workdir)

@@ -36,7 +36,10 @@ class Config(networks.Settings, runs.Settings):
 
     workdir: str = flag("runs/multimnist", "Folder of all that is written.", affects_result=False)
     train_size: int = flag(
-        60_000_000, "Training pairs: the i-th digit, over and over, with others.", minimum=1
+        60_000_000,
+        "Training pairs: the i-th digit, over and over, with others.",
+        minimum=1,
+        maximum=200_000_000,  # their order is held in memory, by 12 bytes each
     )
     num_epochs: int = flag(1, "Passes over the training pairs.", minimum=1)
     test_size: int = flag(10_000, "Test pairs.", minimum=1)

@@ -94,9 +94,10 @@ def test_a_capsule_network_can_be_looked_at_alone(program, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ({"workdir": "", "cnn_workdir": ""}, "workdir holds no run: it has no config.json"),
         ({"workdir": "cnn", "cnn_workdir": ""}, "--workdir must be a run of a capsule network, .*"),
         ({"cnn_workdir": "capsnet"}, "workdir capsnet is named twice"),
-        ({"workdir": ""}, "--workdir must be a run of a capsule network, got one of pooling_cnn"),
+        ({"workdir": ""}, "workdir holds no run: it has no config.json"),
         (
             {"cnn_workdir": "canvas"},
             "the runs must have one image size, got 17x17x1 in capsnet, .*",

@@ -1,0 +1,64 @@
+"""What is drawn of a trained network; that the figures are legible is in test_figures."""
+
+import pathlib
+
+import numpy as np
+import pytest
+import small_runs
+
+import capsjax
+from experiments import data, figures, inspection, records, train_mnist, training
+from experiments.transforms import scaled
+
+WITHOUT_DECODER = {
+    *("learning_curves", "confusion_matrix", "misclassified", "couplings", "coupling_entropy")
+}
+DRAWN_BY_DECODER = {"reconstructions", "dimension_tweaks"}
+
+
+@pytest.fixture
+def draw(tmp_path, monkeypatch):
+    """Draws with wrong labels and no drawing: each figure's arguments, the model, the lengths."""
+    data_dir = small_runs.write_digits(tmp_path / "digits", size=21)
+    drawn = {}
+    for name in WITHOUT_DECODER | DRAWN_BY_DECODER:
+        monkeypatch.setattr(figures, name, lambda *arguments, **_: arguments)
+    monkeypatch.setattr(
+        records, "save_figure", lambda figure, path: drawn.update({path.stem: figure})
+    )
+
+    def draw(**changes):
+        small = {"conv_channels": 2, "primary_types": 3, "capsule_length": 3, "batch_size": 8}
+        config = train_mnist.Config(dataset="mnist", data_dir=data_dir, **small | changes)
+        dataset = data.load(config.dataset, data_dir=config.data_dir)
+        trainer = train_mnist.build(config, dataset)
+        params = trainer.initial_state(0).params
+        params["capsules"]["weights"] *= 100  # long capsules, so that it matters which is drawn
+        model = trainer.model(params)
+        lengths = np.asarray(capsjax.lengths(model(scaled(dataset.test.images))))
+        wrong = (lengths.argmax(axis=1) + 1).astype(np.int32) % 10
+        test = dataset.test._replace(labels=wrong)
+        evaluation = training.Evaluation(lengths, 0.5)
+        inspection.draw(trainer, params, test, evaluation, [], pathlib.Path())
+        return drawn, model, lengths
+
+    return draw
+
+
+def test_a_network_without_a_decoder_is_drawn_as_far_as_it_goes(draw):
+    drawn, _, _ = draw(reconstruction_weight=0.0)
+    assert drawn.keys() == WITHOUT_DECODER
+
+
+def test_the_figures_show_what_the_longest_capsule_draws(draw):
+    drawn, model, lengths = draw()
+    assert drawn.keys() == WITHOUT_DECODER | DRAWN_BY_DECODER
+    images, reconstructions, _, labels = drawn["reconstructions"]
+    winners = lengths.argmax(axis=1)[: len(images)]
+    capsules = model(images)
+    wanted = model.reconstruct(capsules, winners)
+    np.testing.assert_allclose(reconstructions, wanted, atol=1e-6)
+    assert abs(reconstructions - model.reconstruct(capsules, labels)).max() > 1e-4
+    [tweaks] = drawn["dimension_tweaks"]
+    middle = inspection.TWEAKS.index(0)
+    np.testing.assert_allclose(tweaks[:, middle], wanted[:1].repeat(len(tweaks), 0), atol=1e-6)
