@@ -4,6 +4,7 @@ Source: Tijmen Tieleman, "affNIST", https://www.cs.toronto.edu/~tijmen/affNIST/:
 turned, sheared, scaled and placed at random on 40 x 40 pixels.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,51 +12,75 @@ from absl import logging
 
 from experiments import matlab
 from experiments.affine import Pose, uniform, warped
-from experiments.data import Split, centred
+from experiments.data import Dataset, Split, centred
 from experiments.errors import InputError
 
 SIDE = 40  # pixels
 _NUM_CLASSES = 10
-# Of the transformed version: all 32 x 10,000 test cases in one file, or the first 10,000.
-_FILES = ("transformed/test.mat", "test.mat", "transformed/test_batches/1.mat")
+_MNIST = ("mnist", "mnist_small", "tfds:mnist")  # data sets of the digits that affNIST is made from
+# Of the transformed version: all 32 x 10,000 test cases in one file, or the first 10,000. Never a
+# bare test.mat: the author's just_centered/test.mat has the same fields, and nothing is moved.
+_FILES = ("transformed/test.mat", "transformed/test_batches/1.mat")
 
 
-def cases(test: Split, side: int, folder: str) -> dict[str, Split]:
+def cases(dataset: Dataset, side: int, *, folder: str, data_dir: str = "") -> dict[str, Split]:
     """The test cases for networks of that image size, by what they must be called.
 
     Args:
-      test: The images that a set like affNIST is made from.
+      dataset: What the networks were trained on; `affnist_like` is made from its test images.
       side: Pixels a side of the networks' images; nothing but 40 has test cases.
-      folder: With affNIST's files; empty: `affnist_like` instead.
+      folder: With affNIST's files, for networks trained on MNIST's digits; empty: `data_dir`.
+      data_dir: May have them; if it does not, or is empty, or the digits are not MNIST's:
+        `affnist_like` instead.
 
     Raises:
-      InputError: There is a folder but the size is another, or it cannot be read.
+      InputError: There is a folder but the size or the data set is another, or it has no such file;
+        or a file cannot be read.
     """
+    shape = dataset.test.images.shape[1:]
+    is_mnist = shape[2] == 1 and dataset.name.split("/")[0] in _MNIST
+    own = f"{dataset.name} with images of {'x'.join(map(str, shape))}"
     if folder and side != SIDE:
         raise InputError(
             f"--affnist_dir needs runs with --canvas={SIDE}, got images of {side}x{side} pixels"
         )
+    if folder and not is_mnist:
+        raise InputError(
+            f"--affnist_dir needs runs on MNIST's digits ({', '.join(_MNIST)}; 1 channel), "
+            f"got {own}"
+        )
     if side != SIDE:
         return {}
-    return {"affnist": read(folder)} if folder else {"affnist_like": affnist_like(test)}
-
-
-def read(folder: str) -> Split:
-    """Reads the transformed test set from `transformed/test.mat` and the like.
-
-    Args:
-      folder: With the author's files, unpacked.
-
-    Raises:
-      InputError: There is no such file, or it does not hold images and labels of affNIST's shape.
-    """
-    paths = [Path(folder).expanduser() / name for name in _FILES]
-    path = next(filter(Path.is_file, paths), None)
-    if path is None:
+    path = find(folder or data_dir) if is_mnist else None
+    if path:
+        return {"affnist": read(path)}
+    if folder:
         raise InputError(
             f"--affnist_dir={folder} has none of {', '.join(_FILES)}; they are in the archives of "
             "https://www.cs.toronto.edu/~tijmen/affNIST/"
         )
+    reason = "neither --affnist_dir nor --data_dir names a folder with its files"
+    if not is_mnist:
+        reason = f"it is of MNIST's digits (1 channel), and the runs are on {own}"
+    elif data_dir:
+        reason = f"--data_dir={data_dir} has none of {', '.join(_FILES)}"
+    logging.info("affnist_like is made from the test images in place of affNIST: %s", reason)
+    return {"affnist_like": affnist_like(dataset.test)}
+
+
+def find(folder: str) -> Path | None:
+    """The file with the transformed test set in a folder, or else with its first part, if any."""
+    # Unlike Path's own methods, these take names that are too long, or of users that do not exist.
+    paths = (Path(os.path.expanduser(folder), name) for name in _FILES)
+    return next(filter(os.path.isfile, paths), None) if folder else None
+
+
+def read(path: Path) -> Split:
+    """Reads the test cases from one of the author's files.
+
+    Raises:
+      InputError: It does not hold images and labels of affNIST's shape.
+    """
     try:
         struct = matlab.read_struct(path, "affNISTdata", ("image", "label_int"))
     except (OSError, ValueError) as error:

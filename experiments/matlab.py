@@ -87,7 +87,8 @@ def _array(kind: int, body: memoryview, field: str) -> np.ndarray:
 def _heading(parts: Iterator[tuple[int, memoryview]]) -> tuple[int, tuple, str]:
     """The class, the shape and the name of an array."""
     flags, shape = (_integers(*_next(parts)) for _ in range(2))
-    if len(flags) != 2 or flags[0] & 0x0800 or len(shape) < 2 or shape.min() < 0:
+    # As Python's: NumPy's of one byte, which a tag may ask for, take no 0x0800.
+    if len(flags) != 2 or int(flags[0]) & 0x0800 or len(shape) < 2 or shape.min() < 0:
         raise ValueError("an array has no flags or shape, or complex numbers")
     name = bytes(_next(parts)[1]).decode("latin-1")
     return int(flags[0]) & 0xFF, tuple(map(int, shape)), name

@@ -1,12 +1,15 @@
 """affNIST's files, and what may be wrong with them; the set that is like it."""
 
+import dataclasses
+import logging
+
 import numpy as np
 import pytest
 from scipy import io
 
 from experiments import affnist
 from experiments.affine import Pose, warped
-from experiments.data import Split, centred
+from experiments.data import Dataset, Split, centred
 from experiments.errors import InputError
 
 
@@ -34,8 +37,9 @@ def save(folder, struct, name="transformed/test.mat", **options):
 def test_a_column_is_an_image_row_after_row(tmp_path, name, kind):
     struct = fields()
     struct["label_int"] = struct["label_int"].astype(kind)
-    save(tmp_path, struct, name, do_compression=True)
-    split = affnist.read(str(tmp_path))
+    path = save(tmp_path, struct, name, do_compression=True)
+    assert affnist.find(str(tmp_path)) == path
+    split = affnist.read(path)
     assert split.images.shape == (7, 40, 40, 1)
     assert split.images.dtype == np.uint8
     assert split.images[3, 2, 1, 0] == struct["image"][2 * 40 + 1, 3]
@@ -63,7 +67,7 @@ def test_a_column_is_an_image_row_after_row(tmp_path, name, kind):
 def test_other_sizes_and_types_are_named(tmp_path, others, message):
     path = save(tmp_path, fields() | others)
     with pytest.raises(InputError, match=message) as raised:
-        affnist.read(str(tmp_path))
+        affnist.read(path)
     assert str(path) in str(raised.value)
 
 
@@ -71,9 +75,9 @@ def test_other_sizes_and_types_are_named(tmp_path, others, message):
     "struct", [{"image": np.zeros((1600, 1), np.uint8)}, np.zeros((3, 3)), "text", 1.0]
 )
 def test_another_struct_is_refused(tmp_path, struct):
-    save(tmp_path, struct)
+    path = save(tmp_path, struct)
     with pytest.raises(InputError, match="is not a MATLAB file with a struct affNISTdata"):
-        affnist.read(str(tmp_path))
+        affnist.read(path)
 
 
 @pytest.mark.parametrize(
@@ -83,12 +87,24 @@ def test_another_struct_is_refused(tmp_path, struct):
 def test_what_is_no_matlab_file_is_refused(tmp_path, content):
     (tmp_path / "test.mat").write_bytes(content)
     with pytest.raises(InputError, match="is not a MATLAB file with a struct affNISTdata"):
-        affnist.read(str(tmp_path))
+        affnist.read(tmp_path / "test.mat")
 
 
-def test_a_folder_without_files_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"has none of transformed/test\.mat, "):
-        affnist.read(str(tmp_path))
+def test_digits_that_were_not_moved_are_not_affnist(tmp_path):
+    # The author's archives hold just_centered/test.mat, with the same fields and sizes.
+    save(tmp_path, fields(), "test.mat")
+    assert affnist.find(str(tmp_path)) is None
+
+
+def test_the_whole_test_set_comes_before_its_first_part(tmp_path):
+    path = save(tmp_path, fields(), "transformed/test.mat")
+    save(tmp_path, fields(), "transformed/test_batches/1.mat")
+    assert affnist.find(str(tmp_path)) == path
+
+
+def test_a_name_that_is_too_long_and_an_unknown_user_have_no_files():
+    assert affnist.find("x" * 300) is None
+    assert affnist.find("~nosuchuser/affnist") is None
 
 
 @pytest.fixture(scope="module")
@@ -126,15 +142,67 @@ def test_the_set_like_it_is_the_same_in_every_call(split):
     assert len(np.unique(once.images, axis=0)) > 390
 
 
-def test_cases_are_called_what_they_are(split, tmp_path):
-    assert affnist.cases(split, 28, "") == {}
-    assert [*affnist.cases(split, 40, "")] == ["affnist_like"]
+@pytest.fixture
+def dataset(split):
+    return Dataset("mnist", 10, split, split, "da7a")
+
+
+def test_cases_are_called_what_they_are(dataset, tmp_path):
+    assert affnist.cases(dataset, 28, folder="") == {}
+    assert [*affnist.cases(dataset, 40, folder="")] == ["affnist_like"]
     save(tmp_path, fields())
-    assert [*affnist.cases(split, 40, str(tmp_path))] == ["affnist"]
+    assert [*affnist.cases(dataset, 40, folder=str(tmp_path))] == ["affnist"]
     with pytest.raises(
         InputError, match=r"^--affnist_dir needs runs with --canvas=40, got .*28x28"
     ):
-        affnist.cases(split, 28, str(tmp_path))
+        affnist.cases(dataset, 28, folder=str(tmp_path))
+
+
+def test_a_named_folder_without_files_is_refused(dataset, tmp_path):
+    save(tmp_path, fields())
+    named = str(tmp_path / "none")
+    with pytest.raises(InputError, match=r"none has none of transformed/test\.mat, "):
+        affnist.cases(dataset, 40, folder=named, data_dir=str(tmp_path))
+
+
+def test_the_data_folder_may_have_affnist(dataset, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    empty = tmp_path / "empty"
+    assert [*affnist.cases(dataset, 40, folder="", data_dir=str(empty))] == ["affnist_like"]
+    (message,) = caplog.messages
+    assert message.startswith("affnist_like is made from the test images in place of affNIST: ")
+    assert f"--data_dir={empty} has none of transformed/test.mat" in message
+    path = save(tmp_path, fields())
+    assert affnist.cases(dataset, 40, folder="", data_dir=str(tmp_path))["affnist"].size == 7
+    assert affnist.cases(dataset, 28, folder="", data_dir=str(tmp_path)) == {}
+    path.write_bytes(b"damaged")
+    with pytest.raises(InputError, match="is not a MATLAB file"):
+        affnist.cases(dataset, 40, folder="", data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["mnist_small", "tfds:mnist", "tfds:mnist/3.0.1"])
+def test_affnist_is_for_mnists_digits_by_any_name(dataset, tmp_path, name):
+    save(tmp_path, fields())
+    digits = dataclasses.replace(dataset, name=name)
+    assert [*affnist.cases(digits, 40, folder=str(tmp_path))] == ["affnist"]
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"), [("fashion_mnist", 1), ("tfds:mnist_corrupted", 1), ("mnist", 3)]
+)
+def test_affnist_is_not_for_other_images(dataset, tmp_path, caplog, name, channels):
+    caplog.set_level(logging.INFO)
+    save(tmp_path, fields())
+    images = np.repeat(dataset.test.images, channels, axis=-1)
+    others = dataclasses.replace(dataset, name=name, test=dataset.test._replace(images=images))
+    own = f"{name} with images of 28x28x{channels}"
+    with pytest.raises(InputError, match=f"^--affnist_dir needs runs on MNIST's .*, got {own}$"):
+        affnist.cases(others, 40, folder=str(tmp_path))
+    found = affnist.cases(others, 40, folder="", data_dir=str(tmp_path))
+    assert [*found] == ["affnist_like"]
+    expected = np.repeat(affnist.affnist_like(dataset.test).images, channels, axis=-1)
+    np.testing.assert_array_equal(found["affnist_like"].images, expected)
+    assert f"the runs are on {own}" in caplog.text
 
 
 def test_moved_digits_start_from_the_middle(split):

@@ -6,6 +6,7 @@ import re
 import shutil
 
 import in_process
+import jax
 import numpy as np
 import pytest
 import small_runs
@@ -20,12 +21,15 @@ FEW = {"rotations": "0,90", "shifts": "-2,3", "scales": "0.5", "shears": "0,20",
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Runs of a capsule network and a CNN, one on a canvas, and one on other digits."""
+    """Runs of a capsule network and a CNN, three on a canvas, and one on other digits."""
     folder = tmp_path_factory.mktemp("runs")
     digits = small_runs.write_digits(folder / "digits")
     small_runs.save_run(folder / "capsnet", digits)
     small_runs.save_run(folder / "cnn", digits, network="pooling_cnn")
     small_runs.save_run(folder / "canvas", digits, network="pooling_cnn", canvas=40)
+    shutil.copytree(folder / "canvas", folder / "copy")
+    clothes = {"dataset": "fashion_mnist", "network": "pooling_cnn", "canvas": 40}
+    small_runs.save_run(folder / "clothes", digits, **clothes)
     others = small_runs.write_digits(folder / "others", size=50)
     small_runs.save_run(folder / "other", others, network="pooling_cnn")
     return folder
@@ -61,12 +65,14 @@ def test_accuracies_are_those_of_the_networks(program, folder, tmp_path):
     sweeps = json.loads((tmp_path / "out/sweeps.json").read_text())
     points = {(p["run"], p["transformation"], p["value"]): p["accuracy"] for p in sweeps}
     assert len(points) == len(sweeps) == 2 * 7
+    assert {point["examples"] for point in sweeps} == {60}  # fewer than --sweep_examples
     for row in results[:2]:
         run = load(row["run"], data_dir="")
         images = run.test.images / np.float32(255)
         poses = [random_affine(60, 17, 50, 0.2, key=[4, draw]) for draw in range(2)]
         drawn = [right(run, warped(images, pose)) for pose in poses]
-        assert {*row} == {"run", "network", "clean", "affine", "affine_deviation"}
+        assert {*row} == {"run", "network", "clean", "clean_cases", "affine", "affine_deviation"}
+        assert row["clean_cases"] == 60
         assert row["network"] == run.config.network
         assert row["clean"] == pytest.approx(right(run, images))
         assert row["affine"] == pytest.approx(np.mean(drawn))
@@ -108,6 +114,8 @@ def test_seed_interpolation_and_count_reach_the_moves(program, tmp_path, monkeyp
     few = moves(sweep_examples=7)
     assert few[:2] == usual[:2]
     assert [move[0] for move in few[2:]] == 7 * [7]
+    sweeps = json.loads((tmp_path / "out/sweeps.json").read_text())
+    assert {point["examples"] for point in sweeps} == {7}
 
 
 def test_networks_are_called_matched_only_within_a_tenth_of_a_point():
@@ -129,6 +137,7 @@ def test_a_set_like_affnist_is_not_called_affnist(program, folder, tmp_path):
     assert run.test.images.shape == (60, 40, 40, 1)
     cases = affnist.affnist_like(run.dataset.test).images / np.float32(255)
     assert row["affnist_like"] == pytest.approx(right(run, cases))
+    assert row["affnist_like_cases"] == row["clean_cases"] == 60
     assert row["clean"] == pytest.approx(right(run, run.test.images / np.float32(255)))
     assert "affnist" not in row
     # Sweeps move digits from the middle of the canvas.
@@ -137,18 +146,88 @@ def test_a_set_like_affnist_is_not_called_affnist(program, folder, tmp_path):
     assert sweeps[0]["accuracy"] == pytest.approx(right(run, still))
 
 
-def test_affnist_itself_is_read_where_it_is(program, tmp_path):
+@pytest.mark.parametrize("flag", ["affnist_dir", "data_dir"])
+def test_affnist_itself_is_read_where_it_is(program, tmp_path, flag):
     images = np.random.default_rng(0).integers(0, 256, (1600, 30), np.uint8)
     labels = np.arange(30)[None] % 10
     struct = {"image": images, "label_int": labels.astype(np.uint8)}
-    io.savemat(tmp_path / "test.mat", {"affNISTdata": struct})
-    status, _, _ = program(workdirs="canvas", affnist_dir=tmp_path)
+    small_runs.write_digits(tmp_path / "digits")
+    path = tmp_path / "digits/transformed/test.mat"
+    path.parent.mkdir()
+    io.savemat(path, {"affNISTdata": struct})
+    status, _, _ = program(workdirs="canvas", **{flag: tmp_path / "digits"})
     assert status == 0
     (row,) = json.loads((tmp_path / "out/results.json").read_text())[:1]
-    assert "affnist_like" not in row
+    assert not any("affnist_like" in title for title in row)
+    assert row["affnist_cases"] == 30
     run = load("canvas", data_dir="")
     scores = run.trainer.scores(run.params, np.float32(images.T.reshape(30, 40, 40, 1)) / 255)
     assert row["affnist"] == pytest.approx(100 * np.mean(scores.argmax(1) == labels[0]))
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """What was measured, by sizes; after so many measurements as `limit` says, the program dies."""
+    counts, count = [], evaluate_poses.right
+
+    def limited(run, split, pose, config):
+        if len(counts) == limited.limit:
+            raise SystemExit(137)
+        counts.append(split.size)
+        return count(run, split, pose, config)
+
+    monkeypatch.setattr(evaluate_poses, "right", limited)
+    monkeypatch.setattr(evaluate_poses, "SLICE", 40)
+    return counts, limited
+
+
+def read(folder):
+    return [(folder / name).read_bytes() for name in ("results.json", "sweeps.json")]
+
+
+def test_a_killed_program_goes_on_to_the_same_results(program, tmp_path, measured):
+    counts, limited = measured
+    limited.limit = None
+    assert program(workdirs="canvas,copy", output=tmp_path / "whole")[0] == 0
+    # Of each run: clean, affnist_like, 2 draws and 7 points, each in two slices.
+    assert counts == 2 * 11 * [40, 20]
+    for limit in (1, 10, 15):  # within the clean images, a sweep of the first run, and the second
+        counts.clear()
+        limited.limit = limit
+        assert program(workdirs="canvas,copy", output=tmp_path / "killed")[0] == 137
+    assert not (tmp_path / "killed/results.json").exists()
+    counts.clear()
+    limited.limit = None
+    assert program(workdirs="canvas,copy", output=tmp_path / "killed")[0] == 0
+    assert len(counts) == 44 - 1 - 10 - 15
+    assert read(tmp_path / "killed") == read(tmp_path / "whole")
+    assert not (tmp_path / "killed/progress.json").exists()
+
+
+def test_other_settings_and_other_networks_are_measured_anew(
+    program, tmp_path, measured, monkeypatch
+):
+    counts, limited = measured
+    limited.limit = 9
+    assert program(workdirs="canvas")[0] == 137
+    counts.clear()
+    assert program(workdirs="canvas", seed=1)[0] == 137
+    assert len(counts) == 9
+    run = load("canvas", data_dir="")
+    params = jax.tree.map(lambda x: x + 1, run.params)
+    monkeypatch.setattr(trained, "load", lambda *_, **__: run._replace(params=params))
+    counts.clear()
+    limited.limit = None
+    assert program(workdirs="canvas", seed=1)[0] == 0
+    assert len(counts) == 22
+
+
+def test_damaged_progress_is_one_line(program, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/progress.json").write_text("{")
+    status, stdout, stderr = program(workdirs="cnn")
+    assert (status, stdout) == (2, "")
+    assert re.fullmatch("evaluate_poses: .*progress.json is damaged .* to measure anew\n", stderr)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +238,7 @@ def test_affnist_itself_is_read_where_it_is(program, tmp_path):
             {"workdirs": "cnn,other"},
             "the runs must have one data set, got mnist .* in cnn, mnist .*",
         ),
-        ({"workdirs": "cnn,cnn"}, "workdir cnn is named twice"),
+        ({"workdirs": "cnn,./cnn"}, "workdir ./cnn is named twice"),
         ({"workdirs": "none"}, "workdir none holds no run: it has no config.json"),
         ({"workdirs": ""}, "workdir  ?holds no run: it has no config.json"),
         ({"workdirs": "empty"}, "workdir empty holds no run: it has no config.json"),
@@ -167,6 +246,12 @@ def test_affnist_itself_is_read_where_it_is(program, tmp_path):
         ({"workdirs": "start"}, "workdir start has no checkpoint yet; let it train further"),
         ({"affnist_dir": "digits"}, "--affnist_dir needs runs with --canvas=40, got .* 17x17 .*"),
         ({"affnist_dir": "none", "workdirs": "canvas"}, "--affnist_dir=none has none of .*"),
+        ({"affnist_dir": "~nosuchuser", "workdirs": "canvas"}, ".*=~nosuchuser has none of .*"),
+        ({"affnist_dir": 300 * "x", "workdirs": "canvas"}, ".*=x{300} has none of .*"),
+        (
+            {"affnist_dir": "digits", "workdirs": "clothes"},
+            "--affnist_dir needs runs on MNIST's .*, got fashion_mnist with images of 17x17x1",
+        ),
         ({"rotations": "0,x"}, "--rotations must be numbers .* separated by commas, got '0,x'"),
         ({"shifts": ""}, "--shifts must be numbers .*, got ''"),
         ({"shifts": "nan"}, "--shifts must be numbers .*, got 'nan'"),

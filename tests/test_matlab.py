@@ -51,6 +51,15 @@ def test_numbers_that_matlab_stores_narrower_keep_their_class(tmp_path):
     np.testing.assert_array_equal(found, [[300.0, 2.0]])
 
 
+def test_flags_may_be_bytes(tmp_path):
+    path = save(tmp_path / "a.mat", {"s": {"x": np.arange(3.0)[None]}})
+    content = path.read_bytes()
+    flags = struct.pack("<4I", 6, 8, 6, 0)
+    assert content.count(flags) == 1
+    path.write_bytes(content.replace(flags, struct.pack("<2I2B6x", 2, 2, 6, 0)))
+    np.testing.assert_array_equal(matlab.read_struct(path, "s", ["x"])["x"], [[0, 1, 2]])
+
+
 @pytest.mark.parametrize(
     ("variables", "message"),
     [

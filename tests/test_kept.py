@@ -1,0 +1,77 @@
+"""What is kept of a long measurement: counts of the same facts, and nothing else."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments.errors import InputError
+from experiments.kept import Kept, sha256
+
+FACTS = {"settings": {"seed": 0, "rotation": 30.0, "name": "\u00fc"}, "sizes": [1, 2]}
+
+
+def never():
+    raise AssertionError
+
+
+def test_what_is_measured_is_on_disk_before_the_next(tmp_path):
+    path = tmp_path / "new/progress.json"
+    first = Kept(path, FACTS)
+    assert first("a", lambda x: x + 1, 6) == 7
+    with pytest.raises(AssertionError):
+        first("b", never)
+    second = Kept(path, FACTS)
+    assert second("a", never) == 7
+    assert second("b", lambda: 0) == 0
+    assert Kept(path, FACTS)("b", never) == 0
+    second.remove()
+    assert [*path.parent.iterdir()] == []
+    second.remove()
+
+
+@pytest.mark.parametrize("facts", [FACTS | {"sizes": [1, 3]}, FACTS | {"more": 0}, {}])
+def test_other_facts_replace_the_file(tmp_path, facts):
+    path = tmp_path / "progress.json"
+    Kept(path, FACTS)("a", lambda: 7)
+    assert Kept(path, facts)("a", lambda: 8) == 8
+    assert Kept(path, FACTS)("a", lambda: 9) == 9
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff",
+        b"[]",
+        b"{}",
+        b"[" * 100_000,
+        json.dumps({"facts": FACTS}).encode(),
+        json.dumps({"facts": FACTS, "counts": [7]}).encode(),
+        json.dumps({"facts": FACTS, "counts": {"a": 7.0}}).encode(),
+        json.dumps({"facts": FACTS, "counts": {"a": True}}).encode(),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, content):
+    path = tmp_path / "progress.json"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"progress\.json is damaged .*; remove it to"):
+        Kept(path, FACTS)
+    assert path.read_bytes() == content
+
+
+def test_a_place_that_cannot_be_used_is_named_before_anything_is_measured(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file/progress\.json cannot be written: "):
+        Kept(tmp_path / "file/progress.json", FACTS)
+    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+        Kept(tmp_path, FACTS)
+
+
+def test_the_digest_is_of_all_bytes():
+    arrays = [np.arange(6, dtype=np.float32).reshape(2, 3), np.array(3), np.zeros((0, 2))]
+    before = sha256(arrays)
+    assert sha256([array.copy() for array in arrays]) == before
+    assert sha256([arrays[0].T, *arrays[1:]]) != before
+    arrays[0][1, 2] = np.nextafter(arrays[0][1, 2], np.float32(9))
+    assert sha256(arrays) != before
