@@ -1,4 +1,4 @@
-"""Writes one HTML page about some runs: settings, test errors, curves, results and figures.
+"""Writes one HTML page about runs and experiments: errors, settings, curves, results, figures.
 
 The page is whole by itself: it opens from disk, needs no network and holds no script.
 """
@@ -16,22 +16,24 @@ from experiments.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Which runs, and where to."""
+    """Which runs and results, and where to."""
 
     workdirs: str = flag(
         "",
-        "Folders of runs, separated by commas; one that has no config.json stands for the runs in "
-        "its subfolders, or in those of them. Nothing is written there.",
+        "Folders of runs, or of an experiment's results.json and figures, separated by commas; one "
+        "that has no config.json stands for the runs in its subfolders, or in those of them. "
+        "Nothing is written there.",
     )
     output: str = flag("report.html", "The page, .html; one that is there is replaced.")
 
 
 def main(config: Config) -> int:
-    """Reads the runs, and writes the page."""
+    """Reads the runs and results, and writes the page."""
     workdirs = config.workdirs.split(",")
     if not all(workdirs):
         raise InputError(
-            f"--workdirs must be folders of runs, separated by commas, got {config.workdirs!r}"
+            "--workdirs must be folders of runs or results, separated by commas, "
+            f"got {config.workdirs!r}"
         )
     output = pathlib.Path(config.output)
     if output.suffix != ".html" or os.path.isdir(output):
@@ -40,7 +42,7 @@ def main(config: Config) -> int:
         raise InputError(f"--output: {output.parent} is not a folder; make it first")
     runs, folders = report_runs.read(workdirs)
     records.write_bytes(output, report_page.page(runs, folders).encode())
-    logging.info("%s shows %d run%s", output, len(runs), "s" * (len(runs) > 1))
+    logging.info("%s shows %s", output, report_page.what(runs))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The page of a report: tables, curves and figures of runs, as one HTML text."""
+"""The page of a report: tables, curves and figures, as one HTML text."""
 
 import pathlib
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def page(runs: Sequence[Run], folders: Sequence[Folder]) -> str:
-    """The whole page; the same runs make the same text."""
+    """The whole page; the same runs and folders make the same text."""
     styles = {group: k for k, group in enumerate(dict.fromkeys(run.group for run in runs))}
     sections = [
         ("errors", "Last test errors", errors(runs, styles)),
@@ -23,7 +23,7 @@ def page(runs: Sequence[Run], folders: Sequence[Folder]) -> str:
         ("figures", "Figures", _figures(folders)),
     ]
     shown = [section for section in sections if section[2]]
-    title = f"capsjax: {len(runs)} run{'s' * (len(runs) > 1)}"
+    title = f"capsjax: {what(runs)}"
     style = (pathlib.Path(__file__).parent / "report.css").read_text()
     head = element(
         "head",
@@ -40,6 +40,11 @@ def page(runs: Sequence[Run], folders: Sequence[Folder]) -> str:
         *(element("section", element("h2", name), body, id=key) for key, name, body in shown),
     )
     return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
+
+
+def what(runs: Sequence[Run]) -> str:
+    """What a page shows, in two words at most: so many runs, or results without a run."""
+    return f"{len(runs)} run{'s' * (len(runs) > 1)}" if runs else "results"
 
 
 def _figures(folders: Sequence[Folder]) -> Markup:

@@ -1,4 +1,4 @@
-"""Reads what a report shows: runs, and the results and figures beside them.
+"""Reads what a report shows: runs, and the results and figures of runs and of experiments.
 
 Nothing in these folders is trusted: each file has a largest size, and what is not of the form that
 the programs write is an InputError that names it.
@@ -59,7 +59,7 @@ class Picture(NamedTuple):
 
 
 class Folder(NamedTuple):
-    """What else lies in the folder of a run, or of several: results.json and figures."""
+    """What a run, a folder of runs or an experiment left: results.json and figures."""
 
     label: str
     results: Table | None
@@ -70,25 +70,30 @@ def read(workdirs: Sequence[str]) -> tuple[list[Run], list[Folder]]:
     """Reads the runs of some folders, and all folders in which results or figures may lie.
 
     Args:
-      workdirs: Folders of a run each, or of several: in their subfolders, or in those of them.
+      workdirs: Folders of a run each, or of several: in their subfolders, or in those of them; or
+        of no run, but of results.json.
 
     Raises:
-      InputError: A folder is missing, holds no run, a run without metrics or one named before, or a
-        file is damaged, too large or unreadable.
+      InputError: A folder is missing, holds no run and no results, a run without metrics or what
+        was named before, or a file is damaged, too large or unreadable.
     """
     runs: list[Run] = []
     folders: dict[pathlib.Path, Folder] = {}
     seen: set[pathlib.Path] = set()
     with _reading():
         found = [(root, _find(root)) for root in map(pathlib.Path, workdirs)]
-        outer = [os.path.join(root, "." if paths != [root] else "..") for root, paths in found]
+        outer = [
+            os.path.join(root, ".." if paths in ([root], []) else ".") for root, paths in found
+        ]
         base = os.path.commonpath(map(os.path.abspath, outer))
         for root, paths in found:
-            for path in paths:
+            for path in paths or [root]:
                 if path.resolve() in seen:
-                    raise InputError(f"--workdirs names the run {path} twice")
+                    what = "run" if paths else "folder"
+                    raise InputError(f"--workdirs names the {what} {path} twice")
                 seen.add(path.resolve())
-                runs.append(_read_run(path, _label(path, base)))
+                if paths:
+                    runs.append(_read_run(path, _label(path, base)))
                 for folder in reversed([path, *path.parents]):
                     if folder.is_relative_to(root) and folder not in folders:
                         folders[folder] = _read_folder(folder, _label(folder, base))
@@ -136,15 +141,18 @@ def _label(path: pathlib.Path, base: str) -> str:
 
 
 def _find(root: pathlib.Path) -> list[pathlib.Path]:
-    """The folders of the runs in a folder, seed_10 after seed_9."""
+    """The folders of the runs in a folder, seed_10 after seed_9; none if it has results alone."""
     if not os.path.isdir(root):
         what = "is a file, not a folder" if os.path.exists(root) else "does not exist"
         raise InputError(f"workdir {root} {what}")
     if (root / _CONFIG).exists():
         return [root]
     paths = [path.parent for depth in ("*", "*/*") for path in root.glob(f"{depth}/{_CONFIG}")]
-    if not paths:
-        raise InputError(f"workdir {root} holds no run: neither it nor a subfolder has {_CONFIG}")
+    if not (paths or (root / _RESULTS).exists()):
+        raise InputError(
+            f"workdir {root} holds no run and no results: neither it nor a subfolder has "
+            f"{_CONFIG}, and it has no {_RESULTS}"
+        )
     return sorted(paths, key=_natural)
 
 
@@ -198,14 +206,19 @@ def _read_run(path: pathlib.Path, label: str) -> Run:
 
 
 def _read_folder(folder: pathlib.Path, label: str) -> Folder:
-    found = (folder / "figures").iterdir() if (folder / "figures").is_dir() else ()
-    named = [path for path in found if path.suffix.lower() in (".png", ".gif")]
-    results = folder / _RESULTS
+    results, figures = folder / _RESULTS, folder / "figures"
+    named = _pictures(figures) if figures.is_dir() else []
+    if not results.exists():
+        return Folder(label, None, list(map(_read_picture, named)))
     return Folder(
-        label,
-        _read_results(results) if results.exists() else None,
-        [_read_picture(path) for path in sorted(named, key=_natural)],
+        label, _read_results(results), list(map(_read_picture, named + _pictures(folder)))
     )
+
+
+def _pictures(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The figures that lie in a folder itself, tweaks_10 after tweaks_9."""
+    named = [path for path in folder.iterdir() if path.suffix.lower() in (".png", ".gif")]
+    return sorted(named, key=_natural)
 
 
 def _read_results(path: pathlib.Path) -> Table:

@@ -14,6 +14,8 @@ _ABSENT = "\N{EN DASH}"
 
 def errors(runs: Sequence[Run], styles: dict[str, int]) -> Markup:
     """A row a run: the newest value of each test error, however good an older one was."""
+    if not runs:
+        return Markup()
     found = [key for key in measures(runs) if key.startswith("test_") and "error" in key]
     keys = found or ["test_error"]
     heads = ["run", *map(heading, keys), "epochs", "steps", "training time", "images/s"]

@@ -52,10 +52,19 @@ def write_rows(path, rows):
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_figure(path, name, *, size=(2, 1)):
+def write_figure(path, name, *, size=(2, 1), folder="figures"):
     figure = Figure(size)
     figure.text(0.5, 0.5, "Here", ha="center")
-    records.save_figure(figure, path / "figures" / name)
+    records.save_figure(figure, path / folder / name)
+
+
+def write_experiment(path, *figures, results):
+    """What a program that trains nothing writes: results.json, and figures right beside it."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "results.json").write_text(json.dumps(results))
+    for name in figures:
+        write_figure(path, name, folder=".")
+    return path
 
 
 class Element:

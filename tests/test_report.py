@@ -11,7 +11,17 @@ import re
 import in_process
 import pytest
 from PIL import Image
-from reports import ABSENT, HOSTILE, cells, metrics, parse, write_figure, write_rows, write_run
+from reports import (
+    ABSENT,
+    HOSTILE,
+    cells,
+    metrics,
+    parse,
+    write_experiment,
+    write_figure,
+    write_rows,
+    write_run,
+)
 
 from experiments import report
 
@@ -210,6 +220,77 @@ def test_equal_figures_stand_in_one_row_and_hold_the_files(page, tmp_path):
         assert size == (int(image.attributes["width"]), int(image.attributes["height"]))
 
 
+def headings(part):
+    return [head.text for head in part.all("h3")]
+
+
+def captions(part):
+    """The folders of the figures in each row."""
+    rows = [row for row in part.all("div") if row.attributes.get("class") == "row"]
+    return [[caption.text for caption in row.all("figcaption")] for row in rows]
+
+
+def test_figures_beside_results_come_after_those_of_the_run(page, tmp_path):
+    write_run(tmp_path / "a", figures=("tweaks.png", "couplings.png"))
+    write_experiment(tmp_path / "a", "sweep_10.png", "effects.png", "sweep_9.png", results={"x": 1})
+    Image.new("L", (3, 2)).save(tmp_path / "a/sweep_9.gif")
+    (tmp_path / "a/sweep_9.json").write_text("not a figure")
+    write_figure(write_run(tmp_path / "b"), "without_results.png", folder=".")
+    figures = page("a", "b").section("figures")
+    names = [image.attributes["alt"] for image in figures.all("img")]
+    ordered = ("couplings.png", "tweaks.png", "effects.png", "sweep_9.gif", "sweep_9.png",
+               "sweep_10.png")  # fmt: skip
+    assert names == [f"{name} of a" for name in ordered]
+    content = next(image for image in figures.all("img") if "effects" in image.attributes["alt"])
+    uri = base64.b64encode((tmp_path / "a/effects.png").read_bytes()).decode()
+    assert content.attributes["src"] == f"data:image/png;base64,{uri}"
+
+
+def test_an_experiment_stands_beside_runs_and_is_none(page, tmp_path):
+    write_run(tmp_path / "runs/capsnet")
+    write_run(tmp_path / "runs/cnn", figures=("sweeps.png",))
+    write_run(tmp_path / "runs/ablation/routing", figures=("couplings.png",))
+    for name in ("ablation", "affine"):
+        write_experiment(tmp_path / "runs" / name, "sweeps.png", results=[{"run": name}])
+    whole = page(*(f"runs/{name}" for name in ("capsnet", "affine", "cnn", "ablation")))
+    labels = ["capsnet", "cnn", "ablation/routing"]
+    assert next(whole.all("title")).text == "capsjax: 3 runs"
+    assert [row[0] for row in tables(whole.section("errors"))[0][1:]] == labels
+    assert [item.text for item in whole.section("curves").all("li")] == labels
+    results = whole.section("results")
+    assert headings(results) == ["affine", "ablation"]
+    assert tables(results) == [[["run"], ["affine"]], [["run"], ["ablation"]]]
+    assert headings(whole.section("figures")) == ["sweeps", "couplings"]
+    assert captions(whole.section("figures")) == [["affine", "cnn", "ablation"], labels[2:]]
+
+
+def test_an_experiment_alone_has_results_and_figures(page, tmp_path):
+    write_experiment(tmp_path / "runs/affine", "sweeps.png", results=[{"error": 1.5}])
+    write_figure(tmp_path / "runs/affine", "more.png")
+    whole = page("runs/affine")
+    assert [next(whole.all(tag)).text for tag in ("title", "h1")] == ["capsjax: results"] * 2
+    assert [link.text for link in whole.all("a")] == ["Results", "Figures"]
+    assert [part.attributes["id"] for part in whole.all("section")] == ["results", "figures"]
+    assert headings(whole.section("results")) == ["affine"]
+    assert tables(whole) == [[["error"], ["1.5"]]]
+    assert headings(whole.section("figures")) == ["more", "sweeps"]
+    assert captions(whole.section("figures")) == [["affine"], ["affine"]]
+
+
+def test_an_experiment_that_is_the_working_directory_is_named_after_it(page, tmp_path):
+    write_experiment(tmp_path, results={"x": 1})
+    assert headings(page(".").section("results")) == [tmp_path.name]
+
+
+def test_the_log_says_how_much_is_shown(program, tmp_path, caplog):
+    write_run(tmp_path / "a")
+    write_experiment(tmp_path / "affine", results={"x": 1})
+    with caplog.at_level("INFO", "absl"):
+        for workdirs in (["a", "affine"], ["affine"]):
+            assert program(*workdirs) == (0, "")
+    assert caplog.messages == ["report.html shows 1 run", "report.html shows results"]
+
+
 @pytest.mark.parametrize(
     ("results", "table"),
     [
@@ -393,25 +474,48 @@ def test_what_is_no_file_is_not_read(program, run, name):
     assert program("a") == (2, f"report: a/{name} is not a file\n")
 
 
+@pytest.mark.parametrize("name", ["results.json", "sweeps.png", "figures/x.gif"])
+def test_an_experiment_is_trusted_no_more_than_a_run(program, tmp_path, name):
+    path = write_experiment(tmp_path / "affine", results={"x": 1})
+    damage(path / name, b"{")
+    status, stderr = program("affine")
+    assert status == 2
+    assert re.fullmatch(f"report: affine/{name} is (damaged|no PNG or GIF).*\n", stderr)
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    assert program("affine") == (2, f"report: affine/{name} is not a file\n")
+
+
 @pytest.mark.parametrize(
     ("workdirs", "message"),
     [
-        ([], "--workdirs must be folders of runs, separated by commas, got ''"),
-        (["a", "", "a"], "--workdirs must be folders of runs, separated by commas, got 'a,,a'"),
+        ([], "--workdirs must be folders of runs or results, separated by commas, got ''"),
+        (
+            ["a", "", "a"],
+            "--workdirs must be folders of runs or results, separated by commas, got 'a,,a'",
+        ),
         (["none"], "workdir none does not exist"),
         (["a/config.json"], "workdir a/config.json is a file, not a folder"),
         (["x" * 300], f"workdir {'x' * 300} does not exist"),
-        (["empty"], "workdir empty holds no run: neither it nor a subfolder has config.json"),
+        (
+            ["empty"],
+            "workdir empty holds no run and no results: neither it nor a subfolder has "
+            "config.json, and it has no results.json",
+        ),
         (["new"], "workdir new has no metrics.jsonl: nothing was trained there yet"),
         (["a", "a"], "--workdirs names the run a twice"),
         (["a", "./empty/../a/"], "--workdirs names the run empty/../a twice"),
         (["a", "link"], "--workdirs names the run link twice"),
         (["many", "many/x"], "--workdirs names the run many/x twice"),
+        (["affine", "a", "affine"], "--workdirs names the folder affine twice"),
+        (["affine", "affine_link"], "--workdirs names the folder affine_link twice"),
     ],
 )
 def test_workdirs_that_cannot_be_used_are_one_line(program, run, tmp_path, workdirs, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("a")
+    write_experiment(tmp_path / "affine", results={"x": 1})
+    (tmp_path / "affine_link").symlink_to("affine")
     (write_run(tmp_path / "new") / "metrics.jsonl").unlink()
     write_run(tmp_path / "many/x")
     assert program(*workdirs) == (2, f"report: {message}\n")
