@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 from absl import logging
 
-from experiments import cli, data, inspection, trained, training
+from experiments import cli, inspection, trained, training
 from experiments.cli import flag
 
 
@@ -27,8 +27,7 @@ def main(config: Config) -> int:
     run = trained.load(config.workdir, data_dir=config.data_dir)
     paths = config.images.split(",") if config.images else []
     if paths:
-        size, _, channels = run.test.images.shape[1:]
-        images = data.read_images(paths, image_size=size, channels=channels)
+        images = trained.read_images(run, paths)
         lines = classification(paths, run.trainer.scores(run.params, images))
     else:
         evaluation = run.trainer.evaluate(run.params, run.test, batch_size=config.batch_size)
@@ -40,7 +39,7 @@ def main(config: Config) -> int:
 
 
 def summary(evaluation: training.Evaluation, labels: np.ndarray) -> Iterator[str]:
-    """The lines about a test set: confusion matrix, accuracy of each class, and test error."""
+    """The lines about a test set: confusions, scores as probabilities, accuracies, test error."""
     counts = inspection.confusion(evaluation, labels)
     yield "confusion matrix (a row for each true class, a column for each predicted class)"
     names = [str(k) for k in range(len(counts))]
@@ -49,7 +48,33 @@ def summary(evaluation: training.Evaluation, labels: np.ndarray) -> Iterator[str
         [["", *names], *([name, *row] for name, row in zip(names, cells, strict=True))]
     )
     yield ""
+    yield from calibration(evaluation.scores, labels)
+    yield ""
     yield from inspection.accuracy(evaluation, labels)
+
+
+def calibration(scores: np.ndarray, labels: np.ndarray) -> Iterator[str]:
+    """The lines that compare the highest scores, taken as probabilities, with what is right.
+
+    Source: Guo, Pleiss, Sun and Weinberger, "On Calibration of Modern Neural Networks", section 2,
+    https://arxiv.org/abs/1706.04599: expected calibration error, here in ten bins.
+
+    Args:
+      scores: `[N, K]` from 0 to 1: lengths of class capsules, or a CNN's probabilities.
+      labels: The true classes `[N]`.
+    """
+    highest, right = scores.max(1), scores.argmax(1) == labels
+    bins = np.minimum((10 * highest).astype(int), 9)
+    rows, error = [["from", "to", "images", "mean", "right"]], 0.0
+    for k in np.unique(bins):
+        inside = bins == k
+        mean, share = highest[inside].mean(), right[inside].mean()
+        error += inside.mean() * abs(mean - share)
+        cells = (f"{k / 10:.1f}", f"{(k + 1) / 10:.1f}", str(inside.sum()))
+        rows.append([*cells, f"{mean:.3f}", f"{share:.3f}"])
+    yield "the highest score as a probability: its mean, and the share of images that are right"
+    yield from table(rows)
+    yield f"expected calibration error {error:.3f}"
 
 
 def classification(paths: list[str], lengths: np.ndarray) -> Iterator[str]:

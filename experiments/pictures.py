@@ -6,10 +6,9 @@ import pathlib
 import numpy as np
 
 from capsjax.models import CapsNet
-from experiments import data
 from experiments.cli import flag
 from experiments.errors import InputError
-from experiments.trained import Trained
+from experiments.trained import Trained, read_images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +45,7 @@ def chosen(run: Trained, *, images: str, index: int) -> dict[str, np.ndarray]:
     names = [pathlib.Path(path).stem for path in paths]
     if len(set(names)) < len(names):
         raise InputError(f"--images must have names of their own, got {', '.join(names)}")
-    size, _, channels = run.test.images.shape[1:]
-    return dict(
-        zip(names, data.read_images(paths, image_size=size, channels=channels), strict=True)
-    )
+    return dict(zip(names, read_images(run, paths), strict=True))
 
 
 def tested(run: Trained, index: int) -> np.ndarray:

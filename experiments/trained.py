@@ -1,8 +1,11 @@
 """A network that train_mnist has trained, as it lies in the folder of its run."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
 
 from experiments import cli, data, records, runs, train_mnist, training
 from experiments.checkpoints import Checkpoints
@@ -47,6 +50,20 @@ def load(workdir: str, *, data_dir: str = "") -> Trained:
     return Trained(config, dataset, test, trainer, params, step)
 
 
+def read_images(run: Trained, paths: Sequence[str]) -> np.ndarray:
+    """A user's own images as the run's network takes them, `[N, H, W, C]` in 0 … 1.
+
+    They get the size of the data set's; on a canvas they lie in its middle.
+
+    Raises:
+      InputError: As `data.read_images`.
+    """
+    size, _, channels = run.dataset.test.images.shape[1:]
+    images = data.read_images(paths, image_size=size, channels=channels)
+    labels = np.zeros(len(images), np.int32)  # which nobody knows
+    return data.centred(data.Split(images, labels), run.test.images.shape[1]).images
+
+
 def load_all(workdirs: Sequence[str], *, data_dir: str = "") -> dict[str, Trained]:
     """Restores runs that can be compared, by their folders.
 
@@ -55,7 +72,7 @@ def load_all(workdirs: Sequence[str], *, data_dir: str = "") -> dict[str, Traine
     """
     found: dict[str, Trained] = {}
     for workdir in workdirs:
-        if workdir in found:
+        if any(os.path.realpath(workdir) == os.path.realpath(other) for other in found):
             raise InputError(f"workdir {workdir} is named twice")
         found[workdir] = load(workdir, data_dir=data_dir)
     sizes = ["x".join(map(str, run.test.images.shape[1:])) for run in found.values()]

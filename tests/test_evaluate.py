@@ -94,7 +94,10 @@ def test_the_test_set_is_told_in_full_and_nothing_is_written(program, workdir, t
         assert line.split() == [name, *(str(count) if count else "." for count in row)]
         assert len(line) == len(lines[1])
     assert lines[12] == ""
-    assert lines[13:] == list(inspection.accuracy(evaluation, dataset.test.labels))
+    told = list(evaluate.calibration(evaluation.scores, dataset.test.labels))
+    assert lines[13 : 14 + len(told)] == [*told, ""]
+    accuracies = list(inspection.accuracy(evaluation, dataset.test.labels))
+    assert lines[14 + len(told) :] == accuracies
     wrong = 21 - np.trace(counts)
     assert lines[-1] == f"test error {100 * wrong / 21:.2f} %: {wrong} of 21 wrong"
 
@@ -107,6 +110,26 @@ def test_accuracy_leaves_out_a_class_without_examples():
         "class 2: 100.00 % of 1 right",
         "test error 25.00 %: 1 of 4 wrong",
     ]
+
+
+def test_scores_are_compared_with_what_is_right():
+    scores = np.array([[0.95, 0.1], [0.92, 0.9], [0.2, 0.6], [1.0, 0.0], [0.61, 0.3]])
+    labels = np.array([0, 1, 1, 0, 1])
+    lines = list(evaluate.calibration(scores, labels))
+    assert [line.split() for line in lines[1:-1]] == [
+        ["from", "to", "images", "mean", "right"],
+        ["0.6", "0.7", "2", "0.605", "0.500"],
+        ["0.9", "1.0", "3", "0.957", "0.667"],
+    ]
+    error = 2 / 5 * 0.105 + 3 / 5 * (2.87 / 3 - 2 / 3)
+    assert lines[-1] == f"expected calibration error {error:.3f}"
+
+
+def test_scores_that_are_right_as_often_as_they_say_have_no_error():
+    highest = np.array([0.75, 0.75, 0.75, 0.75])
+    scores = np.stack([highest, 1 - highest], 1)
+    *_, last = evaluate.calibration(scores, np.array([0, 0, 0, 1]))
+    assert last == "expected calibration error 0.000"
 
 
 @pytest.fixture
@@ -139,6 +162,19 @@ def test_images_are_classified_in_either_polarity(program, workdir, trained, ima
         np.testing.assert_allclose(np.array(shown, float), row, atol=6e-4)
         assert len(line) == len(lines[0])
     assert lines[1].split()[1:] == lines[2].split()[1:]
+
+
+def test_on_a_canvas_images_have_the_size_of_the_data_sets(trained, images):
+    """A digit as large as those that the network learned, in the middle."""
+    _, trainer, params, dataset = trained
+    settings = train_mnist.Config(canvas=25)
+    test = data.placed(dataset.test, 25)
+    run = load_trained.Trained(settings, dataset, test, trainer, params, 2)
+    small = data.read_images(images, image_size=17, channels=1)
+    on_canvas = load_trained.read_images(run, images)
+    assert on_canvas.shape == (2, 25, 25, 1)
+    np.testing.assert_array_equal(on_canvas[:, 4:-4, 4:-4], small)
+    assert on_canvas.sum() == pytest.approx(small.sum())
 
 
 def test_images_are_seen_as_the_test_set_is(trained):
