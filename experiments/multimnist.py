@@ -3,7 +3,8 @@
 Source: Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules", section 6,
 https://arxiv.org/abs/1710.09829. A digit lies on another of another class from the same half of
 MNIST; each is shifted by up to 4 pixels in each direction, which makes 36 x 36 of 28 x 28 pixels.
-The bounding boxes of the two, some 20 x 20 pixels, overlap by about 80 %.
+The paper says that their bounding boxes, of 20 x 20 pixels, overlap by 80 % on average; with these
+shifts it is 73 % of the area, and 85 % of the width.
 """
 
 import dataclasses

@@ -117,10 +117,9 @@ def draw_tree(
     """The longest capsules over the children that speak most for the first `digits` of them."""
     parents, last = evidence.longest(found, PARENTS), found.evidence[-1]
     leading: list[int] = []
-    for parent in parents[:digits]:
-        leading += evidence.leading_children(
-            last[:, parent], where, children // digits, taken=leading
-        ).tolist()
+    for place, parent in enumerate(parents[:digits]):
+        count = (children + digits - 1 - place) // digits  # an odd one is the first digit's
+        leading += evidence.leading_children(last[:, parent], where, count, taken=leading).tolist()
     chosen = np.array(leading)
     positions, types = evidence.places(chosen, where, types=len(last) // where.positions)
     return tree_figures.tree(

@@ -134,6 +134,20 @@ def test_two_digits_make_one_tree(program, workdirs, tmp_path):
     }
 
 
+def test_all_children_asked_for_are_drawn(program, workdirs, monkeypatch):
+    """Of an odd number one more is the first digit's."""
+    drawn, tree = [], tree_figures.tree
+
+    def recorded(*arguments, **options):
+        drawn.append(options["captions"])
+        return tree(*arguments, **options)
+
+    monkeypatch.setattr(tree_figures, "tree", recorded)
+    flags = {"workdir": workdirs["capsnet"], "output": "out", "overlap": "3,7", "children": 3}
+    assert program("parse_tree", **flags)[0] == 0
+    assert [len(captions) for captions in drawn] == [3]
+
+
 def test_overlapping_digits_move_apart_and_add_up():
     first, second = np.zeros((5, 6, 1)), np.zeros((5, 6, 1))
     first[2, 3], second[2, 3], second[4, 0] = 0.7, 0.9, 0.4
