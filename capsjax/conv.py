@@ -47,6 +47,9 @@ def strided_conv(
             f"{name}: kernel must fit into the images, {height} x {width}, "
             f"got {kernel.shape[0]} x {kernel.shape[1]}"
         )
+    if 0 in leading:  # no example: nothing to sum
+        rows, columns = (height - kernel.shape[0]) // stride, (width - kernel.shape[1]) // stride
+        return jnp.zeros((*leading, rows + 1, columns + 1, kernel.shape[3]), images.dtype)
     convolved = dispatch(
         name,
         op.IMPLEMENTATIONS,

@@ -57,7 +57,7 @@ def reconstruction_loss(reconstructions: Array, images: Array, *, weight: float 
       weight: Factor on the sum.
 
     Returns:
-      `[...]`, in the dtype of `reconstructions`.
+      `[...]`, in the dtype of the difference: float32 if either is float32.
 
     Raises:
       ValueError: The shapes differ.

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jax import Array
 
+from capsjax import shapes
 from capsjax.kernels.squash import accumulation_dtype
 
 
@@ -19,10 +20,15 @@ def lengths(capsules: Array, *, axis: int = -1) -> Array:
     Returns:
       `[...]`, in the dtype of `capsules`; the gradient at the zero vector is 0.
 
+    Raises:
+      TypeError: `capsules` is not floating.
+
     Example:
       >>> lengths(jnp.array([[0.3, 0.4], [0.0, 0.0]]))
       Array([0.5, 0. ], dtype=float32)
     """
+    capsules = jnp.asarray(capsules)
+    shapes.check_floating("lengths", capsules=capsules)
     wide = capsules.astype(accumulation_dtype(capsules.dtype))
     squares = jnp.sum(wide * wide, axis)
     nonzero = squares > 0

@@ -1,6 +1,7 @@
 """Flax NNX modules: they own the parameters and call the functions of `capsjax`."""
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -12,7 +13,7 @@ from jax.typing import DTypeLike
 
 from capsjax import shapes
 from capsjax.conv import strided_conv
-from capsjax.kernels.squash import squash
+from capsjax.kernels.squash import accumulation_dtype, squash
 from capsjax.routing.dynamic import dynamic_routing, routing_couplings
 
 # Votes of length well under 1: with deviation 1 routing saturates at once and does not train,
@@ -117,7 +118,8 @@ class PrimaryCapsules(nnx.Module):
     def __call__(self, features: Array) -> Array:
         """Maps `[..., H, W, C]` to poses `[..., I, P]`, I counting rows, columns, then types."""
         maps = self.convolution(features)
-        return squash(maps.reshape(*maps.shape[:-3], -1, self.length))
+        capsules = math.prod(maps.shape[-3:]) // self.length
+        return squash(maps.reshape(*maps.shape[:-3], capsules, self.length))
 
 
 class Capsules(nnx.Module):
@@ -134,11 +136,12 @@ class Capsules(nnx.Module):
       num_iterations: T.
       gradient: `"full"` or `"last"`, as in `dynamic_routing`.
       bias: What the bias starts at; None for no bias, as in the paper.
+      weights_init: Makes the weights; truncated normal of deviation 0.1 if not given.
       implementation: As in `dynamic_routing`.
       axis_name: Inside `jax.shard_map`, the axis over which examples are split, and the weights by
         their input capsules: each device routes its capsules for the examples of all along it.
       dtype: Of the computation; parameters stay float32.
-      rngs: For the weights (truncated normal of deviation 0.1).
+      rngs: For the weights.
 
     Example:
       >>> layer = Capsules(6, 4, 3, 5, rngs=nnx.Rngs(0))
@@ -186,7 +189,7 @@ class Capsules(nnx.Module):
             poses.astype(self.dtype),
             self.weights[...].astype(self.dtype),
             num_iterations=self.num_iterations,
-            bias=None if self.bias is None else self.bias[...],
+            bias=self._bias(),
             gradient=self.gradient,
             implementation=self.implementation,
             axis_name=self.axis_name,
@@ -196,13 +199,27 @@ class Capsules(nnx.Module):
         """Maps poses `[..., I, P]` to the couplings of every iteration `[T, ..., I, J]`.
 
         For a look inside: unlike the layer itself, it stores the votes.
+
+        Raises:
+          ValueError: The layer has an axis, so its weights are a part of all.
         """
+        if self.axis_name is not None:
+            raise ValueError(
+                f"Capsules.couplings: axis_name must be None, got {self.axis_name!r}; use a layer "
+                "with all weights"
+            )
         return routing_couplings(
             poses.astype(self.dtype),
             self.weights[...].astype(self.dtype),
             num_iterations=self.num_iterations,
-            bias=None if self.bias is None else self.bias[...],
+            bias=self._bias(),
         )
+
+    def _bias(self) -> Array | None:
+        """The bias in a dtype that routing takes beside poses of `dtype`."""
+        if self.bias is None:
+            return None
+        return self.bias[...].astype(accumulation_dtype(jnp.dtype(self.dtype)))
 
 
 class Decoder(nnx.Module):
@@ -247,7 +264,8 @@ class Decoder(nnx.Module):
         """Maps capsules `[..., J, D]` and a mask `[..., J]` of 0 and 1 to images in 0 … 1."""
         shapes.check_shape("Decoder", "chosen", chosen, "[..., J]", capsules.shape[:-1])
         leading = capsules.shape[:-2]
-        x = (capsules * chosen[..., None].astype(capsules.dtype)).reshape(*leading, -1)
+        x = capsules * chosen[..., None].astype(capsules.dtype)
+        x = x.reshape(*leading, math.prod(capsules.shape[-2:]))
         *hidden, last = self.layers
         for layer in hidden:
             x = jax.nn.relu(layer(x))

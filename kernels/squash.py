@@ -47,9 +47,8 @@ def squash(x: Array, *, axis: int = -1) -> Array:
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _squash(x: Array, axis: int) -> Array:
     unit, length = _unit_and_length(x, axis)
-    factor, _ = _factor_and_slope(length)
     below_one = 1 - max(4 * jnp.finfo(length.dtype).eps, jnp.finfo(x.dtype).eps)
-    return (unit * jnp.minimum(length * factor, below_one)).astype(x.dtype)
+    return (unit * jnp.minimum(_shrunk(length), below_one)).astype(x.dtype)
 
 
 @_squash.defjvp
@@ -61,6 +60,14 @@ def _squash_jvp(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> tup
     factor, slope = _factor_and_slope(length)
     radial = jnp.sum(unit * dx, axis, keepdims=True)
     return _squash(x, axis), (factor * dx + slope * unit * radial).astype(x.dtype)
+
+
+def _shrunk(n: Array) -> Array:
+    """`n²/(1 + n²)`, not as a product with `f`, which is too small to be normal for the largest."""
+    short = n < 1
+    small, inverse = jnp.where(short, n, 0), 1 / jnp.where(short, 1, n)
+    square = small * small
+    return jnp.where(short, square / (1 + square), 1 / (1 + inverse * inverse))
 
 
 def _factor_and_slope(n: Array) -> tuple[Array, Array]:
@@ -80,7 +87,9 @@ def _unit_and_length(x: Array, axis: int) -> tuple[Array, Array]:
     largest = jnp.finfo(x.dtype).max
     # The result does not depend on the scale, so neither do its derivatives.
     scale = lax.stop_gradient(jnp.max(jnp.abs(x), axis, keepdims=True))
-    scaled = x / jnp.maximum(scale, jnp.finfo(x.dtype).tiny)
+    # A quarter of long vectors: XLA divides by multiplying with 1 / scale, which must be normal.
+    part = jnp.where(scale > 1, jnp.asarray(0.25, x.dtype), 1)
+    scaled = (part * x) / jnp.maximum(part * scale, jnp.finfo(x.dtype).tiny)
     squares = jnp.sum(scaled * scaled, axis, keepdims=True)
     nonzero = squares > 0
     relative = jnp.sqrt(jnp.where(nonzero, squares, 1))

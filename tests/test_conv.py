@@ -59,6 +59,37 @@ def test_the_spectral_form_is_chosen_where_it_was_measured_to_be_faster(
             trace()
 
 
+def test_the_spectral_form_runs_in_a_shard_map(monkeypatch):
+    """Whose images vary over the mesh while the kernel does not."""
+    monkeypatch.setattr(spectral, "_worthwhile", lambda *_: True)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    keys = jax.random.split(jax.random.key(0), 2)
+    arrays = jax.random.normal(keys[0], (2, 8, 7, 3)), jax.random.normal(keys[1], (3, 3, 3, 4))
+
+    def loss(images, kernel, implementation):
+        convolved = capsjax.strided_conv(images, kernel, stride=2, implementation=implementation)
+        return (convolved**2).sum()
+
+    @jax.jit
+    @jax.shard_map(mesh=mesh, in_specs=(jax.P("data"), jax.P()), out_specs=jax.P("data"))
+    def gradients(images, kernel):
+        found = jax.grad(loss, (0, 1))(images, kernel, "spectral")
+        return found[0], found[1][None]
+
+    images, kernel = gradients(*arrays)
+    wanted = jax.grad(loss, (0, 1))(*arrays, "xla")
+    np.testing.assert_allclose(images, wanted[0], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(kernel[0], wanted[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("leading", [(0,), (2, 0)])
+def test_no_image_gives_no_map(leading):
+    convolved = capsjax.strided_conv(
+        jnp.zeros((*leading, 8, 7, 2)), jnp.ones((3, 3, 2, 4)), stride=2
+    )
+    assert convolved.shape == (*leading, 3, 3, 4)
+
+
 def test_leading_axes():
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.random((2, 3, 8, 9, 2)), jnp.float32)

@@ -58,6 +58,11 @@ def test_lengths_and_their_gradient_at_zero():
     np.testing.assert_allclose(capsjax.lengths(capsules, axis=0), [3.0, 4.0])
 
 
+def test_lengths_of_whole_numbers_are_refused():
+    with pytest.raises(TypeError, match=r"^lengths: capsules must be floating, got int32$"):
+        capsjax.lengths(jnp.array([1, 1]))
+
+
 def test_coupling_entropy():
     couplings = jnp.array([[0.25] * 4, [1.0, 0.0, 0.0, 0.0], [0.0] * 4, [0.5, 0.5, 0.0, 0.0]])
     wanted = [np.log(4), 0.0, 0.0, np.log(2)]

@@ -130,3 +130,25 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
     outputs, drawn, parameters = jax.eval_shape(run, images)
     assert outputs.dtype == drawn.dtype == jnp.bfloat16
     assert {leaf.dtype.name for leaf in parameters} == {"float32"}
+
+
+def test_no_image_gives_no_capsule_and_no_drawing():
+    model = _small()
+    capsules = model(jnp.zeros((0, 28, 28, 1)))
+    assert capsules.shape[0] == 0
+    assert model.reconstruct(capsules).shape == (0, 28, 28, 1)
+
+
+def test_a_layer_with_a_bias_computes_in_float64():
+    with jax.enable_x64(True):
+        layer = nn.Capsules(6, 4, 3, 5, bias=0.1, dtype=jnp.float64, rngs=nnx.Rngs(0))
+        assert layer(jnp.ones((2, 6, 4))).dtype == jnp.float64
+        assert layer.couplings(jnp.ones((2, 6, 4))).dtype == jnp.float64
+
+
+def test_couplings_need_all_weights():
+    layer = nn.Capsules(6, 4, 3, 5, axis_name="capsules", rngs=nnx.Rngs(0))
+    with pytest.raises(
+        ValueError, match=r"^Capsules\.couplings: axis_name must be None, got 'caps"
+    ):
+        layer.couplings(jnp.ones((2, 6, 4)))

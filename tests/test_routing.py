@@ -31,6 +31,13 @@ def test_any_number_of_leading_axes(implementation):
     assert route(poses[:0]).shape == (0, 3, 5)
 
 
+def test_lists_are_arrays():
+    poses, weights = _arguments(batch=1)
+    wanted = capsjax.dynamic_routing(poses, weights)
+    found = capsjax.dynamic_routing(poses.tolist(), weights.tolist())
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_an_example_does_not_depend_on_its_batch(implementation):
     poses, weights = _arguments(batch=9)

@@ -47,6 +47,14 @@ def test_value_and_gradient_are_finite_and_the_length_is_below_one(value, dtype)
     assert np.isfinite(hessian).all()
 
 
+@pytest.mark.parametrize("value", [1e37, 1e38, 3e38, np.inf])
+def test_the_longest_vectors_have_length_one_and_not_none(value):
+    for x in (jnp.array([value, 0.0]), jnp.array([0.0, -value])):
+        squashed = capsjax.squash(x)
+        assert 1 - 1e-6 < jnp.abs(squashed).max() < 1
+        assert np.isfinite(_gradient(x)).all()
+
+
 def test_nan_stays_nan():
     assert np.isnan(capsjax.squash(jnp.array([np.nan, 1.0]))).any()
 

@@ -49,14 +49,16 @@ def dynamic_routing(
       mask: Booleans, `[I]` or `[..., I]`: False for padding, which sends nothing.
       gradient: `"full"` goes through every iteration, as in the paper's own code; `"last"`
         takes the last couplings as constants, which is cheaper and misses 2 % to 44 % of the
-        full gradient (T = 3, weights of deviation 0.02 to 0.1).
+        full gradient (T = 3, weights of deviation 0.02 to 0.1). Derivatives of that gradient take
+        them as constants with `"reference"` alone.
       implementation: None chooses when the program is lowered. `"pallas_mosaic_tpu"` on a TPU and
         `"pallas_triton"` on an NVIDIA GPU (sm_80 and newer) are fused kernels, `"xla"` runs
         anywhere; these never store votes, forward or backward, and have no forward-mode
         derivative. `"reference"` is the paper's procedure with stored votes, differentiable in
         every mode. Kernels take float32 and bfloat16; for a TPU the weights of 128 capsules must
         fit into vector memory (P·J·D up to about 80,000), for a GPU P is at most 128 and D
-        256. For anything else None takes `"xla"`.
+        256. For anything else None takes `"xla"`; it does not look at a GPU's age: name `"xla"`
+        on one before sm_80.
       axis_name: Inside `jax.shard_map`, the axis of the mesh (or a tuple of axes) over which the
         input capsules are split, with their `weights`, `prior` and `mask`; `bias` and the result
         are the same all along it. Each iteration adds up `[..., J, D]` over the devices, forward
@@ -65,7 +67,8 @@ def dynamic_routing(
         batch, if the batch is in leading axes and not mapped over by `vmap`.
 
     Returns:
-      Outputs `[..., J, D]`, in the dtype of `poses`; each has a length below 1.
+      Outputs `[..., J, D]`, in the dtype of `poses`; each has a length below 1, which rounding to
+      half precision may bring to 1.
 
     Raises:
       ValueError: A shape or setting is wrong, or the implementation that is named runs on another
@@ -93,7 +96,7 @@ def dynamic_routing(
     """
     name = "dynamic_routing"
     num_iterations = _check_settings(name, num_iterations, gradient, axis_name)
-    poses, prior, bias, mask = _check_arrays(name, poses, weights, prior, bias, mask)
+    poses, weights, prior, bias, mask = _check_arrays(name, poses, weights, prior, bias, mask)
     leading = poses.shape[:-2]
     if 0 in leading:  # no example: no implementation need bother
         return jnp.zeros((*leading, *weights.shape[2:]), poses.dtype)
@@ -231,7 +234,7 @@ def routing_couplings(
     """
     name = "routing_couplings"
     num_iterations = _check_settings(name, num_iterations, "full", axis_name)
-    poses, prior, bias, mask = _check_arrays(name, poses, weights, prior, bias, mask)
+    poses, weights, prior, bias, mask = _check_arrays(name, poses, weights, prior, bias, mask)
     _check_bias(name, bias, axis_name)
     *leading, capsules, length = poses.shape
     votes = jnp.einsum(
@@ -270,8 +273,8 @@ def _check_arrays(
     prior: Array | None,
     bias: Array | None,
     mask: Array | None,
-) -> tuple[Array, Array | None, Array | None, Array | None]:
-    """The poses, the prior, the bias and the mask, all found to fit each other."""
+) -> tuple[Array, Array, Array | None, Array | None, Array | None]:
+    """The arrays, all found to fit each other."""
     poses, weights = jnp.asarray(poses), jnp.asarray(weights)
     shapes.check_floating(function, poses=poses, weights=weights)
     leading = poses.shape[:-2]
@@ -281,7 +284,7 @@ def _check_arrays(
     parents, depth = weights.shape[2:]
     prior = _check_parameter(function, "prior", prior, "[I, J]", (capsules, parents), poses)
     bias = _check_parameter(function, "bias", bias, "[J, D]", (parents, depth), poses)
-    return poses, prior, bias, _check_mask(function, poses.shape[:-1], mask)
+    return poses, weights, prior, bias, _check_mask(function, poses.shape[:-1], mask)
 
 
 def _check_parameter(

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from capsjax.kernels.devices import vary_over, varying_axes
 from capsjax.kernels.dispatch import Unsupported
 
 Pair = tuple[int, int]
@@ -85,6 +86,9 @@ def strided_conv(images: Array, kernel: Array, *, stride: Pair) -> Array:
     chunks = -(-channels * math.prod(stride) // DEPTH)
     size = -(-channels // chunks)
     missing = (0, chunks * size - channels)
+    # As in routing: gradients must vary over a mesh as what they are of.
+    axes = varying_axes(images, kernel)
+    images, kernel = vary_over(axes, images), vary_over(axes, kernel)
     x = jnp.pad(images.astype(dtype), ((0, 0), (0, 0), (0, 0), missing))
     k = jnp.pad(kernel.astype(dtype), ((0, 0), (0, 0), missing, (0, 0)))
     return _convolve(Plan(stride, extent, taps, output, size), x, k).astype(images.dtype)
@@ -105,6 +109,7 @@ def _forward(plan: Plan, images: Array, kernel: Array) -> tuple[Array, tuple[Arr
 
     frequencies = math.prod(matrices.image.columns.shape[:2])
     y = jnp.zeros((frequencies, len(images), kernel.shape[-1]), images.dtype)
+    y = vary_over(varying_axes(images), y)
     y = lax.fori_loop(0, kernel.shape[2] // plan.channels, add_chunk, y)
     return _to_pixels(matrices.output, y).transpose(2, 0, 1, 3), (images, kernel)
 
@@ -129,7 +134,8 @@ def _backward(plan: Plan, residuals: tuple[Array, Array], dy: Array) -> tuple[Ar
             lax.dynamic_update_slice_in_dim(gradients[1], dk, start, 2),
         )
 
-    zeros = jnp.zeros_like(images), jnp.zeros_like(kernel)
+    vary = partial(vary_over, varying_axes(images))
+    zeros = vary(jnp.zeros_like(images)), vary(jnp.zeros_like(kernel))
     return lax.fori_loop(0, kernel.shape[2] // plan.channels, set_chunk, zeros)
 
 
