@@ -20,6 +20,27 @@ def write(path: pathlib.Path, content: bytes) -> None:
     fsync(path.parent)
 
 
+def create(path: pathlib.Path, content: bytes) -> None:
+    """Makes a whole file, durably, if there is none: of several processes one succeeds.
+
+    Raises:
+      FileExistsError: There is one, which is left as it is.
+    """
+    begun = path.with_name(temporary(f"{path.name}.{os.getpid()}"))
+    try:
+        begun.write_bytes(content)
+        fsync(begun)
+        try:
+            os.link(begun, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links
+            begun.replace(path)
+    finally:
+        begun.unlink(missing_ok=True)
+    fsync(path.parent)
+
+
 def fsync(path: pathlib.Path) -> None:
     """Waits until a file or a folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -30,7 +51,7 @@ def fsync(path: pathlib.Path) -> None:
 
 
 def temporary(name: str) -> str:
-    """The name under which `write` begins a file."""
+    """The name under which a file is begun."""
     return f".{name}.tmp"
 
 

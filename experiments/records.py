@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import fnmatch
 import importlib.metadata
 import importlib.util
 import io
@@ -43,11 +44,11 @@ def open_workdir(path: StrPath, *, config: Any, data_sha256: str) -> pathlib.Pat
         if folder.exists() and not folder.is_dir():
             raise InputError(f"workdir {folder} is a file, not a folder; use another --workdir")
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / _CONFIG).exists():
-            _check_same_run(folder, config, data_sha256)
-        else:
+        if not (folder / _CONFIG).exists():
             # A start that was stopped may have left the temporary file, and nothing else.
-            if foreign := {entry.name for entry in folder.iterdir()} - {files.temporary(_CONFIG)}:
+            begun = files.temporary(f"{_CONFIG}.*")
+            names = {entry.name for entry in folder.iterdir()} - {_CONFIG}
+            if foreign := {name for name in names if not fnmatch.fnmatchcase(name, begun)}:
                 raise InputError(
                     f"workdir {folder} holds files but no run ({min(foreign)}, for one); nothing "
                     "is written over, use another --workdir"
@@ -57,7 +58,9 @@ def open_workdir(path: StrPath, *, config: Any, data_sha256: str) -> pathlib.Pat
                 "data_sha256": data_sha256,
                 "versions": {name: _version(name) for name in ("jax", "flax", "optax", "capsjax")},
             }
-            files.write(folder / _CONFIG, json.dumps(run, indent=2, allow_nan=False).encode())
+            with contextlib.suppress(FileExistsError):  # another process was faster
+                files.create(folder / _CONFIG, json.dumps(run, indent=2, allow_nan=False).encode())
+        _check_same_run(folder, config, data_sha256)
         for name in ("checkpoints", "figures"):
             (folder / name).mkdir(exist_ok=True)
     return folder
@@ -70,7 +73,8 @@ def exclusive(workdir: StrPath) -> Iterator[None]:
     Raises:
       InputError: Another process does already.
     """
-    with open(pathlib.Path(workdir) / _CONFIG, "rb") as file:
+    # For writing, though nothing is written: NFS locks no other file for one process alone.
+    with open(pathlib.Path(workdir) / _CONFIG, "r+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import pathlib
 import re
 
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from runs import Config, open_workdir
 from tensorboardX.proto import event_pb2
 
-from experiments import records
+from experiments import files, records
 from experiments.checkpoints import Checkpoints
 from experiments.errors import InputError
 
@@ -79,10 +80,36 @@ def test_a_folder_with_other_files_is_refused_and_untouched(tmp_path):
 
 
 def test_a_start_that_was_stopped_does_not_block_the_next(tmp_path):
-    (tmp_path / ".config.json.tmp").write_text('{"config"')
+    (tmp_path / ".config.json.123.tmp").write_text('{"config"')
     open_workdir(tmp_path)
     assert records.read_config(tmp_path)["config"]["batch_size"] == 128
-    assert not (tmp_path / ".config.json.tmp").exists()
+
+
+def test_of_two_starts_in_one_new_folder_the_later_is_the_other_run(tmp_path, monkeypatch):
+    create = files.create
+
+    def late(path, content):
+        monkeypatch.setattr(files, "create", create)
+        open_workdir(tmp_path / "run", batch_size=64)  # the other process, at the worst moment
+        create(path, content)
+
+    monkeypatch.setattr(files, "create", late)
+    with pytest.raises(InputError, match="batch_size 64 there, 128 here"):
+        open_workdir(tmp_path / "run")
+    assert records.read_config(tmp_path / "run")["config"]["batch_size"] == 64
+    names = {entry.name for entry in (tmp_path / "run").iterdir()}
+    assert names == {"config.json", "checkpoints", "figures"}
+
+
+def test_a_file_system_without_links_will_do(tmp_path, monkeypatch):
+    def link(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    open_workdir(tmp_path / "run")
+    assert records.read_config(tmp_path / "run")["config"]["batch_size"] == 128
+    names = {entry.name for entry in (tmp_path / "run").iterdir()}
+    assert names == {"config.json", "checkpoints", "figures"}
 
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path):

@@ -289,21 +289,6 @@ def test_a_signal_saves_and_the_run_goes_on(train, finished, monkeypatch, caplog
     assert_same_result(workdir, finished)
 
 
-def test_a_second_signal_acts_as_usual(train, monkeypatch):
-    class Impatient(Display):
-        def update(self, step, row):
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(runs, "Display", Impatient)
-    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist ignores it
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            train()
-    finally:
-        signal.signal(signal.SIGINT, usual)
-
-
 def test_killed_again_and_again_a_run_ends_as_if_nothing_had_been(tiny, train, finished, tmp_path):
     rng = random.Random(0)
     settings = dataclasses.asdict(tiny) | {"workdir": tmp_path / "run"}
@@ -419,11 +404,13 @@ def test_a_workdir_of_other_data_is_refused(program, finished, tmp_path):
         ({"num_epochs": 2**31}, "--num_epochs=2147483648 are .* steps, .* at most 2147483647"),
         ({"num_iterations": 0}, "--num_iterations must be at least 1, got 0"),
         ({"shift": -1}, "--shift must be at least 0, got -1"),
+        ({"shift": 17}, "--shift must be less than the 17 pixels of the images, got 17"),
         ({"seed": 2**32}, "--seed must be at most 4294967295, got 4294967296"),
         ({"dtype": "float8"}, "--dtype must be one of float32, bfloat16, got 'float8'"),
         ({"bach_size": 3}, r"Unknown command line flag 'bach_size'. Did you mean: batch_size \?"),
         ({"dataset": "mnits"}, "--dataset must be mnist_small, mnist, .* got 'mnits'."),
         ({"data_dir": "none"}, "--data_dir must be a folder that can be read, got none."),
+        ({"data_dir": "d" * 300}, "--data_dir must be a folder that can be read, got d+."),
         ({"data_dir": "~nobody0/x"}, "--data_dir must be a folder .*, got ~nobody0/x."),
         ({"data_dir": "."}, "mnist was not found. Looked for the four idx or idx.gz files in .*"),
         (
