@@ -47,6 +47,8 @@ def main(config: Config) -> int:
     asked = [
         (kind, program) for name in _targets(config.target) for kind, program in programs(name)
     ]
+    if config.output:
+        records.append_lines(config.output, [])  # fails now, if it must
     rows: list[dict[str, Any]] = []
     print(heading())
     # Runs that are timed have the machine for themselves.

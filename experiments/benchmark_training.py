@@ -166,7 +166,7 @@ def _check_equal(contenders: list[Contender]) -> None:
     """Raises RuntimeError unless all programs compute the same."""
     wanted, *others = (np.array(contender.started["class_capsules"]) for contender in contenders)
     for contender, capsules in zip(contenders[1:], others, strict=True):
-        if (error := np.abs(capsules - wanted).max()) > TOLERANCE:
+        if not (error := np.abs(capsules - wanted).max()) <= TOLERANCE:  # nor NaN
             raise RuntimeError(f"{contender.name} differs from capsjax by {error:.1e}")
 
 

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import os
 import re
+import struct
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
@@ -111,7 +112,8 @@ def load(name: str, *, data_dir: str = "", download: bool = False) -> Dataset:
             f"--dataset must be mnist_small, mnist, fashion_mnist or tfds:<name>, got {name!r}."
         )
     root = Path(os.path.expanduser(data_dir)) if data_dir else None
-    if root and not (root.is_dir() and os.access(root, os.R_OK | os.X_OK)):
+    # Unlike Path's own methods, these take names that are too long.
+    if root and not (os.path.isdir(root) and os.access(root, os.R_OK | os.X_OK)):
         raise InputError(f"--data_dir must be a folder that can be read, got {data_dir}.")
 
     if name.startswith("tfds:"):
@@ -124,7 +126,7 @@ def load(name: str, *, data_dir: str = "", download: bool = False) -> Dataset:
         looked_for.append(f"the four idx or idx.gz files in {folder}")
     if name == "mnist" and not root:
         path = Path("~/.keras/datasets/mnist.npz").expanduser()
-        if path.is_file():
+        if os.path.isfile(path):
             return _from_npz(name, path, sha256=_KERAS_NPZ, keys="x_{} y_{}")
         looked_for.append(str(path))
     tfds_name = name.removeprefix("tfds:")
@@ -397,7 +399,7 @@ def _read_image(path: str, image_size: int, channels: int) -> np.ndarray:
                 image = ImageOps.exif_transpose(opened)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: the image is too large: {error}") from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, struct.error) as error:
         raise InputError(f"{path}: the image cannot be read: {_one_line(error)}") from error
     if image.mode.startswith(("I", "F")):
         raise InputError(

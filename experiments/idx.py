@@ -7,6 +7,7 @@ no allocation is larger than what the file really holds, plus one block.
 
 import gzip
 import math
+import os
 import struct
 import zlib
 from io import BufferedIOBase
@@ -40,7 +41,7 @@ def locate(folder: Path) -> dict[str, Path]:
     paths = {}
     for stem in stems:
         for path in (folder / stem, folder / f"{stem}.gz"):
-            if path.is_file():
+            if os.path.isfile(path):
                 paths[stem] = path
                 break
     missing = [stem for stem in stems if stem not in paths]

@@ -81,7 +81,10 @@ def _array(kind: int, body: memoryview, field: str) -> np.ndarray:
     values = _numbers(*_next(parts))
     if len(values) != np.prod(shape, dtype=float):
         raise ValueError(f"{field} has {len(values)} numbers for the shape {shape}")
-    return values.astype(_CLASSES[number], copy=False).reshape(shape, order="F")
+    cast = values.astype(_CLASSES[number])
+    if not np.array_equal(cast, values, equal_nan=True):
+        raise ValueError(f"{field} has numbers that its class cannot hold")
+    return cast.reshape(shape, order="F")
 
 
 def _heading(parts: Iterator[tuple[int, memoryview]]) -> tuple[int, tuple, str]:

@@ -1,6 +1,7 @@
 """Runs docs/tutorial.ipynb from a clean state; an error or a warning in a cell is a failure."""
 
 import dataclasses
+import os
 import pathlib
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 
-from experiments import cli
+from experiments import cli, records
 from experiments.cli import flag
 from experiments.errors import InputError
 
@@ -30,8 +31,9 @@ def main(config: Config) -> int:
     """Runs the notebook, writes it with its outputs, and says what went wrong, if anything."""
     path, output = pathlib.Path(config.notebook), pathlib.Path(config.output)
     notebook = read(path)
-    if output.is_dir():
+    if os.path.isdir(output):
         raise InputError(f"--output must be a file, got the folder {output}")
+    records.append_lines(output, [])  # fails now, if it must
     # Matplotlib announces it in a cell's stderr when it has to make its cache of fonts first.
     font_manager.findfont("DejaVu Sans")
     started = time.monotonic()
@@ -45,8 +47,7 @@ def main(config: Config) -> int:
     for complaint in complaints(notebook):
         logging.error("%s", complaint)
         failed = True
-    output.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(notebook, output)
+    records.write_bytes(output, f"{nbformat.writes(notebook)}\n".encode())
     logging.info("%s written after %.0f s", output, time.monotonic() - started)
     return int(failed)
 

@@ -39,11 +39,15 @@ def build(config: Config, dataset: data.Dataset) -> training.Trainer:
     """The network of a Config for a data set, ready to train.
 
     Raises:
-      InputError: The images are too small for the network or too large for the canvas, or the
-        batch is larger than the data.
+      InputError: The images are too small for the network or the shift or too large for the canvas,
+        or the batch is larger than the data.
     """
     num_steps = runs.num_steps(config, dataset.train)
     side, _, channels = dataset.train.images.shape[1:]
+    if config.shift >= side:
+        raise InputError(
+            f"--shift must be less than the {side} pixels of the images, got {config.shift}"
+        )
     if config.canvas and config.canvas < side:
         raise InputError(
             f"--canvas must be 0 or at least the {side} pixels of the images, got {config.canvas}"

@@ -394,9 +394,9 @@ def test_colour_images_are_scaled_and_cut_to_a_square(tmp_path):
     np.testing.assert_allclose(result[0, 4, 7], [0, 0.4, 0], atol=1e-6)
 
 
-def png(image):
+def png(image, **options):
     stream = io.BytesIO()
-    image.save(stream, "PNG")
+    image.save(stream, "PNG", **options)
     return stream.getvalue()
 
 
@@ -408,6 +408,7 @@ def png(image):
         (b"", r"the image cannot be read: UnidentifiedImageError"),
         (b"just text", r"the image cannot be read: UnidentifiedImageError"),
         (png(rectangle())[:60], r"the image cannot be read"),
+        (png(rectangle(), exif=b"MM\0*"), r"the image cannot be read"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", r"the image cannot be read"),
         (png(Image.new("L", (9, 9), 200)), r"the image is blank: nothing .* by 10%"),
         (png(Image.new("RGB", (9, 9), (9, 80, 200))), r"the image is blank"),

@@ -51,6 +51,16 @@ def test_numbers_that_matlab_stores_narrower_keep_their_class(tmp_path):
     np.testing.assert_array_equal(found, [[300.0, 2.0]])
 
 
+def test_numbers_that_their_class_cannot_hold_are_refused(tmp_path):
+    path = save(tmp_path / "a.mat", {"s": {"x": np.array([[300.0, 2.0]])}})
+    content = path.read_bytes()
+    flags = struct.pack("<4I", 6, 8, 6, 0)  # class 6, double; 9 is uint8
+    assert content.count(flags) == 1
+    path.write_bytes(content.replace(flags, struct.pack("<4I", 6, 8, 9, 0)))
+    with pytest.raises(ValueError, match="x has numbers that its class cannot hold"):
+        matlab.read_struct(path, "s", ["x"])
+
+
 def test_flags_may_be_bytes(tmp_path):
     path = save(tmp_path / "a.mat", {"s": {"x": np.arange(3.0)[None]}})
     content = path.read_bytes()
