@@ -96,7 +96,7 @@ class Checkpoints:
         for step in reversed(self.steps()):
             try:
                 state = self._read(step, template)
-            except (_DamagedError, OSError) as error:
+            except _DamagedError as error:
                 damaged[step] = str(error)
                 continue
             for bad, reason in damaged.items() if processes.is_lead() else ():
@@ -139,8 +139,16 @@ class Checkpoints:
                     f"{found.get(name, 'absent')} there, {wanted.get(name, 'absent')} here"
                 )
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
-        with ocp.StandardCheckpointer() as reader:
-            state = reader.restore(folder / "default", abstract)
+        reason = ""
+        try:
+            with ocp.StandardCheckpointer() as reader:
+                state = reader.restore(folder / "default", abstract)
+        except (OSError, ValueError) as error:
+            if (said := files.system_error(error)) is None:
+                raise
+            reason = said
+        if reason := processes.first_reason(reason):  # or some would go on to what is older
+            raise _DamagedError(reason)
         for name, leaf in _named(state):
             if _describe(leaf) != record["leaves"][name]:
                 raise _DamagedError(f"{name} was not restored as it was saved")

@@ -47,7 +47,8 @@ def start(settings: Settings, *, may_be_cluster: bool) -> None:
       may_be_cluster: Whether to ask JAX for the processes of a cluster, if none are named.
 
     Raises:
-      InputError: The flags do not fit each other, or the port is in use.
+      InputError: The flags do not fit each other, the port is in use, or another process does not
+        come within the five minutes that JAX waits.
     """
     if jax.distributed.is_initialized():
         return
@@ -62,7 +63,15 @@ def start(settings: Settings, *, may_be_cluster: bool) -> None:
         if own >= count:
             raise InputError(f"--process_id must be below --num_processes={count}, got {own}")
         _check_address(address, listens=own == 0)
-        jax.distributed.initialize(address, count, own, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        try:
+            jax.distributed.initialize(
+                address, count, own, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+            )
+        except jax.errors.JaxRuntimeError as error:
+            raise InputError(
+                f"--coordinator_address={address}: not all {count} processes came together: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
     else:
         try:
             jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)

@@ -8,16 +8,20 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 import small_runs
 
-from experiments import records
+from experiments import processes, records
+from experiments.errors import InputError
 
 ROOT = pathlib.Path(__file__).parents[1]
 TRAIN = [sys.executable, str(ROOT / "tests/tiny_training.py")]
+TOO_LONG_SECONDS = 400
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +68,13 @@ class Launched:
             start_new_session=True,
         )
         self.lines = []
+        # Processes that wait for each other for ever would have the tests wait, too.
+        self.timer = threading.Timer(TOO_LONG_SECONDS, self.kill)
+        self.timer.start()
+
+    def kill(self):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.run.pid, signal.SIGKILL)
 
     def wait_for(self, pattern):
         while True:
@@ -89,8 +100,8 @@ def launch():
             launched = Launched(*arguments, **options)
 
             def stop():
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(launched.run.pid, signal.SIGKILL)
+                launched.timer.cancel()
+                launched.kill()
                 launched.run.wait()
                 launched.run.stderr.close()
 
@@ -281,3 +292,14 @@ def test_a_port_in_use_is_refused(flags):
 def test_flags_that_do_not_fit_are_refused(flags, tmp_path, changes, message):
     [[line]] = refused([command(flags, workdir=tmp_path / "run", **changes)])
     assert re.fullmatch(f"tiny_training: {message}", line)
+
+
+def test_processes_that_do_not_come_are_waited_for_once(monkeypatch):
+    def initialize(*_, **__):
+        raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: after 300s\nmore")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    settings = processes.Settings("localhost:1234", 2, 1)
+    message = "^--coordinator_address=localhost:1234: not all 2 processes came .*: after 300s$"
+    with pytest.raises(InputError, match=message):
+        processes.start(settings, may_be_cluster=False)
