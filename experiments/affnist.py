@@ -127,7 +127,7 @@ def affnist_like(split: Split) -> Split:
       split: Images uint8 `[N, S, S, C]` of at most 40 pixels a side.
     """
     size = split.size
-    images = centred(split, SIDE).images / np.float32(255)
+    images = centred(split.images, SIDE) / np.float32(255)
     angle, lean, width, height, row, column = uniform(6, size, key=[SIDE, size])
     pose = Pose.of(
         size,

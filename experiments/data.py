@@ -160,11 +160,11 @@ def placed(split: Split, canvas: int) -> Split:
     return Split(images, split.labels)
 
 
-def centred(split: Split, canvas: int) -> Split:
-    """The images in the middle of a black canvas, which is no smaller than they are."""
-    free = canvas - split.images.shape[1]
+def centred(images: np.ndarray, canvas: int) -> np.ndarray:
+    """Images `[N, S, S, C]` in the middle of a black canvas, which is no smaller than they are."""
+    free = canvas - images.shape[1]
     edges = (free // 2, free - free // 2)
-    return split._replace(images=np.pad(split.images, ((0, 0), edges, edges, (0, 0))))
+    return np.pad(images, ((0, 0), edges, edges, (0, 0)))
 
 
 def batches(

@@ -76,7 +76,8 @@ def main(config: Config) -> int:
     side = first.test.images.shape[1]
     cases = affnist.cases(first.dataset, side, folder=config.affnist_dir, data_dir=config.data_dir)
     # On a canvas, training places images anywhere; here they move from its middle.
-    test = data.centred(first.dataset.test, side)
+    test = first.dataset.test
+    test = test._replace(images=data.centred(test.images, side))
     swept = data.Split(*(part[: config.sweep_examples or None] for part in test))
     draws = [
         random_affine(test.size, side, config.rotation, config.shift, key=[config.seed, draw])

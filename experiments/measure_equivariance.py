@@ -52,9 +52,8 @@ def main(config: Config) -> int:
                 f"of {run.config.network}"
             )
     side = runs[0].test.images.shape[1]
-    digits = data.centred(
-        first_of_each_class(runs[0].dataset.test, config.examples_per_class), side
-    )
+    digits = first_of_each_class(runs[0].dataset.test, config.examples_per_class)
+    digits = digits._replace(images=data.centred(digits.images, side))
     rows: list[dict[str, Any]] = []
     curves: dict[str, dict[str, equivariance.Curve]] = {run.config.network: {} for run in runs}
     readers = [reader(run, digits.labels, batch_size=config.batch_size) for run in runs]

@@ -56,14 +56,14 @@ def main(config: Config) -> int:
         if name in names:
             seeds = range(config.seed, config.seed + config.seeds)
             found = [run_config(config, name, seed) for seed in seeds]
+            for run in found:
+                if not is_finished(run, dataset):
+                    logging.info("%s with seed %d", name, run.seed)
+                    last_drawn(run).unlink(missing_ok=True)
+                    if status := train_mnist.train(run, dataset):
+                        return status
         else:
             found = finished(config, name, dataset)
-        for run in found:
-            if not is_finished(run, dataset):
-                logging.info("%s with seed %d", name, run.seed)
-                last_drawn(run).unlink(missing_ok=True)
-                if status := train_mnist.train(run, dataset):
-                    return status
         if found:
             table.append(summary(name, found))
             records.write_json(folder / "results.json", table)

@@ -208,11 +208,10 @@ def _read_run(path: pathlib.Path, label: str) -> Run:
 def _read_folder(folder: pathlib.Path, label: str) -> Folder:
     results, figures = folder / _RESULTS, folder / "figures"
     named = _pictures(figures) if figures.is_dir() else []
-    if not results.exists():
-        return Folder(label, None, list(map(_read_picture, named)))
-    return Folder(
-        label, _read_results(results), list(map(_read_picture, named + _pictures(folder)))
-    )
+    if has_results := results.exists():
+        named += _pictures(folder)
+    table = _read_results(results) if has_results else None
+    return Folder(label, table, [_read_picture(path) for path in named])
 
 
 def _pictures(folder: pathlib.Path) -> list[pathlib.Path]:

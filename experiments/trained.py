@@ -60,8 +60,7 @@ def read_images(run: Trained, paths: Sequence[str]) -> np.ndarray:
     """
     size, _, channels = run.dataset.test.images.shape[1:]
     images = data.read_images(paths, image_size=size, channels=channels)
-    labels = np.zeros(len(images), np.int32)  # which nobody knows
-    return data.centred(data.Split(images, labels), run.test.images.shape[1]).images
+    return data.centred(images, run.test.images.shape[1])
 
 
 def load_all(workdirs: Sequence[str], *, data_dir: str = "") -> dict[str, Trained]:

@@ -206,10 +206,10 @@ def test_affnist_is_not_for_other_images(dataset, tmp_path, caplog, name, channe
 
 
 def test_moved_digits_start_from_the_middle(split):
-    images = centred(split, 41).images
+    images = centred(split.images, 41)
     assert images.shape == (400, 41, 41, 1)
     np.testing.assert_array_equal(images[:, 6:34, 6:34], split.images)
     assert images.sum() == split.images.sum()
-    np.testing.assert_array_equal(centred(split, 28).images, split.images)
+    np.testing.assert_array_equal(centred(split.images, 28), split.images)
     still = warped(images[:2] / np.float32(255), Pose.of(2))
     np.testing.assert_array_equal(still, images[:2] / np.float32(255))

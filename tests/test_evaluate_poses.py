@@ -142,7 +142,7 @@ def test_a_set_like_affnist_is_not_called_affnist(program, folder, tmp_path):
     assert "affnist" not in row
     # Sweeps move digits from the middle of the canvas.
     sweeps = json.loads((tmp_path / "out/sweeps.json").read_text())
-    still = data.centred(run.dataset.test, 40).images / np.float32(255)
+    still = data.centred(run.dataset.test.images, 40) / np.float32(255)
     assert sweeps[0]["accuracy"] == pytest.approx(right(run, still))
 
 
