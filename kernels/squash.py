@@ -47,8 +47,12 @@ def squash(x: Array, *, axis: int = -1) -> Array:
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _squash(x: Array, axis: int) -> Array:
     unit, length = _unit_and_length(x, axis)
-    below_one = 1 - max(4 * jnp.finfo(length.dtype).eps, jnp.finfo(x.dtype).eps)
-    return (unit * jnp.minimum(_shrunk(length), below_one)).astype(x.dtype)
+    factor, _ = _factor_and_slope(length)
+    eps = jnp.finfo(length.dtype).eps
+    # The longest vectors' factor is too small to be normal, and their length is 1 long before.
+    shrunk = jnp.where(length < 1 / eps, length * factor, 1)
+    below_one = 1 - max(4 * eps, jnp.finfo(x.dtype).eps)
+    return (unit * jnp.minimum(shrunk, below_one)).astype(x.dtype)
 
 
 @_squash.defjvp
@@ -60,14 +64,6 @@ def _squash_jvp(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> tup
     factor, slope = _factor_and_slope(length)
     radial = jnp.sum(unit * dx, axis, keepdims=True)
     return _squash(x, axis), (factor * dx + slope * unit * radial).astype(x.dtype)
-
-
-def _shrunk(n: Array) -> Array:
-    """`n²/(1 + n²)`, not as a product with `f`, which is too small to be normal for the largest."""
-    short = n < 1
-    small, inverse = jnp.where(short, n, 0), 1 / jnp.where(short, 1, n)
-    square = small * small
-    return jnp.where(short, square / (1 + square), 1 / (1 + inverse * inverse))
 
 
 def _factor_and_slope(n: Array) -> tuple[Array, Array]:
