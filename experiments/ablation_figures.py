@@ -15,7 +15,7 @@ def errors_by_variant(table: Sequence[Mapping[str, Any]]) -> Figure:
     A diamond is the mean of the same networks when they are tested without routing.
 
     Args:
-      table: The rows of `mnist_ablation.summary`.
+      table: The rows of `ablation_results.row`.
     """
     figure = Figure((4.6, 1.1 + 0.3 * len(table)))
     axes = figure.subplots()

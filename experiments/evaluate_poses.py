@@ -1,8 +1,6 @@
 """Compares networks of train_mnist on images that are turned, shifted, scaled and sheared."""
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,31 +8,13 @@ import jax
 import numpy as np
 from absl import logging
 
-from experiments import affnist, cli, data, pose_figures, records, trained
+from experiments import affnist, cli, data, pose_results, trained
 from experiments.affine import ORDERS, Pose, random_affine, warped
 from experiments.cli import flag
-from experiments.errors import InputError
-from experiments.evaluate import table
 from experiments.kept import Kept, sha256
+from experiments.pose_sweeps import SWEEPS, numbers
 
 SLICE = 10_000  # images: after so many, a count is kept for a program that is killed
-MATCHED = 0.1  # points of clean accuracy: networks no further apart are called matched
-# https://cezannec.github.io/Capsule_Networks/ and its notebook; Sabour, Frosst and Hinton, "Dynamic
-# Routing Between Capsules", section 5.2, https://arxiv.org/abs/1710.09829.
-PUBLISHED = (
-    {"run": "the article's capsule network", "affine": 82.91},
-    {"run": "the article's CNN", "affine": 85.0},
-    {"run": "the paper's capsule network", "clean": 99.23, "affnist": 79.0},
-    {"run": "the paper's CNN", "clean": 99.22, "affnist": 66.0},
-)
-_TITLES = ["run", "network", "clean", "affine", "affine_deviation", "affnist", "affnist_like"]
-# The sweeps by their axis: the flag with the values, and how one value moves N images.
-_SWEEPS: dict[str, tuple[str, Callable[[int, float], Pose]]] = {
-    "rotation (degrees)": ("rotations", lambda size, x: Pose.of(size, rotation=x)),
-    "shift (pixels)": ("shifts", lambda size, x: Pose.of(size, shift=(x, 0))),
-    "scale": ("scales", lambda size, x: Pose.of(size, scale=(x, x))),
-    "shear (degrees)": ("shears", lambda size, x: Pose.of(size, shear=x)),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +50,7 @@ class Config:
 
 def main(config: Config) -> int:
     """Measures all runs on the same images; writes and prints what came out."""
-    sweeps = {label: _numbers(config, name) for label, (name, _) in _SWEEPS.items()}
+    sweeps = {label: numbers(name, getattr(config, name)) for label, (name, _) in SWEEPS.items()}
     runs = trained.load_all(config.workdirs.split(","), data_dir=config.data_dir)
     first = next(iter(runs.values()))
     side = first.test.images.shape[1]
@@ -102,10 +82,10 @@ def main(config: Config) -> int:
                 accuracy(kept, f"{name}: {label} {x}", run, swept, move(swept.size, x), config)
                 for x in sweeps[label]
             ]
-            for label, (_, move) in _SWEEPS.items()
+            for label, (_, move) in SWEEPS.items()
         }
-    write(rows, curves, sweeps, swept.size, Path(config.output))
-    for line in summary(rows):
+    pose_results.write(rows, curves, sweeps, swept.size, Path(config.output))
+    for line in pose_results.summary(rows):
         print(line)
     kept.remove()
     return 0
@@ -157,59 +137,6 @@ def right(run: trained.Trained, split: data.Split, pose: Pose | None, config: Co
         moved = warped(images, pose, order=ORDERS[config.interpolation])
         scores = run.trainer.scores(run.params, moved, batch_size=config.batch_size)
     return int(np.sum(scores.argmax(1) == split.labels))
-
-
-def write(
-    rows: list[dict[str, Any]],
-    curves: dict[str, dict[str, list[float]]],
-    sweeps: dict[str, list[float]],
-    examples: int,
-    output: Path,
-) -> None:
-    """Writes results.json, published numbers below, and the sweeps as rows and as a figure.
-
-    Accuracies on images as they are have the number of these beside them (`affnist_cases`); each
-    point of a sweep has its own, `examples`.
-    """
-    records.write_json(output / "results.json", [*rows, *PUBLISHED])
-    points = [
-        {"run": name, "transformation": label, "value": x, "accuracy": y, "examples": examples}
-        for name, own in curves.items()
-        for label, values in sweeps.items()
-        for x, y in zip(values, own[label], strict=True)
-    ]
-    records.write_json(output / "sweeps.json", points)
-    records.save_figure(pose_figures.accuracy_sweeps(curves, sweeps), output / "sweeps.png")
-
-
-def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Accuracies in percent, published ones below, and whether the networks are matched."""
-    cells = [[row.get(title, "") for title in _TITLES] for row in (*rows, *PUBLISHED)]
-    yield "accuracy (%)"
-    yield from table(
-        [_TITLES, *([x if isinstance(x, str) else f"{x:.2f}" for x in c] for c in cells)]
-    )
-    clean = [row["clean"] for row in rows]
-    apart = round(max(clean) - min(clean), 6)
-    if len(rows) > 1:
-        yield f"{'not ' * (apart > MATCHED)}matched: clean accuracies are {apart:.2f} points apart"
-    if apart > MATCHED:
-        yield "so differences in the other columns are not those of the architectures alone"
-
-
-def _numbers(config: Config, name: str) -> list[float]:
-    """The values of a sweep."""
-    low, high = {"scales": (0, math.inf), "shears": (-90, 90)}.get(name, (-math.inf, math.inf))
-    try:
-        values = [float(word) for word in getattr(config, name).split(",")]
-    except ValueError:
-        values = []
-    if not values or not all(low < value < high for value in values):
-        raise InputError(
-            f"--{name} must be numbers between {low:g} and {high:g}, separated by commas, "
-            f"got {getattr(config, name)!r}"
-        )
-    return values
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import statistics
 from typing import Any
 
 import jax
@@ -10,13 +9,13 @@ from absl import logging
 
 from experiments import (
     ablation_figures,
+    ablation_results,
     checkpoints,
     cli,
     data,
     records,
     runs,
     train_mnist,
-    trained,
 )
 from experiments.cli import flag
 from experiments.errors import InputError
@@ -65,7 +64,7 @@ def main(config: Config) -> int:
         else:
             found = finished(config, name, dataset)
         if found:
-            table.append(summary(name, found))
+            table.append(ablation_results.row(name, found))
             records.write_json(folder / "results.json", table)
     figure = ablation_figures.errors_by_variant(table)
     records.save_figure(figure, folder / "figures/test_errors.png")
@@ -126,36 +125,6 @@ def is_finished(run: train_mnist.Config, dataset: data.Dataset) -> bool:
 def last_drawn(run: train_mnist.Config) -> pathlib.Path:
     """The figure of a run that is drawn after all others."""
     return pathlib.Path(run.workdir) / "figures/learning_curves.png"
-
-
-def summary(variant: str, found: list[train_mnist.Config]) -> dict[str, Any]:
-    """A row of the table: the errors of the last epoch, their mean and deviation, and the cost."""
-    errors, seconds = [], []
-    for run in found:
-        rows = records.read_metrics(run.workdir)
-        errors.append(round(rows[-1]["test_error"], 4))
-        seconds.append(records.training_seconds(rows, run.batch_size))
-    row = {
-        "variant": variant,
-        "test_error": round(statistics.mean(errors), 3),
-        "deviation": round(statistics.stdev(errors), 3) if len(errors) > 1 else None,
-        "test_errors": errors,
-        "epochs": round(rows[-1]["epoch"], 2),
-        "minutes_a_run": round(statistics.mean(seconds) / 60, 1),
-    }
-    if found[0].network == "capsnet" and found[0].num_iterations > 1:
-        # The same trained parameters without routing.
-        uniform = [error_without_routing(run) for run in found]
-        row["test_error_if_couplings_are_uniform"] = round(statistics.mean(uniform), 3)
-    return row
-
-
-def error_without_routing(run: train_mnist.Config) -> float:
-    """The test error in percent of a trained network that routes once, with uniform couplings."""
-    network = trained.load(run.workdir, data_dir=run.data_dir)
-    once = train_mnist.build(dataclasses.replace(run, num_iterations=1), network.dataset)
-    evaluation = once.evaluate(network.params, network.test, batch_size=run.batch_size)
-    return evaluation.error(network.test.labels)
 
 
 if __name__ == "__main__":

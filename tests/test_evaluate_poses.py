@@ -12,7 +12,7 @@ import pytest
 import small_runs
 from scipy import io
 
-from experiments import affnist, data, evaluate_poses, trained
+from experiments import affnist, data, evaluate_poses, pose_results, trained
 from experiments.affine import Pose, random_affine, warped
 
 load = functools.cache(trained.load)  # a network is compiled once
@@ -60,7 +60,7 @@ def test_accuracies_are_those_of_the_networks(program, folder, tmp_path):
     assert status == 0
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     results = json.loads((tmp_path / "out/results.json").read_text())
-    assert results[2:] == list(evaluate_poses.PUBLISHED)
+    assert results[2:] == list(pose_results.PUBLISHED)
     assert len({row["clean"] for row in results[:2]}) == 2  # networks that do not say the same
     sweeps = json.loads((tmp_path / "out/sweeps.json").read_text())
     points = {(p["run"], p["transformation"], p["value"]): p["accuracy"] for p in sweeps}
@@ -120,13 +120,13 @@ def test_seed_interpolation_and_count_reach_the_moves(program, tmp_path, monkeyp
 
 def test_networks_are_called_matched_only_within_a_tenth_of_a_point():
     rows = [{"run": "a", "clean": 99.23}, {"run": "b", "clean": 99.13}]
-    *_, last = evaluate_poses.summary(rows)
+    *_, last = pose_results.summary(rows)
     assert last == "matched: clean accuracies are 0.10 points apart"
     rows[1]["clean"] = 99.12
-    *_, verdict, warning = evaluate_poses.summary(rows)
+    *_, verdict, warning = pose_results.summary(rows)
     assert verdict == "not matched: clean accuracies are 0.11 points apart"
     assert warning.startswith("so differences in the other columns are not those of")
-    assert "matched" not in "".join(evaluate_poses.summary(rows[:1]))
+    assert "matched" not in "".join(pose_results.summary(rows[:1]))
 
 
 def test_a_set_like_affnist_is_not_called_affnist(program, folder, tmp_path):
