@@ -36,7 +36,7 @@ def errors_by_variant(table: Sequence[Mapping[str, Any]]) -> Figure:
     names = [row["variant"].replace("_", " ") for row in table]
     axes.set_yticks(range(len(table)), names)
     axes.set(ylim=(len(table) - 0.5, -0.5), xlabel="Test error (%)")
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.05 * axes.dataLim.x1 or 1)  # from 0, with room for the last dot
     axes.grid(visible=True, axis="x", color=GREY, alpha=0.3)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # each once
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)

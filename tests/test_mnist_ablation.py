@@ -75,6 +75,17 @@ def test_the_figure_shows_every_seed_the_mean_and_the_control():
     assert legend == ["a seed", "mean of the seeds", "the same, tested without routing"]
 
 
+def test_dots_that_lie_close_are_not_cut_by_the_figures_edge():
+    table = [{"variant": "cnn", "test_error": 1.08, "test_errors": [1.03, 1.13]}]
+    (axes,) = ablation_figures.errors_by_variant(table).axes
+    left, right = axes.get_xlim()
+    assert left == 0
+    assert right > 1.04 * 1.13
+    table = [{"variant": "cnn", "test_error": 0.0, "test_errors": [0.0]}]
+    (axes,) = ablation_figures.errors_by_variant(table).axes
+    assert axes.get_xlim() == (0, 1)
+
+
 @pytest.fixture
 def program(tmp_path, monkeypatch, capsys):
     """Runs the program in this process, with tiny networks: exit status and stderr."""
