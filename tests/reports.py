@@ -1,15 +1,28 @@
-"""Folders of runs, and a look into a page, for the tests of the report."""
+"""Folders of runs, the program, and a look into a page, for the tests of the report."""
 
 import html.parser
 import json
 
+import in_process
 from matplotlib.figure import Figure
 
-from experiments import records
+from experiments import records, report
 
 HOSTILE = "<script>document.title='x'</script>\"'&lt;"
 ABSENT = "\N{EN DASH}"
 _VOID = {"img", "input", "meta"}
+
+
+def report_program(tmp_path, monkeypatch, capsys):
+    """Runs the program in this process, in a folder of the test's own: status and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def program(*workdirs, **flags):
+        flags = {"workdirs": ",".join(workdirs), **flags}
+        status, _, stderr = in_process.run(report, flags, monkeypatch, capsys)
+        return status, stderr
+
+    return program
 
 
 def write_run(path, *, settings=None, rows=None, figures=(), results=None, versions="0.10.2"):

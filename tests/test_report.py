@@ -6,7 +6,6 @@ import json
 import os
 import re
 
-import in_process
 import pytest
 from PIL import Image
 from reports import (
@@ -15,26 +14,14 @@ from reports import (
     cells,
     metrics,
     parse,
+    report_program,
     write_experiment,
     write_figure,
     write_rows,
     write_run,
 )
 
-from experiments import report
-
-
-@pytest.fixture
-def program(tmp_path, monkeypatch, capsys):
-    """Runs the program in this process, in a folder of the test's own: status and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def program(*workdirs, **flags):
-        flags = {"workdirs": ",".join(workdirs), **flags}
-        status, _, stderr = in_process.run(report, flags, monkeypatch, capsys)
-        return status, stderr
-
-    return program
+program = pytest.fixture(report_program)
 
 
 @pytest.fixture

@@ -7,25 +7,11 @@ import os
 import pathlib
 import re
 
-import in_process
 import pytest
 from PIL import Image
-from reports import write_experiment, write_figure, write_run
+from reports import report_program, write_experiment, write_figure, write_run
 
-from experiments import report
-
-
-@pytest.fixture
-def program(tmp_path, monkeypatch, capsys):
-    """Runs the program in this process, in a folder of the test's own: status and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def program(*workdirs, **flags):
-        flags = {"workdirs": ",".join(workdirs), **flags}
-        status, _, stderr = in_process.run(report, flags, monkeypatch, capsys)
-        return status, stderr
-
-    return program
+program = pytest.fixture(report_program)
 
 
 def damage(path, content):
