@@ -50,7 +50,7 @@ class Config:
 
 def main(config: Config) -> int:
     """Measures all runs on the same images; writes and prints what came out."""
-    sweeps = {label: numbers(name, getattr(config, name)) for label, (name, _) in SWEEPS.items()}
+    sweeps = {label: numbers(x, getattr(config, x.flag)) for label, x in SWEEPS.items()}
     runs = trained.load_all(config.workdirs.split(","), data_dir=config.data_dir)
     first = next(iter(runs.values()))
     side = first.test.images.shape[1]
@@ -79,10 +79,12 @@ def main(config: Config) -> int:
         rows.append(row)
         curves[name] = {
             label: [
-                accuracy(kept, f"{name}: {label} {x}", run, swept, move(swept.size, x), config)
+                accuracy(
+                    kept, f"{name}: {label} {x}", run, swept, sweep.move(swept.size, x), config
+                )
                 for x in sweeps[label]
             ]
-            for label, (_, move) in SWEEPS.items()
+            for label, sweep in SWEEPS.items()
         }
     pose_results.write(rows, curves, sweeps, swept.size, Path(config.output))
     for line in pose_results.summary(rows):
