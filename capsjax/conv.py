@@ -54,7 +54,6 @@ def strided_conv(
         name,
         op.IMPLEMENTATIONS,
         op.PREFERENCE,
-        op.PLATFORMS,
         implementation,
         images.reshape(-1, height, width, channels),
         kernel,

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from capsjax import shapes
-from capsjax.kernels.squash import accumulation_dtype
+from capsjax.kernels.dtypes import accumulation_dtype
 
 
 def lengths(capsules: Array, *, axis: int = -1) -> Array:

@@ -13,7 +13,8 @@ from jax.typing import DTypeLike
 
 from capsjax import shapes
 from capsjax.conv import strided_conv
-from capsjax.kernels.squash import accumulation_dtype, squash
+from capsjax.kernels.dtypes import accumulation_dtype
+from capsjax.kernels.squash import squash
 from capsjax.routing.dynamic import dynamic_routing, routing_couplings
 
 # Votes of length well under 1: with deviation 1 routing saturates at once and does not train,

@@ -18,6 +18,18 @@ from jax import Array
 from jax.sharding import AxisType
 
 
+def as_array(function: str, name: str, value: object) -> Array:
+    """Returns a number, a nested list or an array as an array; TypeError for anything else."""
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError):
+        kind = type(value).__name__
+        raise TypeError(
+            f"{function}: {name} must be an array, or nested lists of numbers of equal lengths, "
+            f"got a {kind}"
+        ) from None
+
+
 def check_floating(function: str, **arrays: Array) -> None:
     """Raises TypeError unless all arrays are floating and of one dtype."""
     first, *_ = arrays
@@ -57,10 +69,13 @@ def check_positive(function: str, name: str, value: int) -> int:
     return number
 
 
-def check_choice(function: str, name: str, value: object, choices: Sequence[str]) -> None:
+def check_choice(
+    function: str, name: str, value: object, choices: Sequence[str], *, optional: bool = False
+) -> None:
     """Raises ValueError unless the value is one of the choices."""
     if value not in choices:
-        raise ValueError(f"{function}: {name} must be one of {', '.join(choices)}, got {value!r}")
+        rule = "None or one of" if optional else "one of"
+        raise ValueError(f"{function}: {name} must be {rule} {', '.join(choices)}, got {value!r}")
 
 
 def check_axis_name(function: str, axis_name: object) -> None:
@@ -69,7 +84,8 @@ def check_axis_name(function: str, axis_name: object) -> None:
     axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
     manual = {name for name, kind in axes if kind == AxisType.Manual}
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    if axis_name is not None and not (names and manual.issuperset(names)):
+    known = all(isinstance(name, str) and name in manual for name in names)
+    if axis_name is not None and not (names and known):
         raise ValueError(
             f"{function}: axis_name must name an axis of the enclosing jax.shard_map, or be a "
             f"tuple of such names, got {axis_name!r} where they are {sorted(manual)}"

@@ -6,10 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-
-def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype in which sums over values of `dtype` are kept: float32 at least."""
-    return jnp.promote_types(dtype, jnp.float32)
+from capsjax.kernels.dtypes import accumulation_dtype
 
 
 def squash(x: Array, *, axis: int = -1) -> Array:

@@ -1,20 +1,19 @@
 """Dynamic routing by agreement (Sabour, Frosst, Hinton 2017)."""
 
-import math
-from collections.abc import Callable
-from functools import cache
-
 import jax.numpy as jnp
 from jax import Array
 
-from capsjax import shapes
-from capsjax.kernels import dynamic_routing as op
-from capsjax.kernels.devices import AxisName, names_of, share_examples, varying_axes
-from capsjax.kernels.dispatch import dispatch
-from capsjax.kernels.dynamic_routing.reference import route_votes
-from capsjax.kernels.squash import accumulation_dtype
-
-GRADIENTS = ("full", "last")
+from capsjax.kernels.sharding import AxisName
+from capsjax.kernels.squash import squash
+from capsjax.kernels.vote_passes.passes import (
+    Implementation,
+    Moments,
+    Spec,
+    State,
+    votes_depth,
+)
+from capsjax.kernels.vote_passes.unroll import Routing, unroll, unroll_couplings
+from capsjax.routing import _arguments
 
 
 def dynamic_routing(
@@ -25,8 +24,10 @@ def dynamic_routing(
     prior: Array | None = None,
     bias: Array | None = None,
     mask: Array | None = None,
+    parent_mask: Array | None = None,
+    leaky: bool = False,
     gradient: str = "full",
-    implementation: str | None = None,
+    implementation: str | Implementation | None = None,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Array:
     """Routes input capsules to output capsules by agreement, with votes and routing fused.
@@ -42,39 +43,49 @@ def dynamic_routing(
     Args:
       poses: `[..., I, P]`, floating. Sums are kept in float32 at least; matrix products follow
         `jax.default_matmul_precision`, as `jax.numpy.matmul` does.
-      weights: `[I, P, J, D]`, in the dtype of `poses`.
+      weights: `[I, P, J, D]`, in the dtype of `poses`; or `[P, J, D]`, shared by the input
+        capsules, of which there may be any number; or `[P, D]`, shared by the output capsules
+        too, which then differ by their `prior`.
       num_iterations: T, at least 1.
-      prior: Logits before the first iteration, `[I, J]`; None for zeros.
+      prior: Logits before the first iteration, `[I, J]` or `[..., I, J]`; None for zeros. A
+        child with logit -infinity for a parent sends it nothing.
       bias: `[J, D]`, added to the weighted sum in every iteration, before the squash.
       mask: Booleans, `[I]` or `[..., I]`: False for padding, which sends nothing.
+      parent_mask: Booleans, `[J]` or `[..., J]`: the outputs where it is False are 0, and the
+        children are divided over the other parents; a child that is left none sends nothing.
+      leaky: Whether a child may go to no parent: its softmax has one more logit, which is 0.
       gradient: `"full"` goes through every iteration, as in the paper's own code; `"last"`
         takes the last couplings as constants, which is cheaper and misses 2 % to 44 % of the
         full gradient (T = 3, weights of deviation 0.02 to 0.1). Derivatives of that gradient take
         them as constants with `"reference"` alone.
-      implementation: None chooses when the program is lowered. `"pallas_mosaic_tpu"` on a TPU and
-        `"pallas_triton"` on an NVIDIA GPU (sm_80 and newer) are fused kernels, `"xla"` runs
-        anywhere; these never store votes, forward or backward, and have no forward-mode
-        derivative. `"reference"` is the paper's procedure with stored votes, differentiable in
-        every mode. Kernels take float32 and bfloat16; for a TPU the weights of 128 capsules must
-        fit into vector memory (P·J·D up to about 80,000), for a GPU P is at most 128 and D
-        256. For anything else None takes `"xla"`; it does not look at a GPU's age: name `"xla"`
-        on one before sm_80.
+      implementation: None chooses when the program is lowered: the kernels `"triton"` on an
+        NVIDIA GPU (sm_80 and newer) and `"mosaic_tpu"` on a TPU, or `"xla"`, plain JAX for any
+        platform, where they do not take the arguments (the table below). None of these stores
+        votes, forward or backward, or has a forward-mode derivative. `"reference"` is the
+        procedure with stored votes, differentiable in every mode.
       axis_name: Inside `jax.shard_map`, the axis of the mesh (or a tuple of axes) over which the
-        input capsules are split, with their `weights`, `prior` and `mask`; `bias` and the result
-        are the same all along it. Each iteration adds up `[..., J, D]` over the devices, forward
-        and backward, and nothing else is sent. Examples need no axis: split by `shard_map`
-        they are routed where they are, and under `jit` each device takes a share of a sharded
-        batch, if the batch is in leading axes and not mapped over by `vmap`.
+        input capsules are split, with their `weights`, `prior` and `mask`; `bias`,
+        `parent_mask` and the result are the same all along it. Each iteration sums
+        `[..., J, D]` over the devices, forward and backward, and nothing else is sent. Examples
+        need no axis: a batch split by `shard_map` or over Explicit axes is routed where it is,
+        by any implementation; over Auto axes, whose sharding only XLA's partitioner knows, it
+        is `"xla"` that the partitioner leaves where it is.
 
     Returns:
       Outputs `[..., J, D]`, in the dtype of `poses`; each has a length below 1, which rounding to
       half precision may bring to 1.
 
+    Kernels take float32 and bfloat16, weights `[I, P, J, D]`, a prior `[I, J]`, any bias and
+    mask; neither `parent_mask` nor `leaky`. For `"mosaic_tpu"` the weights of 128 capsules must fit
+    into the TPU's vector memory (P·J·D up to about 80,000 on a v5e or v6e), for `"triton"` P is at
+    most 128 and D 256. A batch of symbolic size (`jax.export`) is routed by `"xla"`.
+
     Raises:
-      ValueError: A shape or setting is wrong, or the implementation that is named runs on another
-        platform than the program is for.
+      ValueError: A shape or setting is wrong; while the program is lowered, the implementation
+        that is named runs on another platform.
       TypeError: A dtype is wrong.
-      Unsupported: The implementation that is named does not take these arguments.
+      Unsupported: While the program is lowered, the implementation that is named does not take
+        these arguments.
 
     Example:
       >>> poses, weights = jnp.ones((2, 6, 4)), jnp.full((6, 4, 3, 5), 0.1)
@@ -95,45 +106,19 @@ def dynamic_routing(
       True
     """
     name = "dynamic_routing"
-    num_iterations = _check_settings(name, num_iterations, gradient, axis_name)
-    poses, weights, prior, bias, mask = _check_arrays(name, poses, weights, prior, bias, mask)
-    leading = poses.shape[:-2]
-    if 0 in leading:  # no example: no implementation need bother
-        return jnp.zeros((*leading, *weights.shape[2:]), poses.dtype)
-    _check_bias(name, bias, axis_name)
-    route = _dispatched(implementation, num_iterations, gradient, axis_name)
-    arrays = poses, mask, weights, prior, bias
-    if not leading:
-        return route(*arrays)
-    has_examples = mask is not None and mask.ndim > 1, False, False, False
-    return share_examples(route, *arrays, has_examples=has_examples)
-
-
-@cache  # the same settings are the same function, as `share_examples` asks
-def _dispatched(
-    implementation: str | None, num_iterations: int, gradient: str, axis_name: AxisName | None
-) -> Callable[..., Array]:
-    def route(
-        poses: Array, mask: Array | None, weights: Array, prior: Array | None, bias: Array | None
-    ) -> Array:
-        *leading, capsules, length = poses.shape
-        outputs = dispatch(
-            "dynamic_routing",
-            op.IMPLEMENTATIONS,
-            op.PREFERENCE,
-            op.PLATFORMS,
-            implementation,
-            _masked(poses, mask, trailing=1).reshape(math.prod(leading), capsules, length),
-            weights,
-            prior,
-            bias,
-            num_iterations=num_iterations,
-            gradient=gradient,
-            axis_name=axis_name,
-        )
-        return outputs.reshape(*leading, *weights.shape[2:])
-
-    return route
+    num_iterations = _arguments.check_settings(name, num_iterations, gradient, axis_name)
+    checked = _arguments.check_inputs(
+        name, poses, weights, prior=prior, mask=mask, parent_mask=parent_mask
+    )
+    routing = Routing(
+        Spec(checked.num_parents, leaky=leaky),
+        _step,
+        num_iterations,
+        gradient,
+        _arguments.check_implementation(name, implementation),
+        axis_name,
+    )
+    return _route(name, routing, checked, bias)
 
 
 def dynamic_routing_from_votes(
@@ -143,10 +128,12 @@ def dynamic_routing_from_votes(
     prior: Array | None = None,
     bias: Array | None = None,
     mask: Array | None = None,
+    parent_mask: Array | None = None,
+    leaky: bool = False,
     gradient: str = "full",
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Array:
-    """Routes votes that the caller has made, by the paper's procedure.
+    """Routes given votes by agreement; differentiable in every mode.
 
     Source: Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules", procedure 1,
     https://arxiv.org/abs/1710.09829.
@@ -154,9 +141,11 @@ def dynamic_routing_from_votes(
     Args:
       votes: `[..., I, J, D]`, floating; float32 at least inside.
       num_iterations: As in `dynamic_routing`, like all that follow.
-      prior: `[I, J]`.
+      prior: `[I, J]` or `[..., I, J]`.
       bias: `[J, D]`.
       mask: `[I]` or `[..., I]`.
+      parent_mask: `[J]` or `[..., J]`.
+      leaky: Whether a child may go to no parent.
       gradient: `"full"` or `"last"`.
       axis_name: The axis over which the votes, `prior` and `mask` are split by input capsules.
 
@@ -173,27 +162,11 @@ def dynamic_routing_from_votes(
       (2, 3, 5)
     """
     name = "dynamic_routing_from_votes"
-    num_iterations = _check_settings(name, num_iterations, gradient, axis_name)
-    votes = jnp.asarray(votes)
-    shapes.check_floating(name, votes=votes)
-    leading = votes.shape[:-3]
-    shapes.check_shape(name, "votes", votes, "[..., I, J, D]", (*leading, None, None, None))
-    capsules, parents, depth = votes.shape[-3:]
-    prior = _check_parameter(name, "prior", prior, "[I, J]", (capsules, parents), votes)
-    bias = _check_parameter(name, "bias", bias, "[J, D]", (parents, depth), votes)
-    _check_bias(name, bias, axis_name)
-    votes = _masked(votes, _check_mask(name, votes.shape[:-2], mask), trailing=2)
-    outputs, _ = route_votes(
-        votes.reshape(math.prod(leading), capsules, parents, depth).astype(
-            accumulation_dtype(votes.dtype)
-        ),
-        prior,
-        bias,
-        num_iterations=num_iterations,
-        gradient=gradient,
-        axis_name=axis_name,
-    )
-    return outputs.reshape(*leading, parents, depth).astype(votes.dtype)
+    num_iterations = _arguments.check_settings(name, num_iterations, gradient, axis_name)
+    checked = _arguments.check_votes(name, votes, prior=prior, mask=mask, parent_mask=parent_mask)
+    spec, stored = Spec(checked.num_parents, leaky=leaky), Implementation("reference")
+    routing = Routing(spec, _step, num_iterations, gradient, stored, axis_name)
+    return _route(name, routing, checked, bias)
 
 
 def routing_couplings(
@@ -204,24 +177,29 @@ def routing_couplings(
     prior: Array | None = None,
     bias: Array | None = None,
     mask: Array | None = None,
+    parent_mask: Array | None = None,
+    leaky: bool = False,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Array:
-    """The couplings of every iteration of `dynamic_routing`, for a look inside; stores the votes.
+    """Computes the couplings of every iteration of `dynamic_routing`, for a look inside.
 
     Source: Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules", section 2, equation 3,
     https://arxiv.org/abs/1710.09829.
 
     Args:
       poses: `[..., I, P]`, like all arguments as in `dynamic_routing`.
-      weights: `[I, P, J, D]`.
+      weights: `[I, P, J, D]`, `[P, J, D]` or `[P, D]`.
       num_iterations: T.
-      prior: `[I, J]`.
+      prior: `[I, J]` or `[..., I, J]`.
       bias: `[J, D]`.
       mask: `[I]` or `[..., I]`; the couplings of masked capsules are 0.
+      parent_mask: `[J]` or `[..., J]`; the couplings to masked capsules are 0.
+      leaky: Whether a child may go to no parent.
       axis_name: The axis over which the input capsules are split, and so is the result.
 
     Returns:
-      `[T, ..., I, J]`, float32 at least; those of one child over its parents sum to 1.
+      `[T, ..., I, J]`, float32 at least; those of one child over its parents sum to 1, or to
+      less if `leaky`, or to 0 if it has no parent.
 
     Raises:
       ValueError: A shape or setting is wrong.
@@ -233,105 +211,54 @@ def routing_couplings(
       ((3, 6, 3), 0.3333333432674408)
     """
     name = "routing_couplings"
-    num_iterations = _check_settings(name, num_iterations, "full", axis_name)
-    poses, weights, prior, bias, mask = _check_arrays(name, poses, weights, prior, bias, mask)
-    _check_bias(name, bias, axis_name)
-    *leading, capsules, length = poses.shape
-    votes = jnp.einsum(
-        "bip,ipjd->bijd",
-        _masked(poses, mask, trailing=1).reshape(math.prod(leading), capsules, length),
-        weights,
-        preferred_element_type=accumulation_dtype(poses.dtype),
+    num_iterations = _arguments.check_settings(name, num_iterations, "full", axis_name)
+    checked = _arguments.check_inputs(
+        name, poses, weights, prior=prior, mask=mask, parent_mask=parent_mask
     )
-    _, couplings = route_votes(
-        votes,
-        prior,
-        bias,
-        num_iterations=num_iterations,
-        gradient="full",
-        axis_name=axis_name,
-    )
-    stacked = jnp.stack(couplings).reshape(num_iterations, *leading, *votes.shape[1:3])
+    spec = Spec(checked.num_parents, leaky=leaky)
+    routing = Routing(spec, _step, num_iterations, axis_name=axis_name)
+    inputs, leading, parents = checked
+    bias = _checked_bias(name, bias, checked, axis_name)
+    couplings = unroll_couplings(routing, inputs, bias)
+    couplings = couplings.reshape(num_iterations, *leading, inputs.poses.shape[1], parents)
     if mask is None:
-        return stacked
-    kept = jnp.broadcast_to(mask, poses.shape[:-1])[None, ..., None]
-    return jnp.where(kept, stacked, 0)
+        return couplings
+    kept = jnp.broadcast_to(jnp.asarray(mask), couplings.shape[1:-1])[None, ..., None]
+    return jnp.where(kept, couplings, 0)
 
 
-def _check_settings(
-    function: str, num_iterations: int, gradient: str, axis_name: AxisName | None
-) -> int:
-    shapes.check_choice(function, "gradient", gradient, GRADIENTS)
-    shapes.check_axis_name(function, axis_name)
-    return shapes.check_positive(function, "num_iterations", num_iterations)
+def _step(
+    t: int, total: Array | None, moments: Moments, bias: Array | None
+) -> tuple[Array, State, Array]:
+    """Squashes the weighted sums; logits are the agreements with the sum of all outputs so far."""
+    del t
+    sums = moments.first
+    outputs = squash(sums if bias is None else sums + bias.astype(sums.dtype)[None])
+    total = outputs if total is None else total + outputs
+    return total, State(b=total), outputs
 
 
-def _check_arrays(
-    function: str,
-    poses: Array,
-    weights: Array,
-    prior: Array | None,
-    bias: Array | None,
-    mask: Array | None,
-) -> tuple[Array, Array, Array | None, Array | None, Array | None]:
-    """The arrays, all found to fit each other."""
-    poses, weights = jnp.asarray(poses), jnp.asarray(weights)
-    shapes.check_floating(function, poses=poses, weights=weights)
-    leading = poses.shape[:-2]
-    shapes.check_shape(function, "poses", poses, "[..., I, P]", (*leading, None, None))
-    capsules, length = poses.shape[-2:]
-    shapes.check_shape(function, "weights", weights, "[I, P, J, D]", (capsules, length, None, None))
-    parents, depth = weights.shape[2:]
-    prior = _check_parameter(function, "prior", prior, "[I, J]", (capsules, parents), poses)
-    bias = _check_parameter(function, "bias", bias, "[J, D]", (parents, depth), poses)
-    return poses, weights, prior, bias, _check_mask(function, poses.shape[:-1], mask)
+def _route(
+    function: str, routing: Routing, checked: _arguments.Checked, bias: Array | None
+) -> Array:
+    inputs, leading, parents = checked
+    bias = _checked_bias(function, bias, checked, routing.axis_name)
+    shape, dtype = (*leading, parents, votes_depth(inputs)), inputs.poses.dtype
+    if 0 in leading:  # empty batch: early return
+        return jnp.zeros(shape, dtype)
+    outputs = unroll(routing, inputs, bias)
+    if inputs.parent_mask is not None:
+        outputs = jnp.where(inputs.parent_mask[..., None], outputs, 0)
+    return outputs.astype(dtype).reshape(shape)
 
 
-def _check_parameter(
-    function: str,
-    name: str,
-    array: Array | None,
-    letters: str,
-    shape: tuple[int, int],
-    like: Array,
+def _checked_bias(
+    function: str, bias: Array | None, checked: _arguments.Checked, axis_name: AxisName | None
 ) -> Array | None:
-    if array is None:
-        return None
-    array = jnp.asarray(array)
-    shapes.check_shape(function, name, array, letters, shape)
-    allowed = {jnp.dtype(like.dtype), jnp.dtype(accumulation_dtype(like.dtype))}
-    if jnp.dtype(array.dtype) not in allowed:
-        names = " or ".join(sorted(dtype.name for dtype in allowed))
-        raise TypeError(f"{function}: {name} must be {names}, got {array.dtype}")
-    return array
-
-
-def _check_bias(function: str, bias: Array | None, axis_name: AxisName | None) -> None:
-    """The sums that a bias is added to are those of all devices, so it must be one, too."""
-    apart = varying_axes(bias) & names_of(axis_name)
-    if apart:
-        raise ValueError(
-            f"{function}: bias must be the same all along axis_name, got one that varies over "
-            f"{', '.join(sorted(apart))}"
-        )
-
-
-def _check_mask(function: str, full: tuple[int, ...], mask: Array | None) -> Array | None:
-    if mask is None:
-        return None
-    mask = jnp.asarray(mask)
-    if mask.dtype != jnp.bool_:
-        raise TypeError(f"{function}: mask must be bool, got {mask.dtype}")
-    if mask.shape not in {full, full[-1:]}:
-        raise ValueError(
-            f"{function}: mask must have shape [I] or [..., I] = {full}, got {mask.shape}"
-        )
-    return mask
-
-
-def _masked(array: Array, mask: Array | None, *, trailing: int) -> Array:
-    """Zeroes what masked capsules have to say: a vote of 0 adds nothing and agrees with nothing."""
-    if mask is None:
-        return array
-    kept = jnp.broadcast_to(mask, array.shape[: array.ndim - trailing])
-    return jnp.where(jnp.expand_dims(kept, tuple(range(-trailing, 0))), array, 0)
+    """Checks the bias; it and the parent mask belong to the sums of all devices."""
+    inputs, _, parents = checked
+    shape = parents, votes_depth(inputs)
+    bias = _arguments.check_parameter(function, "bias", bias, "[J, D]", shape, inputs.poses)
+    _arguments.check_same_along(function, "bias", bias, axis_name)
+    _arguments.check_same_along(function, "parent_mask", inputs.parent_mask, axis_name)
+    return bias

@@ -12,4 +12,3 @@ IMPLEMENTATIONS = {
     "spectral": spectral.strided_conv,
 }
 PREFERENCE = {"cpu": ("spectral", "patches"), "default": ("xla",)}
-PLATFORMS: dict[str, str] = {}

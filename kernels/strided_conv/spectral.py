@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from capsjax.kernels.devices import vary_over, varying_axes
 from capsjax.kernels.dispatch import Unsupported
+from capsjax.kernels.sharding import vary_over, varying_axes
 
 Pair = tuple[int, int]
 

@@ -14,8 +14,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from capsjax.kernels.dynamic_routing.cases import Case
-from capsjax.kernels.dynamic_routing.config import TritonTile, power_of_two
+from capsjax.kernels.vote_passes.config import TritonTile, power_of_two
 
 # A product over the components of poses takes this many at once, as matrix instructions do.
 LENGTH = 16
@@ -50,12 +49,6 @@ class Tiling(NamedTuple):
     def products(self) -> int:
         """How many products hold P."""
         return pl.cdiv(self.length, LENGTH)
-
-
-def case_of(poses: Array, weights: Array) -> Case:
-    """The sizes of poses `[B, I, P]` and weights `[I, P, J, D]`."""
-    batch, capsules, length = poses.shape
-    return Case(batch, capsules, length, weights.shape[2], weights.shape[3])
 
 
 def tiling_of(poses: Array, weights: Array, cut: TritonTile) -> Tiling:

@@ -8,9 +8,7 @@ is padded, the transpositions below move no byte), so a pass reads just the byte
 A tile has n capsules and m examples; there are S tiles of examples, and Q panels of them.
 """
 
-import functools
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,89 +17,70 @@ from jax.core import ShapedArray
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from capsjax.kernels.devices import AxisName
 from capsjax.kernels.dispatch import Unsupported
-from capsjax.kernels.dynamic_routing import pallas_mosaic_tpu_tiles as tiles
-from capsjax.kernels.dynamic_routing import xla
-from capsjax.kernels.dynamic_routing.cases import Case
-from capsjax.kernels.dynamic_routing.config import MosaicTpuConfig, mosaic_tpu_config_for
-from capsjax.kernels.dynamic_routing.procedure import (
-    InputGradients,
-    Passes,
-    Route,
-    kernel_passes,
-    route,
+from capsjax.kernels.vote_passes import linear
+from capsjax.kernels.vote_passes.config import MosaicTpuConfig, mosaic_tpu_config_for
+from capsjax.kernels.vote_passes.mosaic_tpu import tiles
+from capsjax.kernels.vote_passes.passes import (
+    Device,
+    Inputs,
+    Moments,
+    Spec,
+    State,
+    Term,
+    case_of,
 )
 
 
-def dynamic_routing(
-    poses: Array,
-    weights: Array,
-    prior: Array | None,
-    bias: Array | None,
-    *,
-    num_iterations: int,
-    gradient: str,
-    axis_name: AxisName | None = None,
-    config: MosaicTpuConfig | None = None,
-    interpret: Any = False,
-) -> Array:
-    """Routes without votes.
+def config_for(spec: Spec, inputs: Inputs, others: Any, *, device: Device) -> MosaicTpuConfig:
+    """Returns the configuration for a pass.
 
     Raises:
-      Unsupported: The dtype is float64 or float16, or the weights of 128 capsules are too many
-        for vector memory.
+      Unsupported: It is not what `linear.check` allows, or the weights of 128 capsules are too
+        many for the vector memory of the device.
     """
-    if poses.dtype not in (jnp.float32, jnp.bfloat16):
-        raise Unsupported(f"a TPU multiplies float32 and bfloat16, got {poses.dtype}")
+    linear.check(spec, inputs, others, device)
+    terms = others if isinstance(others, tuple) and not isinstance(others, State | Term) else (1,)
+    config = mosaic_tpu_config_for(case_of(spec, inputs, len(terms)), device.kind)
     if config is None:
-        (batch, capsules, length), (parents, depth) = poses.shape, weights.shape[2:]
-        sizes = batch, capsules, length, parents, depth
-        config = mosaic_tpu_config_for(Case(*sizes, num_iterations, poses.dtype.name))
-        if config is None:
-            raise Unsupported(
-                f"tiles of weights [I, P, J, D] = {weights.shape} exceed its vector memory"
-            )
-    return route(
-        passes(config, interpret), num_iterations, gradient, axis_name, poses, weights, prior, bias
-    )
+        raise Unsupported(
+            f"tiles of weights [I, P, J, D] = {inputs.weights.shape} exceed its vector memory"
+        )
+    return config
 
 
-@functools.cache  # the same object for the same arguments, since JAX compares static arguments
-def passes(config: MosaicTpuConfig, interpret: Any) -> Passes:
-    """The passes with tiles of that size."""
-    kernels = Passes(
-        sums=partial(_sums, config, interpret),
-        logit_gradient_sums=partial(_logit_gradient_sums, config, interpret),
-        input_gradients=partial(_input_gradients, config, interpret),
-    )
-    return kernel_passes(kernels, xla.PASSES, platform=None if interpret else "tpu")
+def moments(
+    spec: Spec, inputs: Inputs, state: State, *, config: MosaicTpuConfig, interpret: Any
+) -> Moments:
+    """Sums couplings times votes over the children."""
+    del spec
+    states = () if state.b is None else (state.b,)
+    return Moments(None, _weighted_sums(config, interpret, *linear.arrays(inputs), states))
 
 
-def _sums(
+def chain(
+    spec: Spec, inputs: Inputs, term: Term, *, config: MosaicTpuConfig, interpret: Any
+) -> State:
+    """Returns the gradient of the state from that of the moments."""
+    del spec
+    states = term.state.b, term.cotangent.first
+    return State(b=_weighted_sums(config, interpret, *linear.arrays(inputs), states))
+
+
+def input_gradients(
+    spec: Spec,
+    inputs: Inputs,
+    terms: Sequence[Term],
+    *,
+    constant_couplings: bool,
     config: MosaicTpuConfig,
     interpret: Any,
-    poses: Array,
-    weights: Array,
-    prior: Array | None,
-    total: Array | None,
-) -> Array:
-    """The sum over I of couplings times votes, `[B, J, D]`; a total of None is zero."""
-    states = () if total is None else (total,)
-    return _weighted_sums(config, interpret, poses, weights, prior, states)
-
-
-def _logit_gradient_sums(
-    config: MosaicTpuConfig,
-    interpret: Any,
-    poses: Array,
-    weights: Array,
-    prior: Array | None,
-    total: Array,
-    d_sums: Array,
-) -> Array:
-    """The sum over I of the logits' gradients times votes, `[B, J, D]`."""
-    return _weighted_sums(config, interpret, poses, weights, prior, (total, d_sums))
+) -> Inputs:
+    """Returns the gradients of the inputs, summed over iterations."""
+    del spec
+    full, arrays = not constant_couplings, linear.arrays(inputs)
+    found = _input_gradients(config, interpret, *arrays, linear.states(terms), full)
+    return linear.gradients(inputs, *found)
 
 
 def _weighted_sums(
@@ -177,19 +156,19 @@ def _input_gradients(
     poses: Array,
     weights: Array,
     prior: Array | None,
-    routes: Sequence[Route],
-    gradient: str,
-) -> InputGradients:
-    """Gradients of poses, weights and prior; couplings are constants if `gradient` is "last".
+    routes: Sequence[tuple[Array | None, Array]],  # V before an iteration, gradient of its sums
+    full: bool,  # or constant couplings
+) -> tuple[Array, Array, Array | None]:
+    """Returns the gradients of poses, weights and prior.
 
     The gradient of a vote is a sum of terms, each a factor `[b, i, j]` times a state `[b, j, :]`:
     couplings times `d_sums`, and gradients of logits times V.
     """
     problem = tiles.Problem(config, *poses.shape, *weights.shape[2:])
     m, n, panel = config.examples, problem.n, problem.panel
-    full, has_prior = gradient == "full", prior is not None
+    has_prior = prior is not None
     states = [state for r in routes for state in r if state is not None]
-    softmaxes = sum(has_prior or r.total is not None for r in routes)
+    softmaxes = sum(has_prior or total is not None for total, _ in routes)
     operands, specs = tiles.cut_operands(problem, ("i", "q", "s"), poses, weights, prior, states)
 
     def kernel(*all_refs: Any) -> None:
@@ -212,8 +191,8 @@ def _input_gradients(
 
         terms: list[tuple[Any, Any]] = []  # a factor, None for uniform couplings, and a state
         d_logits_refs = []
-        for r in routes:
-            total = None if r.total is None else next(state_refs)
+        for route_total, _ in routes:
+            total = None if route_total is None else next(state_refs)
             d_sums = next(state_refs)
             if total is None and not has_prior:
                 terms.append((None, d_sums))
@@ -290,10 +269,10 @@ def _input_gradients(
         name="dynamic_routing_input_gradients",
         interpret=interpret,
     )(*operands)
-    return InputGradients(
-        poses=d_poses.transpose(0, 2, 1),
-        weights=d_weights.transpose(3, 0, 1, 2),
-        prior=None if prior is None else d_prior[0][:, 0].T.astype(prior.dtype),
+    return (
+        d_poses.transpose(0, 2, 1),
+        d_weights.transpose(3, 0, 1, 2),
+        None if prior is None else d_prior[0][:, 0].T.astype(prior.dtype),
     )
 
 

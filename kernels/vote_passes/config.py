@@ -2,18 +2,19 @@
 
 import dataclasses
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from capsjax.kernels.dynamic_routing.cases import Case
+from capsjax.kernels.vote_passes.cases import Case
 
 
-class Tile(NamedTuple):
-    """How many input capsules and how many examples share one tile of votes."""
+@dataclasses.dataclass(frozen=True)
+class XlaConfig:
+    """How many children and how many examples share one tile of votes in plain JAX."""
 
-    capsules: int
-    examples: int
+    children: int
+    examples: Any  # an int, or a symbolic batch, which is not cut
 
 
 # 1.3 MB of float32 votes: with their agreements they stay in a core's caches. Twice and half
@@ -25,14 +26,21 @@ MAX_EXAMPLES = 128
 VECTOR = 8
 
 
-def tile_for(batch: int, capsules: int, parents: int, depth: int) -> Tile:
-    """The tile for `[batch, capsules, parents, depth]` votes; it need not divide them."""
-    padded = -(-batch // VECTOR) * VECTOR if batch >= VECTOR // 2 else batch
-    examples = min(padded, MAX_EXAMPLES)
-    fitting = max(1, TILE_VOTES // (parents * depth * examples))
+def xla_config_for(case: Case, *, devices: int = 1) -> XlaConfig:
+    """Returns the tile for a case, which it need not divide; the batch may be symbolic.
+
+    Examples are not cut where XLA's partitioner may split them over several devices, which it
+    does without communication only if no loop runs over them, nor where their number is symbolic.
+    """
+    batch: Any = case.batch
+    cut = isinstance(batch, int) and devices == 1
+    examples = -(-batch // devices) if isinstance(batch, int) else MAX_EXAMPLES
+    if cut and examples >= VECTOR // 2:
+        examples = min(-(-examples // VECTOR) * VECTOR, MAX_EXAMPLES)
+    fitting = max(1, TILE_VOTES // (case.parents * case.depth * examples))
     # Sums over a power of two are made by halves.
     fitting = 2 ** (fitting.bit_length() - 1)
-    return Tile(capsules=min(capsules, fitting), examples=examples)
+    return XlaConfig(children=min(case.capsules, fitting), examples=examples if cut else batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,19 +57,26 @@ class MosaicTpuConfig:
 TPU_LANES = 128
 # Rows of a tile: those of a matrix unit, or fewer where vector memory is short.
 TPU_EXAMPLES = (128, 64, 32, 16, 8)
-# Of the 128 MiB of vector memory in a v5e or v6e, some of which XLA keeps.
-TPU_MEMORY = 96 * 2**20
-# What the compiler adds to a kernel's own arrays.
+# MiB of vector memory by generation, as JAX names them; of any other one the least there is.
+TPU_MEMORY = {
+    **dict.fromkeys(("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e"), 128),
+    **dict.fromkeys(("TPU v5", "TPU v5p", "TPU7x"), 64),
+}
+LEAST_TPU_MEMORY = 16
+# Of which XLA keeps some.
+TPU_SHARE = 0.75
+# What the compiler adds to a kernel's own arrays, at most.
 TPU_SPILLS = 8 * 2**20
 
 
-def mosaic_tpu_config_for(case: Case) -> MosaicTpuConfig | None:
-    """The configuration for a case; None if tiles of even 8 examples do not fit into memory."""
+def mosaic_tpu_config_for(case: Case, device_kind: str | None = None) -> MosaicTpuConfig | None:
+    """Returns the configuration for a case; None if tiles of even 8 examples do not fit."""
+    memory = int(TPU_SHARE * 2**20 * TPU_MEMORY.get(device_kind or "", LEAST_TPU_MEMORY))
     for examples, buffers in itertools.product(TPU_EXAMPLES, (2, 1)):
         if examples > TPU_EXAMPLES[-1] and examples >= 2 * case.batch:
             continue  # more than half of it would be padding
         tiles, states = _tpu_memory(case, examples, buffers)
-        panel = min(-(-case.batch // examples), (TPU_MEMORY - tiles) // states)
+        panel = min(-(-case.batch // examples), (memory - tiles) // states)
         if panel > 0:
             return MosaicTpuConfig(examples, panel, buffers, tiles + panel * states + TPU_SPILLS)
     return None
@@ -190,3 +205,11 @@ def triton_config_for(case: Case) -> TritonConfig:
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least `n`."""
     return 1 << (n - 1).bit_length()
+
+
+# How each implementation that has a config chooses it for a case.
+CONFIGS = {
+    "xla": xla_config_for,
+    "mosaic_tpu": mosaic_tpu_config_for,
+    "triton": triton_config_for,
+}

@@ -16,13 +16,12 @@ from jax.core import ShapedArray
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from capsjax.kernels.dynamic_routing.config import TritonConfig, triton_config_for
-from capsjax.kernels.dynamic_routing.pallas_triton_tiles import (
+from capsjax.kernels.vote_passes.config import TritonConfig
+from capsjax.kernels.vote_passes.triton.tiles import (
     Block,
     Tiling,
     agreements,
     barrier,
-    case_of,
     couplings_and_gradients,
     flat,
     growing_poses_block,
@@ -39,7 +38,6 @@ from capsjax.kernels.dynamic_routing.pallas_triton_tiles import (
     tiling_of,
     weights_block,
 )
-from capsjax.kernels.dynamic_routing.procedure import InputGradients, Route
 
 
 class Walk(NamedTuple):
@@ -63,17 +61,23 @@ def walk_of(tiling: Tiling) -> Walk:
     return Walk(needed, groups, capsules, pl.cdiv(tiling.example_tiles, examples), examples)
 
 
-def input_gradients(
-    config: TritonConfig | None,
+class Route(NamedTuple):
+    """What one iteration contributes to the gradients."""
+
+    total: Any  # V before the iteration, [B, J * D]; None for zero
+    d_sums: Any  # gradient of the weighted sums, [B, J * D]
+
+
+def gradients(
+    config: TritonConfig,
     interpret: bool,
     poses: Array,
     weights: Array,
     prior: Array | None,
-    routes: Sequence[Route],
-    gradient: str,
-) -> InputGradients:
-    """Gradients of poses, weights and prior; couplings are constants if `gradient` is "last"."""
-    config = config or triton_config_for(case_of(poses, weights))
+    routes: Sequence[tuple[Array | None, Array]],
+    full: bool,
+) -> tuple[Array, Array, Array | None]:
+    """Returns the gradients of poses, weights and prior; couplings are constants unless `full`."""
     tiling = tiling_of(poses, weights, config.gradients)
     walk = walk_of(tiling)
     slots = walk.splits * walk.programs * walk.capsules
@@ -86,7 +90,7 @@ def input_gradients(
     d_weights_dtype = weights.dtype if walk.splits == 1 else jnp.float32
     several_chunks = tiling.chunks > 1
     d_poses, d_weights, d_prior, _ = pl.pallas_call(
-        partial(_kernel, tiling, walk, gradient == "full", interpret),
+        partial(_kernel, tiling, walk, full, interpret),
         grid=(walk.programs, walk.splits),
         out_shape=(
             ShapedArray(poses.shape, poses.dtype),
@@ -101,8 +105,8 @@ def input_gradients(
         interpret=interpret,
         compiler_params=pltriton.CompilerParams(num_warps=tiling.cut.num_warps, num_stages=1),
         name="routing_input_gradients",
-    )(poses, flat(weights), prior, jax.tree.map(flat, list(routes)))
-    return InputGradients(
+    )(poses, flat(weights), prior, [Route(*jax.tree.map(flat, route)) for route in routes])
+    return (
         d_poses,
         jnp.sum(d_weights, 0, dtype=jnp.float32).astype(weights.dtype).reshape(weights.shape)
         if walk.splits > 1

@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from capsjax.kernels.dynamic_routing.config import TPU_LANES, MosaicTpuConfig
+from capsjax.kernels.vote_passes.config import TPU_LANES, MosaicTpuConfig
 
 # Loops over the length of a pose up to this are written out.
 UNROLLED = 16

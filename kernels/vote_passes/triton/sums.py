@@ -1,4 +1,4 @@
-"""Dynamic routing for GPUs (sm_80 and newer): Pallas-Triton kernels that keep votes in registers.
+"""The passes for GPUs that return sums over children, votes in registers.
 
 A small matrix product makes one capsule's votes of a tile of examples; agreements, softmax and
 weighted sums follow in the same registers. A program walks over a range of capsules, and the
@@ -9,7 +9,7 @@ for its statistics, one that uses them.
 """
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,16 +19,11 @@ from jax.core import ShapedArray
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from capsjax.kernels.devices import AxisName
-from capsjax.kernels.dispatch import Unsupported
-from capsjax.kernels.dynamic_routing import xla
-from capsjax.kernels.dynamic_routing.config import TritonConfig, triton_config_for
-from capsjax.kernels.dynamic_routing.pallas_triton_backward import input_gradients
-from capsjax.kernels.dynamic_routing.pallas_triton_tiles import (
+from capsjax.kernels.vote_passes.config import TritonConfig
+from capsjax.kernels.vote_passes.triton.tiles import (
     Tiling,
     agreements,
     barrier,
-    case_of,
     couplings_and_gradients,
     flat,
     load_states,
@@ -42,66 +37,10 @@ from capsjax.kernels.dynamic_routing.pallas_triton_tiles import (
     store_statistics,
     tiling_of,
 )
-from capsjax.kernels.dynamic_routing.procedure import Passes, kernel_passes, route
-
-# The products over poses are written out one after the other, 16 components each.
-MAX_LENGTH = 128
-# A tile holds all of at least one parent.
-MAX_DEPTH = 256
 
 
-def dynamic_routing(
-    poses: Array,
-    weights: Array,
-    prior: Array | None,
-    bias: Array | None,
-    *,
-    num_iterations: int,
-    gradient: str,
-    axis_name: AxisName | None = None,
-    config: TritonConfig | None = None,
-    interpret: bool = False,
-) -> Array:
-    """Routes without stored votes on a GPU; `interpret` runs the kernels' arithmetic anywhere."""
-    if poses.dtype not in (jnp.float32, jnp.bfloat16):
-        raise Unsupported(f"poses must be float32 or bfloat16, got {poses.dtype}")
-    if poses.shape[2] > MAX_LENGTH or weights.shape[3] > MAX_DEPTH:
-        raise Unsupported(
-            f"P must be at most {MAX_LENGTH} and D at most {MAX_DEPTH}, "
-            f"got {poses.shape[2]} and {weights.shape[3]}"
-        )
-    kernels = passes(config, interpret)
-    return route(kernels, num_iterations, gradient, axis_name, poses, weights, prior, bias)
-
-
-@cache  # the procedure takes its passes as a static argument: equal ones must be the same
-def passes(config: TritonConfig | None, interpret: bool) -> Passes:
-    """The passes made of these kernels; a configuration of None is chosen for the shapes."""
-    # Iterations call a pass with the same shapes: under `jit` it is traced once.
-    kernels = Passes(
-        sums=jax.jit(partial(_sums, config, interpret)),
-        logit_gradient_sums=jax.jit(partial(_weighted_sums, config, interpret)),
-        input_gradients=jax.jit(partial(input_gradients, config, interpret), static_argnums=4),
-    )
-    return kernel_passes(kernels, xla.PASSES, platform=None if interpret else "cuda")
-
-
-def _sums(
-    config: TritonConfig | None,
-    interpret: bool,
-    poses: Array,
-    weights: Array,
-    prior: Array | None,
-    total: Array | None,
-) -> Array:
-    """The sum over I of couplings times votes, `[B, J, D]`; a total of None is zero."""
-    if total is None and prior is None:  # uniform couplings: one matrix product
-        return xla.PASSES.sums(poses, weights, None, None)
-    return _weighted_sums(config, interpret, poses, weights, prior, total, None)
-
-
-def _weighted_sums(
-    config: TritonConfig | None,
+def weighted_sums(
+    config: TritonConfig,
     interpret: bool,
     poses: Array,
     weights: Array,
@@ -110,7 +49,6 @@ def _weighted_sums(
     d_sums: Array | None,
 ) -> Array:
     """The sum over I of couplings, or with `d_sums` of the logits' gradients, times votes."""
-    config = config or triton_config_for(case_of(poses, weights))
     tiling = tiling_of(poses, weights, config.sums)
     parents, depth = weights.shape[2:]
     # As many ranges of capsules as keep the processors busy, however large I.

@@ -1,0 +1,63 @@
+"""What the kernels of all platforms take: linear logits, and sums of votes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from capsjax.kernels.dispatch import Unsupported
+from capsjax.kernels.vote_passes.passes import Device, Inputs, Spec, State, Term
+
+# A logit in the place of -infinity: beside any other one its coupling is 0, and two can be added.
+OFF = float(jnp.finfo(jnp.float32).min) / 4
+
+
+def check(spec: Spec, inputs: Inputs, others: Any, device: Device) -> None:
+    """Raises Unsupported unless kernels take a pass."""
+    dtype = inputs.poses.dtype
+    extras = inputs.gates, inputs.coordinates, inputs.parent_mask
+    k = others.k if isinstance(others, State) else None
+    rules = {
+        f"must be float32 or bfloat16, got {dtype}": dtype in (jnp.float32, jnp.bfloat16),
+        "must have linear logits and sums, no leak and no mass": spec == Spec(spec.num_parents),
+        "must have vectors as poses": inputs.poses.shape[2] == 1,
+        "must have weights [I, P, J, D]": inputs.weights is not None and inputs.weights.ndim == 4,
+        "must have one prior [I, J] for all examples": getattr(inputs.prior, "ndim", 2) == 2,
+        "must have no gates, coordinates or parent_mask": all(x is None for x in (*extras, k)),
+        "must have a batch of known size": isinstance(inputs.poses.shape[0], int),
+        "must lie on one device (jax.shard_map, or Explicit axes)": device.count == 1,
+    }
+    for rule, holds in rules.items():
+        if not holds:
+            raise Unsupported(f"routing: poses of this kernel {rule}")
+
+
+def arrays(inputs: Inputs) -> tuple[Array, Array, Array | None]:
+    """Returns poses `[B, I, P]`, weights, and a finite prior.
+
+    The poses of a child that has no parent are 0, so that it sends nothing.
+    """
+    poses, prior = inputs.poses[:, :, 0], inputs.prior
+    if prior is None:
+        return poses, inputs.weights, None
+    poses = jnp.where(reachable(prior)[:, None], poses, 0)
+    return poses, inputs.weights, jnp.maximum(prior.astype(jnp.float32), OFF)
+
+
+def reachable(prior: Array) -> Array:
+    """Returns, for each child, whether any of its logits is above -infinity."""
+    return jnp.any(prior > -jnp.inf, -1)
+
+
+def states(terms: Sequence[Term]) -> list[tuple[Array | None, Array]]:
+    """Returns the states b and the gradients of the sums of each iteration."""
+    return [(term.state.b, term.cotangent.first) for term in terms]
+
+
+def gradients(inputs: Inputs, d_poses: Array, d_weights: Array, d_prior: Array | None) -> Inputs:
+    """Returns the gradients of the inputs from those of `arrays`."""
+    if inputs.prior is not None:
+        d_poses = jnp.where(reachable(inputs.prior)[:, None], d_poses, 0)
+        d_prior = d_prior.astype(inputs.prior.dtype)
+    return Inputs(d_poses[:, :, None], d_weights, prior=d_prior)

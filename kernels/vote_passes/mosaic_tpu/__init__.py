@@ -1,0 +1,6 @@
+"""The passes with linear logits for TPUs, by Pallas-Mosaic."""
+
+from capsjax.kernels.vote_passes.mosaic_tpu.kernels import chain as chain
+from capsjax.kernels.vote_passes.mosaic_tpu.kernels import config_for as config_for
+from capsjax.kernels.vote_passes.mosaic_tpu.kernels import input_gradients as input_gradients
+from capsjax.kernels.vote_passes.mosaic_tpu.kernels import moments as moments

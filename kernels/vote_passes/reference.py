@@ -1,0 +1,144 @@
+"""The passes with stored votes, in plain JAX: the definition, differentiable in every mode.
+
+`moments` and `couplings` follow the formulas of `passes`; the other two are their derivatives by
+automatic differentiation. The votes are arrays `[B, I, J, D]`, or `[B, I, 1, D]` if all parents
+share them.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from capsjax.kernels.dtypes import accumulation_dtype
+from capsjax.kernels.vote_passes.passes import Inputs, Moments, Spec, State, Term, is_uniform
+
+# Weights [P, C] make votes that all parents share.
+_LETTERS = {4: "birp,ipjc->bijrc", 3: "birp,pjc->bijrc", 2: "birp,pc->birc"}
+
+
+def store_votes(inputs: Inputs) -> Inputs:
+    """Returns the same inputs with the votes in the place of poses and weights."""
+    return inputs._replace(poses=_votes(inputs), weights=None, coordinates=None)
+
+
+def moments(
+    spec: Spec, inputs: Inputs, state: State, *, constant_couplings: bool = False
+) -> Moments:
+    """Sums couplings times votes over the children."""
+    votes = _votes(inputs)
+    weights = couplings(spec, inputs, state)
+    if constant_couplings:
+        weights = lax.stop_gradient(weights)
+    if inputs.gates is not None:
+        weights *= inputs.gates.astype(votes.dtype)[..., None]
+    first = _sum(weights, votes)
+    mass = weights.sum(1) if spec.mass or spec.moments == "central" else None
+    if mass is None or spec.moments == "sums":
+        return Moments(mass, first)
+    mean = divide(first, mass)
+    deviations = votes - mean[:, None]
+    return Moments(mass, mean, jnp.sum(weights[..., None] * deviations**2, 1))
+
+
+def chain(spec: Spec, inputs: Inputs, term: Term) -> State:
+    """Returns the gradient of the state from that of the moments."""
+    _, vjp = jax.vjp(partial(moments, spec, inputs), term.state)
+    return vjp(term.cotangent)[0]
+
+
+def input_gradients(
+    spec: Spec, inputs: Inputs, terms: Sequence[Term], *, constant_couplings: bool
+) -> Inputs:
+    """Returns the gradients of the inputs, summed over iterations."""
+    mask = inputs.parent_mask
+
+    def one_pass(inputs: Inputs, state: State) -> Moments:
+        inputs = inputs._replace(parent_mask=mask)
+        return moments(spec, inputs, state, constant_couplings=constant_couplings)
+
+    differentiable = inputs._replace(parent_mask=None)
+    gradients = []
+    for term in terms:
+        _, vjp = jax.vjp(partial(one_pass, state=term.state), differentiable)
+        gradients.append(vjp(term.cotangent)[0])
+    return jax.tree.map(lambda *x: sum(x[1:], x[0]), *gradients)
+
+
+def couplings(spec: Spec, inputs: Inputs, state: State) -> Array:
+    """Returns the couplings `[B, I, J]`, before gates."""
+    dtype = accumulation_dtype(inputs.poses.dtype)
+    shape = (*inputs.poses.shape[:2], spec.num_parents)
+    if is_uniform(inputs, state):
+        # A softmax over constant zeros would be folded at compile time, for seconds.
+        return jnp.full(shape, 1 / (spec.num_parents + spec.leaky), dtype)
+    logits = jnp.zeros(shape, dtype)
+    if inputs.prior is not None:
+        logits += jnp.broadcast_to(inputs.prior.astype(dtype), shape)
+    if state.k is not None:
+        logits += state.k[:, None]
+    if state.b is not None:
+        votes = _votes(inputs)
+        logits += _agreement(_unit(votes) if spec.logits == "cosine" else votes, state.b)
+    if state.q is not None and state.z is not None:
+        deviations = _votes(inputs) - state.z[:, None]
+        logits -= 0.5 * _agreement(deviations**2, state.q)
+    if inputs.parent_mask is not None:
+        logits = jnp.where(inputs.parent_mask[:, None], logits, -jnp.inf)
+    return softmax(logits, leaky=spec.leaky, axis=2)
+
+
+def softmax(logits: Array, *, leaky: bool, axis: int) -> Array:
+    """Returns the softmax, 0 for logits of -infinity; leaky: beside one more logit of 0."""
+    if leaky:
+        largest = lax.stop_gradient(jnp.maximum(jnp.max(logits, axis, keepdims=True), 0))
+        exponentials = jnp.exp(logits - largest)
+        return exponentials / (jnp.sum(exponentials, axis, keepdims=True) + jnp.exp(-largest))
+    finite = jnp.maximum(logits, float(jnp.finfo(logits.dtype).min))
+    return jnp.where(logits > -jnp.inf, jax.nn.softmax(finite, axis=axis), 0)
+
+
+def divide(sums: Array, mass: Array) -> Array:
+    """Returns `[B, J, D]` divided by a mass `[B, J]`, 0 for a parent without children."""
+    alone = mass > 0
+    return jnp.where(alone[..., None], sums / jnp.where(alone, mass, 1)[..., None], 0)
+
+
+def _votes(inputs: Inputs) -> Array:
+    dtype = accumulation_dtype(inputs.poses.dtype)
+    poses, weights = inputs.poses, inputs.weights
+    if weights is None:
+        votes = poses.astype(dtype)
+    else:
+        votes = jnp.einsum(_LETTERS[weights.ndim], poses, weights, preferred_element_type=dtype)
+        votes = votes.reshape(*poses.shape[:2], -1, poses.shape[2] * weights.shape[-1])
+    if inputs.coordinates is not None:
+        votes += inputs.coordinates.astype(dtype)[None, :, None]
+    return votes
+
+
+def _is_shared(votes: Array, parents: int) -> bool:
+    return votes.shape[2] != parents
+
+
+def _agreement(votes: Array, states: Array) -> Array:
+    """Σ_d votes · states, `[B, I, J]`; no `[B, I, J, D]` where parents share votes."""
+    if _is_shared(votes, states.shape[1]):
+        return jnp.einsum("bid,bjd->bij", votes[:, :, 0], states)
+    return jnp.einsum("bijd,bjd->bij", votes, states)
+
+
+def _sum(weights: Array, votes: Array) -> Array:
+    """Σ_i weights · votes, `[B, J, D]`."""
+    if _is_shared(votes, weights.shape[2]):
+        return jnp.einsum("bij,bid->bjd", weights, votes[:, :, 0])
+    return jnp.einsum("bij,bijd->bjd", weights, votes)
+
+
+def _unit(votes: Array) -> Array:
+    """Votes of length 1; a zero vote stays, and has derivative 0."""
+    squares = jnp.sum(votes * votes, -1, keepdims=True)
+    nonzero = squares > 0
+    return jnp.where(nonzero, votes / jnp.sqrt(jnp.where(nonzero, squares, 1)), 0)
