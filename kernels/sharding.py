@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -40,6 +41,22 @@ def vary_over(axes: frozenset[str], tree: Any) -> Any:
     return jax.tree.map(mark, tree)
 
 
+def is_explicit(x: Array) -> bool:
+    """Returns whether an array lies on a mesh whose axes are all Explicit."""
+    mesh = jax.typeof(x).sharding.mesh
+    return not mesh.empty and set(mesh.axis_types) == {AxisType.Explicit}
+
+
+def reshape_examples(x: Array, shape: tuple[int, ...], *, has_examples: bool = True) -> Array:
+    """Reshapes an array; on Explicit axes its first axis, of examples, stays sharded as it is."""
+    if not is_explicit(x):
+        return x.reshape(shape)
+    sharding = jax.typeof(x).sharding
+    split = PartitionSpec(sharding.spec[0] if has_examples else None)
+    place = NamedSharding(sharding.mesh, split)
+    return jnp.reshape(jax.reshard(x, place), shape, out_sharding=place)
+
+
 def over_explicit_examples(
     function: Callable[..., Any], examples: Any, others: Any, *, like: Array
 ) -> Any:
@@ -55,11 +72,11 @@ def over_explicit_examples(
       others: A tree of arrays without examples.
       like: The array whose first axis says how examples are sharded.
     """
-    mesh = jax.typeof(like).sharding.mesh
-    if mesh.empty or set(mesh.axis_types) != {AxisType.Explicit}:
+    if not is_explicit(like):
         return function(examples, others)
+    mesh = jax.typeof(like).sharding.mesh
     split, whole = PartitionSpec(jax.typeof(like).sharding.spec[0]), PartitionSpec()
-    place = lambda spec: lambda x: jax.reshard(x, NamedSharding(mesh, spec))  # noqa: E731
-    examples, others = jax.tree.map(place(split), examples), jax.tree.map(place(whole), others)
+    examples = jax.tree.map(lambda x: jax.reshard(x, NamedSharding(mesh, split)), examples)
+    others = jax.tree.map(lambda x: jax.reshard(x, NamedSharding(mesh, whole)), others)
     spread = jax.shard_map(function, mesh=mesh, in_specs=(split, whole), out_specs=split)
     return spread(examples, others)

@@ -8,7 +8,7 @@ from jax import Array
 
 from capsjax import shapes
 from capsjax.kernels.dtypes import accumulation_dtype
-from capsjax.kernels.sharding import AxisName, names_of, varying_axes
+from capsjax.kernels.sharding import AxisName, names_of, reshape_examples, varying_axes
 from capsjax.kernels.vote_passes.passes import IMPLEMENTATIONS, Implementation, Inputs
 
 GRADIENTS = ("full", "last")
@@ -75,7 +75,7 @@ def check_inputs(
     if kept is not None:
         # A zero pose does what a gate of 0 does to sums of votes, and stops what is not finite.
         poses = jnp.where(jnp.broadcast_to(kept, poses.shape[:-1])[..., None], poses, 0)
-    poses = poses.reshape(math.prod(leading), children, 1, length)
+    poses = _one_leading(poses, leading, children, 1, length)
     return _with_logits(function, Inputs(poses, weights), leading, parents, prior, parent_mask)
 
 
@@ -90,7 +90,7 @@ def check_votes(function: str, votes: Any, *, prior: Any, mask: Any, parent_mask
     kept = _check_mask(function, "mask", mask, "I", (*leading, children))
     if kept is not None:
         votes = jnp.where(jnp.broadcast_to(kept, votes.shape[:-2])[..., None, None], votes, 0)
-    votes = votes.reshape(math.prod(leading), *votes.shape[-3:])
+    votes = _one_leading(votes, leading, *votes.shape[-3:])
     return _with_logits(function, Inputs(votes, None), leading, parents, prior, parent_mask)
 
 
@@ -125,7 +125,6 @@ def _with_logits(
     parent_mask: Any,
 ) -> Checked:
     """Adds prior and parent mask, in the shapes of the engine."""
-    examples = math.prod(leading)
     if prior is not None:
         if prior.shape[-1] != parents:
             raise ValueError(
@@ -133,13 +132,17 @@ def _with_logits(
                 f"got {prior.shape}"
             )
         if leading and prior.ndim > 2:
-            prior = prior.reshape(examples, *prior.shape[-2:])
+            prior = _one_leading(prior, leading, *prior.shape[-2:])
     parent_mask = _check_mask(function, "parent_mask", parent_mask, "J", (*leading, parents))
     if parent_mask is not None:
         parent_mask = jnp.broadcast_to(parent_mask, (*leading, parents))
-        parent_mask = parent_mask.reshape(examples, parents)
+        parent_mask = _one_leading(parent_mask, leading, parents)
     inputs = inputs._replace(prior=prior, parent_mask=parent_mask)
     return Checked(inputs, leading, parents)
+
+
+def _one_leading(x: Array, leading: tuple[int, ...], *others: int) -> Array:
+    return reshape_examples(x, (math.prod(leading), *others), has_examples=bool(leading))
 
 
 def _check_prior(function: str, prior: Any, full: tuple[int, ...], like: Array) -> Array | None:

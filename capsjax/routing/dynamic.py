@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import Array
 
-from capsjax.kernels.sharding import AxisName
+from capsjax.kernels.sharding import AxisName, reshape_examples
 from capsjax.kernels.squash import squash
 from capsjax.kernels.vote_passes.passes import (
     Implementation,
@@ -219,8 +219,13 @@ def routing_couplings(
     routing = Routing(spec, _step, num_iterations, axis_name=axis_name)
     inputs, leading, parents = checked
     bias = _checked_bias(name, bias, checked, axis_name)
-    couplings = unroll_couplings(routing, inputs, bias)
-    couplings = couplings.reshape(num_iterations, *leading, inputs.poses.shape[1], parents)
+    shape = *leading, inputs.poses.shape[1], parents
+    couplings = jnp.stack(
+        [
+            reshape_examples(found, shape, has_examples=bool(leading))
+            for found in unroll_couplings(routing, inputs, bias)
+        ]
+    )
     if mask is None:
         return couplings
     kept = jnp.broadcast_to(jnp.asarray(mask), couplings.shape[1:-1])[None, ..., None]
@@ -249,7 +254,7 @@ def _route(
     outputs = unroll(routing, inputs, bias)
     if inputs.parent_mask is not None:
         outputs = jnp.where(inputs.parent_mask[..., None], outputs, 0)
-    return outputs.astype(dtype).reshape(shape)
+    return reshape_examples(outputs.astype(dtype), shape, has_examples=bool(leading))
 
 
 def _checked_bias(

@@ -72,9 +72,12 @@ def strided_conv(images: Array, kernel: Array, *, stride: Pair) -> Array:
     There is no forward-mode derivative: `"patches"` and `"xla"` have it.
 
     Raises:
-      Unsupported: The transforms would cost more than they spare.
+      Unsupported: The transforms would cost more than they spare, or the batch is symbolic, so that
+        nobody knows.
     """
     batch, height, width, channels = images.shape
+    if not isinstance(batch, int):
+        raise Unsupported("whether transforms pay depends on the batch, which is symbolic")
     kernel_size = kernel.shape[:2]
     taps = _each(lambda k, s: -(-k // s), kernel_size, stride)
     output = _each(lambda n, k, s: (n - k) // s + 1, (height, width), kernel_size, stride)

@@ -3,7 +3,7 @@
 A pass walks once over poses and weights. It rebuilds each tile of votes, and never stores them:
 
     v = u W + coordinates                          votes [B, I, J, D], with D = R·C
-    l = prior + k + (b·v | b·v/|v| | -½ Σ_d q (v - z)²)        logits, "linear", "cosine", "gaussian"
+    l = prior + k + (b·v | b·v/|v| | -½ Σ_d q (v - z)²)     "linear", "cosine", "gaussian" logits
     c = softmax over j of l                        couplings; leaky: with one more logit 0
     w = gates · c
     moments = (Σ_i w v) | (Σ_i w, mean Σ_i w v / Σ_i w, Σ_i w (v - mean)²)    "sums", "central"

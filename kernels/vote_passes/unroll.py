@@ -74,9 +74,9 @@ def unroll(
 
 def unroll_couplings(
     routing: Routing, inputs: Inputs, params: Any = (), start: tuple[Any, State] = (None, State())
-) -> Array:
-    """Returns the couplings of each pass, before gates, `[T, B, I, J]`."""
-    return jnp.stack(_compiled_couplings(routing, inputs, params, start))
+) -> list[Array]:
+    """Returns the couplings of each pass, before gates, T times `[B, I, J]`."""
+    return _compiled_couplings(routing, inputs, params, start)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -240,8 +240,8 @@ def _zeros(tree: Any) -> Any:
 class _Projected:
     """A step whose pass routes the poses themselves: moments and states go through the weights.
 
-    `v_ij · b_j = u_i · (W_j b_j)` and `Σ_i w_ij v_ij = (Σ_i w_ij u_i) W_j`: no vote exists, not even
-    in a tile.
+    `v_ij · b_j = u_i · (W_j b_j)` and `Σ_i w_ij v_ij = (Σ_i w_ij u_i) W_j`: no vote exists, not
+    even in a tile.
     """
 
     step: Step

@@ -34,7 +34,7 @@ from capsjax.kernels.vote_passes.passes import (
 class Tile(NamedTuple):
     """The inputs of one tile; or what of them is cut alike; or their gradients."""
 
-    poses: Array | None = None  # [n, P, R·m]
+    poses: Array | None = None  # [n, P, R, m]
     weights: Array | None = None  # [n, P, J·C], or [P, J·C] if the children share them
     gates: Array | None = None  # [n, 1, m], or [n, 1, 1] if examples have the same
     prior: Array | None = None  # [n, J, 1], or [n, J, m] if examples have their own
@@ -222,33 +222,27 @@ def couplings(spec: Spec, inputs: Inputs, state: State, *, config: XlaConfig) ->
 
 def _votes(spec: Spec, tile: Tile) -> Array:
     """Rebuilds the tile's votes."""
+    n, length, _, examples = tile.poses.shape
     letters = "npx,npy->nxy" if tile.weights.ndim == 3 else "px,npy->nxy"
-    dtype = accumulation_dtype(tile.poses.dtype)
-    votes = jnp.einsum(letters, tile.weights, tile.poses, preferred_element_type=dtype)
+    poses = tile.poses.reshape(n, length, -1)
+    dtype = accumulation_dtype(poses.dtype)
+    votes = jnp.einsum(letters, tile.weights, poses, preferred_element_type=dtype)
     # Without the barriers in this file XLA:CPU computes votes and couplings anew in every sum
     # that reads them.
-    votes = lax.optimization_barrier(votes)
-    columns = votes.shape[1] // spec.num_parents
-    votes = votes.reshape(len(votes), spec.num_parents, columns, -1)
+    votes = lax.optimization_barrier(votes).reshape(n, spec.num_parents, -1, examples)
     return votes if tile.coordinates is None else votes + tile.coordinates
 
 
 def _through_product(tile: Tile, d_votes: Array) -> tuple[Array, Array]:
     """Returns the gradients of the tile's poses and weights."""
-    dtype, shared = d_votes.dtype, tile.weights.ndim == 2
-    d_votes = d_votes.reshape(len(d_votes), tile.weights.shape[-1], -1)
-    to_poses, to_weights = (
-        ("px,nxy->npy", "npy,nxy->px")
-        if shared
-        else (
-            "npx,nxy->npy",
-            "npy,nxy->npx",
-        )
-    )
-    return (
-        jnp.einsum(to_poses, tile.weights.astype(dtype), d_votes),
-        jnp.einsum(to_weights, tile.poses.astype(dtype), d_votes),
-    )
+    n, length, _, _ = tile.poses.shape
+    d_votes = d_votes.reshape(n, tile.weights.shape[-1], -1)
+    own = "n" if tile.weights.ndim == 3 else ""
+    weights = tile.weights.astype(d_votes.dtype)
+    poses = tile.poses.astype(d_votes.dtype).reshape(n, length, -1)
+    d_poses = jnp.einsum(f"{own}px,nxy->npy", weights, d_votes)
+    d_weights = jnp.einsum(f"npy,nxy->{own}px", poses, d_votes)
+    return d_poses.reshape(tile.poses.shape), d_weights
 
 
 def _couplings(spec: Spec, tile: Tile, votes: Array, state: State) -> Array:
@@ -382,7 +376,9 @@ def _walk(
 
 def _joined(*parts: Tile) -> Tile:
     """Joins tiles that have different fields."""
-    return Tile(*(next((x for x in same if x is not None), None) for same in zip(*parts)))
+    return Tile(
+        *(next((x for x in same if x is not None), None) for same in zip(*parts, strict=True))
+    )
 
 
 def _kept(tile: Tile, fields: Tile) -> Tile:
@@ -396,7 +392,7 @@ def _zeros(inputs: Inputs, *shape: Any) -> Array:
 
 
 def _cut(config: XlaConfig, spec: Spec, inputs: Inputs) -> Tiles:
-    batch, children, rows, length = inputs.poses.shape
+    children = inputs.poses.shape[1]
     dtype = accumulation_dtype(inputs.poses.dtype)
     depth, columns = votes_depth(inputs), inputs.weights.shape[-1]
     count = -(-children // config.children)
@@ -425,7 +421,7 @@ def _cut(config: XlaConfig, spec: Spec, inputs: Inputs) -> Tiles:
         coordinates = by_children(coordinates.reshape(children, 1, depth, 1))
     return Tiles(
         both=Tile(
-            poses.reshape(*poses.shape[:4], -1),
+            poses,
             gates=by_both(gates[..., None]) if gates is not None and gates.ndim == 2 else None,
             prior=by_both(prior) if prior is not None and prior.ndim == 3 else None,
         ),
@@ -451,7 +447,7 @@ def _cut_examples(size: Any, x: Array) -> Array:
 
 def _join_inputs(inputs: Inputs, found: Tile) -> Inputs:
     """Puts gradients together: `both` are [N, M, …, m], others [N, …] or whole."""
-    batch, children, rows, length = inputs.poses.shape
+    batch, children = inputs.poses.shape[:2]
 
     def of_both(x: Array) -> Array:  # [N, M, n, …, m] to [B, I, …]
         x = jnp.moveaxis(x, (1, -1), (0, 1))
@@ -461,7 +457,6 @@ def _join_inputs(inputs: Inputs, found: Tile) -> Inputs:
     def of_children(x: Array) -> Array:
         return x.reshape(-1, *x.shape[2:])[:children]
 
-    poses = found.poses.reshape(*found.poses.shape[:4], rows, -1)
     weights, prior, coordinates = found.weights, found.prior, found.coordinates
     if inputs.weights.ndim == 4:
         weights = of_children(weights)
@@ -475,7 +470,7 @@ def _join_inputs(inputs: Inputs, found: Tile) -> Inputs:
         reachable = _reachable(inputs)
         gates = gates if reachable is None else jnp.where(reachable, gates, 0)
     gradients = Inputs(
-        of_both(poses).swapaxes(2, 3),
+        of_both(found.poses).swapaxes(2, 3),
         weights.reshape(inputs.weights.shape),
         gates,
         prior,
