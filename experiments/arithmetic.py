@@ -1,19 +1,23 @@
 """Counts the arithmetic that a program asks for, and the blocks that its kernels fetch.
 
 Both are read from the jaxpr, before any compiler: a multiply-add is two operations, any other
-operation on an element is one, loops count by their length, kernels by their grid.
+operation on an element is one, loops count by their length, kernels by their grid. A pass of the
+routing engine is one primitive in a jaxpr; it is counted as what it is lowered to on a platform.
 """
 
 import collections
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
+
+from capsjax.kernels.vote_passes import passes
+from capsjax.kernels.vote_passes.passes import Device
 
 # Named by JAX; what they do to an element is counted as one operation.
 _ELEMENTWISE = {
@@ -36,6 +40,9 @@ _ELEMENTWISE = {
 _REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "argmax", "argmin"}
 # Loads and stores of a kernel's body; a store returns what was there, so its result has the size.
 _MEMORY = {"get", "swap", "addupdate", "masked_load", "masked_swap"}
+# The primitives of the routing engine.
+_PASSES = {"moments", "chain", "input_gradients", "couplings"}
+UNKNOWN_DEVICE = Device()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,32 +87,75 @@ class Kernel:
     calls: int  # by the program
 
 
-def operations(function: Callable[..., Any], *shapes: jax.ShapeDtypeStruct) -> Operations:
+class _Lowering(NamedTuple):
+    """What passes are lowered for."""
+
+    platform: str | None  # "cuda", "tpu"; None: one without kernels
+    device: Device
+
+
+def operations(
+    function: Callable[..., Any],
+    *shapes: jax.ShapeDtypeStruct,
+    platform: str | None = None,
+    device: Device = UNKNOWN_DEVICE,
+) -> Operations:
     """Counts the floating-point operations of a function.
 
+    Args:
+      function: Of arrays.
+      *shapes: Of its arguments.
+      platform: For which routing is lowered: "cuda", "tpu", or None for one without kernels.
+      device: For which routing is lowered.
+
     Raises:
-      ValueError: a loop's length is not known before it runs.
+      ValueError: A loop's length is not known before it runs, or the implementation of routing
+        that `function` names runs on another platform.
+      Unsupported: The implementation of routing that `function` names does not take its arguments.
 
     Example:
       >>> vector = jax.ShapeDtypeStruct((8,), "float32")
       >>> operations(lambda x: jnp.exp(x) @ x, vector)
       Operations(matrix=16, vector=8)
     """
-    return _operations(jax.make_jaxpr(function)(*shapes).jaxpr)
+    return _operations(jax.make_jaxpr(function)(*shapes).jaxpr, _Lowering(platform, device))
 
 
-def kernels(function: Callable[..., Any], *shapes: jax.ShapeDtypeStruct) -> list[Kernel]:
-    """Lists the kernels that a function calls, in the order of its program."""
-    return list(_kernels(jax.make_jaxpr(function)(*shapes).jaxpr, 1))
+def kernels(
+    function: Callable[..., Any],
+    *shapes: jax.ShapeDtypeStruct,
+    platform: str | None = None,
+    device: Device = UNKNOWN_DEVICE,
+) -> list[Kernel]:
+    """Lists the kernels that a function calls, in the order of its program.
+
+    Arguments and errors are those of `operations`.
+    """
+    found = equations(function, *shapes, platform=platform, device=device)
+    return [_kernel(e, calls) for e, calls in found if e.primitive.name == "pallas_call"]
 
 
-def _operations(jaxpr: core.Jaxpr) -> Operations:
-    return sum((_equation(equation) for equation in jaxpr.eqns), Operations())
+def equations(
+    function: Callable[..., Any],
+    *shapes: jax.ShapeDtypeStruct,
+    platform: str | None = None,
+    device: Device = UNKNOWN_DEVICE,
+) -> Iterator[tuple[core.JaxprEqn, int]]:
+    """Yields each equation of a function and how often it runs, in the order of its program.
+
+    An equation comes before those inside it, but for the body of a kernel, which is left out.
+    Arguments and errors are those of `operations`.
+    """
+    yield from _equations(jax.make_jaxpr(function)(*shapes).jaxpr, 1, _Lowering(platform, device))
 
 
-def _equation(equation: Any) -> Operations:
+def _operations(jaxpr: core.Jaxpr, lowering: _Lowering) -> Operations:
+    return sum((_equation(equation, lowering) for equation in jaxpr.eqns), Operations())
+
+
+def _equation(equation: Any, lowering: _Lowering) -> Operations:
     name = equation.primitive.name
-    inner = [_operations(sub) for sub in _jaxprs(equation)]
+    inner = [_operations(sub, lowering) for sub in _jaxprs(equation, lowering)]
     if name == "cond":
         return max(inner, key=lambda branch: branch.matrix + branch.vector)
     if inner:
@@ -128,8 +178,11 @@ def _size(variable: Any) -> int:
     return math.prod(variable.aval.shape)
 
 
-def _jaxprs(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
-    """The jaxprs that an equation runs."""
+def _jaxprs(equation: core.JaxprEqn, lowering: _Lowering) -> Iterator[core.Jaxpr]:
+    """The jaxprs that an equation runs; of a pass, that of its implementation on the platform."""
+    if equation.primitive.name in _PASSES:
+        yield _program_of(equation, lowering).jaxpr
+        return
     if equation.primitive.name == "pallas_call":
         yield equation.params["jaxpr"]
         return
@@ -140,6 +193,13 @@ def _jaxprs(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
                 yield item.jaxpr
             elif isinstance(item, core.Jaxpr) and name not in skipped:
                 yield item
+
+
+def _program_of(equation: Any, lowering: _Lowering) -> core.ClosedJaxpr:
+    """Traces what a pass is lowered to."""
+    shapes = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in equation.invars]
+    program = passes.select(equation.primitive.name, *lowering, shapes, **equation.params)
+    return jax.make_jaxpr(program)(*shapes)
 
 
 def _times(equation: core.JaxprEqn) -> int:
@@ -153,13 +213,14 @@ def _times(equation: core.JaxprEqn) -> int:
     return 1
 
 
-def _kernels(jaxpr: core.Jaxpr, calls: int) -> Iterator[Kernel]:
+def _equations(
+    jaxpr: core.Jaxpr, calls: int, lowering: _Lowering
+) -> Iterator[tuple[core.JaxprEqn, int]]:
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "pallas_call":
-            yield _kernel(equation, calls)
-        else:
-            for sub in _jaxprs(equation):
-                yield from _kernels(sub, calls * _times(equation))
+        yield equation, calls
+        if equation.primitive.name != "pallas_call":
+            for sub in _jaxprs(equation, lowering):
+                yield from _equations(sub, calls * _times(equation), lowering)
 
 
 def _kernel(equation: core.JaxprEqn, calls: int) -> Kernel:
@@ -210,7 +271,7 @@ def _count_requests(
             size = math.prod(value.shape) * value.dtype.itemsize
             requested[references[equation.invars[0]]] += times * size
         branches = []
-        for sub in _jaxprs(equation):
+        for sub in _jaxprs(equation, _Lowering(None, UNKNOWN_DEVICE)):
             # The arguments of a branch follow the number of the branch.
             passed = equation.invars[len(equation.invars) - len(sub.invars) :]
             inner = {

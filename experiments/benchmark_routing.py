@@ -5,8 +5,9 @@ import pathlib
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from capsjax.kernels import dynamic_routing
-from capsjax.kernels.dynamic_routing.cases import CASES, Case
+from capsjax.kernels.vote_passes import passes
+from capsjax.kernels.vote_passes.cases import CASES, Case
+from capsjax.kernels.vote_passes.config import CONFIGS
 from experiments import benchmark_figures, cli, records, torch_routing
 from experiments.cli import flag
 from experiments.errors import InputError
@@ -20,8 +21,8 @@ DTYPES = ("float32", "bfloat16")
 class Config:
     """What to measure, and how often. Lists are separated by commas."""
 
-    cases: str = flag("capsnet_mnist", "Cases of kernels/dynamic_routing/cases.py; empty: all.")
-    implementations: str = flag("", "Implementations of dynamic_routing; empty: all.")
+    cases: str = flag("capsnet_mnist", "Cases of kernels/vote_passes/cases.py; empty: all.")
+    implementations: str = flag("", f"Any of {', '.join(passes.IMPLEMENTATIONS)}; empty: all.")
     modes: str = flag("", "forward, gradients (and values); empty: both.")
     dtypes: str = flag("", "float32, bfloat16; empty: the one of the case.")
     scaling: str = flag(
@@ -41,7 +42,7 @@ class Config:
 def main(config: Config) -> int:
     """Measures case by case, and prints and writes each one's rows as soon as they are there."""
     problems = problems_of(config)
-    known = dynamic_routing.CONFIGS if config.sweep else dynamic_routing.IMPLEMENTATIONS
+    known = CONFIGS if config.sweep else passes.IMPLEMENTATIONS
     names = chosen("implementations", config.implementations, known)
     modes = chosen("modes", config.modes, MODES)
     dtypes = chosen("dtypes", config.dtypes, DTYPES) if config.dtypes else []

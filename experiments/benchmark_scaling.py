@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from capsjax.kernels.dynamic_routing.cases import CASES
+from capsjax.kernels.vote_passes.cases import CASES
 from experiments import cli, compile_report, records, scaling, scaling_figures, targets
 from experiments.cli import flag
 from experiments.errors import InputError

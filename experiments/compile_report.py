@@ -8,16 +8,14 @@ from typing import Any
 
 import jax
 
-from capsjax.kernels import dynamic_routing
-from capsjax.kernels.dynamic_routing.cases import CASES, Case
+from capsjax.kernels.vote_passes.cases import CASES, Case
+from capsjax.kernels.vote_passes.passes import IMPLEMENTATIONS, PLATFORMS
 from experiments import cli, records, targets
 from experiments.cli import flag
-from experiments.compiling import Program, measure
+from experiments.compiling import Program, measure, platform_of
 from experiments.errors import InputError
 
 STORED_VOTES = "reference"
-# JAX's names of the platforms that PLATFORMS speaks of.
-_PLATFORMS = {True: "cuda", False: "tpu"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Config:
     case: str = flag("", f"Any of {', '.join(CASES)}, with commas in between; empty: all.")
     implementation: str = flag(
         "",
-        f"Any of {', '.join(dynamic_routing.IMPLEMENTATIONS)}, with commas in between; empty: all "
+        f"Any of {', '.join(IMPLEMENTATIONS)}, with commas in between; empty: all "
         "that a target has.",
     )
     scaling: bool = flag(
@@ -66,7 +64,7 @@ def programs(config: Config) -> list[tuple[str, Program]]:
     for target in config.target.split(","):
         targets.check_installed(target)
     names = _chosen("case", config.case, CASES)
-    chosen = _chosen("implementation", config.implementation, dynamic_routing.IMPLEMENTATIONS)
+    chosen = _chosen("implementation", config.implementation, IMPLEMENTATIONS)
     cases = {f"I={size}": case for size, case in scaling_cases().items()}
     if not config.scaling:
         cases = {name: CASES[name] for name in names}
@@ -88,12 +86,8 @@ def scaling_cases() -> dict[int, Case]:
 
 def implementations(target: str) -> list[str]:
     """The implementations that run on a target."""
-    platform = _PLATFORMS[targets.TARGETS[target].gpu is not None]
-    return [
-        name
-        for name in dynamic_routing.IMPLEMENTATIONS
-        if dynamic_routing.PLATFORMS.get(name, platform) == platform
-    ]
+    platform = platform_of(targets.TARGETS[target])
+    return [name for name in IMPLEMENTATIONS if PLATFORMS.get(name, platform) == platform]
 
 
 def describe(

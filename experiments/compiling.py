@@ -14,8 +14,9 @@ from typing import Any
 
 import jax
 
-from capsjax.kernels import dynamic_routing
-from capsjax.kernels.dynamic_routing.cases import Case
+import capsjax
+from capsjax.kernels.vote_passes.cases import Case
+from capsjax.kernels.vote_passes.passes import Device
 from experiments import arithmetic, dumps, hlo
 from experiments.targets import TARGETS, Target, compile_for, environment
 
@@ -67,11 +68,13 @@ def measure(program: Program) -> dict[str, Any]:
 def routing(program: Program) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
     """The function to compile, and the shapes of its arguments."""
     case = program.case
-    implementation = dynamic_routing.IMPLEMENTATIONS[program.implementation]
 
     def forward(poses: jax.Array, weights: jax.Array) -> jax.Array:
-        return implementation(
-            poses, weights, None, None, num_iterations=case.num_iterations, gradient="full"
+        return capsjax.dynamic_routing(
+            poses,
+            weights,
+            num_iterations=case.num_iterations,
+            implementation=program.implementation,
         )
 
     def forward_and_gradients(poses: jax.Array, weights: jax.Array, cotangent: jax.Array) -> Any:
@@ -85,6 +88,11 @@ def routing(program: Program) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
     ]
     structs = tuple(jax.ShapeDtypeStruct(shape, case.dtype) for shape in shapes)
     return (forward_and_gradients, structs) if program.gradients else (forward, structs[:2])
+
+
+def platform_of(target: Target) -> str:
+    """Returns JAX's name of a target's platform."""
+    return "cuda" if target.gpu else "tpu"
 
 
 def kernel_traffic(target: Target, called: hlo.KernelCall, kernels: list[arithmetic.Kernel]) -> int:
@@ -127,9 +135,10 @@ def _measure_here(program: Program, folder: pathlib.Path) -> dict[str, Any]:
     if needed > target.memory:
         return {"reason": f"needs {needed / 1e9:.1f} GB of {target.memory / 1e9:.0f} GB"}
     traffic = hlo.traffic(compiled.as_text())
-    own = arithmetic.kernels(function, *shapes)
+    platform, device = platform_of(target), Device(target.device)
+    own = arithmetic.kernels(function, *shapes, platform=platform, device=device)
     moved = traffic.moved + sum(kernel_traffic(target, call, own) for call in traffic.kernels)
-    operations = arithmetic.operations(function, *shapes)
+    operations = arithmetic.operations(function, *shapes, platform=platform, device=device)
     times = {
         "memory": moved / target.bandwidth,
         "matrix": operations.matrix / target.matrix_peak[program.case.dtype],

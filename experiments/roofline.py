@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from capsjax.kernels.dynamic_routing.cases import Case
+from capsjax.kernels.vote_passes.cases import Case
 from experiments.timing import Program, time_programs
 
 # float32 numbers in each array of the triad: 256 MiB, past every cache.

@@ -15,9 +15,10 @@ from absl import logging
 from jax import Array
 
 import capsjax
-from capsjax.kernels import dynamic_routing
 from capsjax.kernels.dispatch import Unsupported
-from capsjax.kernels.dynamic_routing.cases import Case
+from capsjax.kernels.vote_passes.cases import Case
+from capsjax.kernels.vote_passes.config import CONFIGS
+from capsjax.kernels.vote_passes.passes import PLATFORMS, Implementation
 from experiments import roofline, timing, torch_routing
 from experiments.timing import Program
 
@@ -34,7 +35,7 @@ class Way(NamedTuple):
     config: Any = None  # None: the implementation's own choice
 
     def __str__(self) -> str:
-        sizes = {} if self.config is None else sizes_of(self.config)
+        sizes = {} if self.config is None else dataclasses.asdict(self.config)
         return " ".join([self.implementation, *(f"{k}={v}" for k, v in sizes.items())])
 
 
@@ -129,6 +130,23 @@ def prepare(way: Way, inputs: Inputs, num_iterations: int) -> tuple[Program, Any
     return program, result, {**costs, "peak_bytes": peak}
 
 
+def function_of(way: Way, num_iterations: int) -> Callable[[Array, Array, Array], Any]:
+    """Returns what a way computes, as a function of `Inputs`."""
+    route = partial(
+        capsjax.dynamic_routing,
+        num_iterations=num_iterations,
+        implementation=Implementation(way.implementation, way.config),
+    )
+
+    def run(poses: Array, weights: Array, cotangent: Array) -> Any:
+        if way.mode == "forward":
+            return route(poses, weights)
+        outputs, vjp = jax.vjp(route, poses, weights)
+        return outputs, vjp(cotangent)
+
+    return run
+
+
 def inputs_of(case: Case) -> Inputs | NotMeasured:
     """Random inputs in the dtype of the case, or why there are none."""
     shapes: tuple[tuple[int, ...], ...] = (
@@ -181,10 +199,13 @@ def check_torch(case: Case) -> None:
 
 def variants(implementation: str, case: Case) -> list[Any]:
     """The implementation's own config for a case, then those with one size halved or doubled."""
-    config = dynamic_routing.CONFIGS[implementation](case)
+    config_for: Any = CONFIGS[implementation]
+    # Tiles for TPUs depend on their generation.
+    kind = (jax.devices()[0].device_kind,) if PLATFORMS.get(implementation) == "tpu" else ()
+    config = config_for(case, *kind)
     if config is None:
         return [None]
-    sizes = sizes_of(config)
+    sizes = dataclasses.asdict(config)
     changes = [
         {name: changed}
         for name, size in sizes.items()
@@ -194,13 +215,8 @@ def variants(implementation: str, case: Case) -> list[Any]:
     return [type(config)(**(sizes | change)) for change in [{}, *changes]]
 
 
-def sizes_of(config: Any) -> dict[str, int]:
-    """The fields of a config, a NamedTuple or a dataclass."""
-    return config._asdict() if hasattr(config, "_asdict") else dataclasses.asdict(config)
-
-
 def _described(way: Way, case: Case) -> dict[str, Any]:
-    config = None if way.config is None else sizes_of(way.config)
+    config = None if way.config is None else dataclasses.asdict(way.config)
     return {**case._asdict(), **way._asdict(), "config": config}
 
 
@@ -208,29 +224,12 @@ def _compiled(way: Way, inputs: Inputs, num_iterations: int) -> tuple[Program, d
     device = jax.devices()[0]
     # JAX calls both "gpu"; implementations are for "cuda" or "rocm".
     names = {device.platform, *device.client.platform_version.split()[:1]}
-    platform = dynamic_routing.PLATFORMS.get(way.implementation)
+    platform = PLATFORMS.get(way.implementation)
     if platform is not None and platform not in names:
         raise NotMeasured(f"runs on {platform} only, and this is a {device.device_kind}")
-    if way.config is None:
-        route: Callable[..., Any] = partial(
-            capsjax.dynamic_routing,
-            num_iterations=num_iterations,
-            implementation=way.implementation,
-        )
-    else:
-        function = dynamic_routing.IMPLEMENTATIONS[way.implementation]
-        settings = {"num_iterations": num_iterations, "gradient": "full", "config": way.config}
-        route = partial(function, prior=None, bias=None, **settings)
-
-    def run(poses: Array, weights: Array, cotangent: Array) -> Any:
-        if way.mode == "forward":
-            return route(poses, weights)
-        outputs, vjp = jax.vjp(route, poses, weights)
-        return outputs, vjp(cotangent)
-
     started = time.perf_counter()
     with _reasons():
-        compiled = jax.jit(run).lower(*inputs).compile()
+        compiled = jax.jit(function_of(way, num_iterations)).lower(*inputs).compile()
     seconds = time.perf_counter() - started
     memory: Any = compiled.memory_analysis()
     _check_memory(

@@ -22,7 +22,7 @@ from jax import Array, P
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import capsjax
-from capsjax.kernels.dynamic_routing.cases import Case
+from capsjax.kernels.vote_passes.cases import Case
 from experiments import data, hlo, parallel, targets, train_mnist
 
 HOST = "cpu"

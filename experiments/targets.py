@@ -214,12 +214,10 @@ def _devices(name: str, count: int) -> Sequence[Any]:
 def _compile(name: str, function: Callable[..., Any], placed: Sequence[tuple[Any, Any]]) -> Any:
     structs = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in placed]
     target = TARGETS[name]
-    if target.gpu is None:
-        return jax.jit(function).lower(*structs).compile()
-    # From jax 0.11 on, Pallas-Triton asks which GPU it lowers for.
-    device = AbstractDevice(
-        device_kind=target.device, num_cores=target.gpu.multiprocessors, platform="gpu"
-    )
+    # Kernels ask while they are lowered which device they are for: capsjax for its vector memory,
+    # and Pallas-Triton from jax 0.11 on. JAX would name one of this machine.
+    cores, platform = (target.gpu.multiprocessors, "gpu") if target.gpu else (1, "tpu")
+    device = AbstractDevice(device_kind=target.device, num_cores=cores, platform=platform)
     here = jax.sharding.get_abstract_mesh()
     mesh = AbstractMesh(here.axis_sizes, here.axis_names, here.axis_types, abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):

@@ -20,14 +20,10 @@ from jax import P
 from jax.sharding import AxisType, NamedSharding
 
 import capsjax
-from capsjax.kernels import dynamic_routing
-from capsjax.kernels.dynamic_routing import pallas_mosaic_tpu, pallas_triton
+from capsjax.kernels.vote_passes.passes import PLATFORMS, Implementation
 from experiments import targets
 
-KERNELS = {
-    "pallas_mosaic_tpu": partial(pallas_mosaic_tpu.dynamic_routing, interpret=True),
-    "pallas_triton": partial(pallas_triton.dynamic_routing, interpret=True),
-}
+KERNELS = {name: Implementation(name, interpret=True) for name in PLATFORMS}
 SIZES = {"batch": 4, "capsules": 8, "length": 2, "parents": 3, "depth": 5}
 FULL, LAST = "full", "last"
 HOST_DEVICES = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -165,11 +161,9 @@ def capsules_over_an_axis():
 def kernels_over_an_axis():
     """The kernels, interpreted, split alike."""
     mesh = make_mesh((2, 4), ("data", "capsules"))
-    dynamic_routing.IMPLEMENTATIONS.update(KERNELS)
-    dynamic_routing.PLATFORMS.clear()
     arrays = arguments("float32", SIZES["batch"])
     for implementation, check_vma in itertools.product(KERNELS, (True, False)):
-        settings = {"implementation": implementation, "num_iterations": 2}
+        settings = {"implementation": KERNELS[implementation], "num_iterations": 2}
         function = partial(route, axis_name="capsules", **settings)
         program = gradients_of(split(function, mesh, check_vma=check_vma))
         name = f"{implementation}{'' if check_vma else ' unchecked'}"
@@ -223,8 +217,54 @@ def other_ways_to_write_it():
     yield "couplings", {"distance": distance(here(*arrays[:-1]), couplings(*arrays[:-1]))}
 
 
+def other_options():
+    """Every option, and weights that the children share, as on one device."""
+    mesh = make_mesh((2, 4), ("data", "capsules"))
+    poses, weights, prior, bias, mask, cotangent = arguments("float64", SIZES["batch"])
+    prior = jnp.stack([prior, -prior, prior / 2, 2 * prior]).at[:, 1, 0].set(-jnp.inf)
+    prior = prior.at[0, 3].set(-jnp.inf)
+    parent_mask = jnp.ones((4, 3), bool).at[0, 1].set(False)
+
+    def route_all(poses, weights, prior, bias, mask, parent_mask, **settings):
+        options = {"mask": mask, "parent_mask": parent_mask, "leaky": True}
+        return capsjax.dynamic_routing(
+            poses, weights, prior=prior, bias=bias, **options, **settings
+        )
+
+    def gradients(function):
+        def run(*arrays):
+            outputs, vjp = jax.vjp(lambda *a: function(*a, mask, parent_mask), *arrays)
+            return outputs, vjp(cotangent)
+
+        return run
+
+    ways = {"own": weights, "shared": weights[0], "shared by parents": weights[0, :, 0]}
+    for name, own in ways.items():
+        both = P("data", "capsules")
+        specs = both, P("capsules") if name == "own" else P(), both, P(), both, P("data")
+        for implementation, check_vma in itertools.product(("reference", "xla"), (True, False)):
+            function = jax.shard_map(
+                partial(route_all, axis_name="capsules", implementation=implementation),
+                mesh=mesh,
+                in_specs=specs,
+                out_specs=P("data"),
+                check_vma=check_vma,
+            )
+            arrays = poses, own, prior, bias
+            wanted = gradients(partial(route_all, implementation="reference"))(*arrays)
+            case = f"{name} {implementation}{'' if check_vma else ' unchecked'}"
+            yield case, found(gradients(function), wanted, arrays)
+
+
+def placed(arrays, mesh, examples, others):
+    """The arguments on a mesh: weights, prior and bias as `others` says."""
+    specs = [examples, *others, *[P("data")] * 2]
+    pairs = zip(arrays, specs, strict=True)
+    return [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in pairs]
+
+
 def batches():
-    """Batches that were sharded before they came to `jit`, which knows nothing of routing."""
+    """Batches that are sharded where `jit` is called, which knows nothing of routing."""
     batch = 1024  # several tiles of examples, if it were whole
     one, two = ((8,), ("data",)), ((2, 4), ("data", "capsules"))
     everywhere = [P()] * 3
@@ -232,31 +272,43 @@ def batches():
         "one axis": (make_mesh(*one), P("data"), everywhere),
         "explicit": (make_mesh(*one, AxisType.Explicit), P("data"), everywhere),
         "one of two axes": (make_mesh(*two), P("data"), everywhere),
+        "one of two explicit axes": (make_mesh(*two, AxisType.Explicit), P("data"), everywhere),
         "cut both ways": (make_mesh(*two), P("data", "capsules"), [*[P("capsules")] * 2, P()]),
     }
-    for name, (mesh, examples, others) in ways.items():
-        specs = [examples, *others, P("data"), P("data")]
-        arrays = [
-            jax.device_put(x, NamedSharding(mesh, spec))
-            for x, spec in zip(arguments("float64", batch), specs, strict=True)
-        ]
+    for name, way in ways.items():
+        arrays = placed(arguments("float64", batch), *way)
         yield name, found(gradients_of(route), oracle(3, FULL, batch), arrays)
-    mesh = make_mesh(*one)
-    dynamic_routing.IMPLEMENTATIONS.update(KERNELS)
-    dynamic_routing.PLATFORMS.clear()
-    for implementation in KERNELS:
-        arrays = [
-            jax.device_put(x, NamedSharding(mesh, spec))
-            for x, spec in zip(
-                arguments("float32", 16),
-                [P("data"), *everywhere, P("data"), P("data")],
-                strict=True,
-            )
-        ]
-        function = gradients_of(partial(route, implementation=implementation))
-        yield implementation, found(function, oracle(3, FULL, 16), arrays)
+    # The arrays lie on one device, until `in_shardings` says where they belong.
+    for name in ("one axis", "one of two axes"):
+        mesh, examples, others = ways[name]
+        specs = [examples, *others, *[P("data")] * 2]
+        shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
+        program = jax.jit(gradients_of(route), in_shardings=shardings)
+        arrays = arguments("float64", batch)
+        yield f"{name} by in_shardings", found(program, oracle(3, FULL, batch), arrays)
+    for name in ("one axis", "one of two axes"):
+        arrays = placed(arguments("float64", batch), *ways[name])
+        function = gradients_of(partial(route, implementation="xla"))
+        yield f"{name} by name", found(function, oracle(3, FULL, batch), arrays)
     outputs = route(*arrays[:-1], num_iterations=2)
     yield "eager", {"outputs": str(outputs.sharding.spec)}
+
+
+def kernels_on_batches():
+    """Batches over Explicit axes, which kernels take where they are, and over Auto axes."""
+    for sizes, names in ((8,), ("data",)), ((2, 4), ("data", "capsules")):
+        for implementation, kernel in KERNELS.items():
+            function = gradients_of(partial(route, implementation=kernel))
+            mesh = make_mesh(sizes, names, AxisType.Explicit)
+            arrays = placed(arguments("float32", 16), mesh, P("data"), [P()] * 3)
+            name = f"{implementation} over {' and '.join(names)}"
+            yield name, found(function, oracle(3, FULL, 16), arrays)
+            mesh = make_mesh(sizes, names)
+            arrays = placed(arguments("float32", 16), mesh, P("data"), [P()] * 3)
+            try:
+                found(function, oracle(3, FULL, 16), arrays)
+            except capsjax.Unsupported as error:
+                yield f"{name}, Auto", {"refused": str(error)}
 
 
 def for_absent_devices(target):
@@ -280,7 +332,9 @@ def for_absent_devices(target):
         }
 
     specs = P("data"), P(), P("data")
-    yield "batch", found({"data": 8}, capsjax.dynamic_routing, specs)
+    yield "batch over an Auto axis", found({"data": 8}, capsjax.dynamic_routing, specs)
+    function = jax.shard_map(capsjax.dynamic_routing, in_specs=specs[:2], out_specs=specs[2])
+    yield "batch", found({"data": 8}, function, specs)
     specs = P("data", "capsules"), P("capsules"), P("data")
     function = jax.shard_map(
         partial(capsjax.dynamic_routing, axis_name="capsules"),
@@ -296,7 +350,9 @@ PROGRAMS = {
         capsules_over_an_axis,
         kernels_over_an_axis,
         other_ways_to_write_it,
+        other_options,
         batches,
+        kernels_on_batches,
         for_absent_devices,
     )
 }

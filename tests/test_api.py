@@ -6,6 +6,8 @@ import importlib
 import inspect
 import pathlib
 import pkgutil
+import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +77,22 @@ def test_examples_run_as_written(name):
     assert results.failed == 0
 
 
+def imported_by(path):
+    """Every name that a file imports, with the module in front."""
+    found = []
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def is_within(name, packages):
+    return any(f"{name}.".startswith(f"{package}.") for package in packages)
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=str)
 def test_imports_point_down(path):
     allowed = {
@@ -83,28 +101,45 @@ def test_imports_point_down(path):
     }.get(path.parts[0])
     if path.as_posix() == "capsjax/nn.py" or path.parts[1] == "models":
         allowed = allowed | {"flax"}
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
-        if isinstance(node, ast.Import):
-            imported = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            imported = [f"{node.module}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        for name in imported:
-            top = name.split(".")[0]
-            assert top not in ("tests", "kernels"), f"{path} imports {name}"
-            if allowed is not None and top not in __import__("sys").stdlib_module_names:
-                assert any(f"{name}.".startswith(f"{a}.") for a in allowed), f"{path}: {name}"
+    for name in imported_by(path):
+        top = name.split(".")[0]
+        assert top not in ("tests", "kernels"), f"{path} imports {name}"
+        if allowed is not None and top not in sys.stdlib_module_names:
+            assert is_within(name, allowed), f"{path}: {name}"
 
 
-def test_no_routing_algorithm_imports_another():
-    for path in (ROOT / "capsjax" / "routing").glob("*.py"):
-        assert "capsjax.routing" not in path.read_text()
+ROUTINGS = [path for path in SOURCES if path.parts[:2] == ("capsjax", "routing")]
+
+
+@pytest.mark.parametrize("path", ROUTINGS, ids=str)
+def test_no_routing_algorithm_imports_another(path):
+    assert pathlib.Path("capsjax/routing/dynamic.py") in ROUTINGS
+    shared = {"capsjax.routing._arguments"}
+    if path.stem != "_arguments":
+        assert "capsjax.routing._arguments" in imported_by(path) or path.stem == "__init__"
+    for name in imported_by(path):
+        assert is_within(name, shared) or not is_within(name, {"capsjax.routing"}), name
+        # The package itself has the algorithms as its public names.
+        assert name != "capsjax", path
+        assert name.removeprefix("capsjax.") not in PUBLIC, name
+
+
+# How `capsjax.shapes` declares a letter: "- I: input capsules (children)".
+DECLARATION = re.compile(r"^\s*[-*]?\s*`?([A-Z](?:, [A-Z])*)`?\s*[:=-]\s+[a-z]", re.MULTILINE)
+
+
+def declared_in(path):
+    """The shape letters that the docstring of a module declares."""
+    text = ast.get_docstring(ast.parse((ROOT / path).read_text())) or ""
+    return [letter for found in DECLARATION.findall(text) for letter in found.split(", ")]
 
 
 def test_the_shape_letters_are_declared_once():
-    assert "- I: input capsules" in importlib.import_module("capsjax.shapes").__doc__
+    declared = {str(path): declared_in(path) for path in SOURCES if path.parts[0] != "experiments"}
+    letters = declared.pop("capsjax/shapes.py")
+    assert sorted(letters) == sorted(set(letters))
+    assert set("BIJPDT") <= set(letters)
+    assert {path: found for path, found in declared.items() if found} == {}
 
 
 def test_every_module_has_a_docstring():

@@ -7,12 +7,15 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.extend import core
 
-from capsjax.kernels import dynamic_routing
-from capsjax.kernels.dynamic_routing.cases import CASES
-from experiments import arithmetic
+from capsjax.kernels.dispatch import Unsupported
+from capsjax.kernels.vote_passes import passes
+from capsjax.kernels.vote_passes.cases import CASES, Case
+from capsjax.kernels.vote_passes.passes import PLATFORMS, Device
+from experiments import arithmetic, targets
 from experiments.arithmetic import Operations
-from experiments.compiling import Program, routing
+from experiments.compiling import Program, platform_of, routing
 
 
 def shape(*sizes, dtype="float32"):
@@ -110,7 +113,82 @@ def test_requests_are_followed_into_loops():
     assert [operand.requested for operand in found.operands] == [2 * 6 * 64, 2 * 64]
 
 
-TPU = [name for name, platform in dynamic_routing.PLATFORMS.items() if platform == "tpu"]
+# A pass is counted as what it becomes on a platform.
+
+SMALL = Case(batch=8, capsules=16, length=4, parents=3, depth=8, num_iterations=2)
+
+
+def small(implementation, *, case=SMALL, gradients=False):
+    return routing(Program("h100", implementation, case, gradients))
+
+
+def test_every_pass_is_known():
+    primitives = {x.name for x in vars(passes).values() if isinstance(x, core.Primitive)}
+    assert primitives == arithmetic._PASSES
+
+
+def names_of(kernels):
+    return {kernel.name for kernel in kernels}
+
+
+@pytest.mark.parametrize(
+    ("platform", "forward", "backward"),
+    [
+        (None, set(), set()),
+        ("cuda", {"routing_sums"}, {"routing_logit_gradient_sums", "routing_input_gradients"}),
+        ("tpu", {"dynamic_routing_sums"}, {"dynamic_routing_input_gradients"}),
+    ],
+)
+def test_a_platform_decides_on_the_kernels(platform, forward, backward):
+    device = Device("TPU v5 lite" if platform == "tpu" else None)
+    for gradients, wanted in (False, forward), (True, forward | backward):
+        function, shapes = small(None, gradients=gradients)
+        found = arithmetic.kernels(function, *shapes, platform=platform, device=device)
+        assert names_of(found) == wanted
+
+
+def test_the_operations_of_a_pass_are_counted():
+    # B=8 I=16 P=4 J=3 D=8: each of two iterations makes all votes, a product.
+    function, shapes = small("xla")
+    votes = 8 * 16 * 3 * 8
+    counted = arithmetic.operations(function, *shapes)
+    assert counted.matrix == 2 * (2 * 4 * votes)
+    # The second one multiplies and adds for agreements and for weighted sums.
+    assert counted.vector > 4 * votes
+    # Backward, the logits' gradient and the last pass make them anew; it ends with two products.
+    both, shapes = small("xla", gradients=True)
+    assert arithmetic.operations(both, *shapes).matrix == (2 + 1 + 1 + 2) * (2 * 4 * votes)
+
+
+def test_a_mapped_function_and_one_in_a_loop_are_counted():
+    function, shapes = small("xla")
+    once = arithmetic.operations(function, *shapes)
+    poses, weights = shapes
+    several = shape(5, *poses.shape), weights
+    looped = arithmetic.operations(lambda x, w: lax.map(lambda x: function(x, w), x), *several)
+    assert looped == once * 5
+    mapped = arithmetic.operations(jax.vmap(function, (0, None)), *several)
+    assert mapped.matrix == 5 * once.matrix
+
+
+def test_the_device_decides_on_the_tiles():
+    function, shapes = small("mosaic_tpu", case=CASES["many_parents"])
+    grids = [
+        [k.grid for k in arithmetic.kernels(function, *shapes, platform="tpu", device=device)]
+        for device in (Device("TPU v5 lite"), Device("TPU v5p"))
+    ]
+    assert grids[0] != grids[1]
+
+
+def test_what_cannot_be_lowered_is_an_error():
+    function, shapes = small("triton")
+    with pytest.raises(ValueError, match="which runs on cuda only"):
+        arithmetic.operations(function, *shapes, platform="tpu")
+    with pytest.raises(Unsupported, match="must lie on one device"):
+        arithmetic.kernels(function, *shapes, platform="cuda", device=Device(num_devices=2))
+
+
+TPU = [name for name, platform in PLATFORMS.items() if platform == "tpu"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -118,7 +196,9 @@ TPU = [name for name, platform in dynamic_routing.PLATFORMS.items() if platform 
 def test_tpu_kernels_declare_the_bytes_that_their_blocks_move(implementation, case):
     program = Program("tpu_v5e", implementation, CASES[case], gradients=True)
     function, shapes = routing(program)
-    kernels = arithmetic.kernels(function, *shapes)
+    target = targets.TARGETS[program.target]
+    platform, device = platform_of(target), Device(target.device)
+    kernels = arithmetic.kernels(function, *shapes, platform=platform, device=device)
     assert kernels
     for kernel in kernels:
         moved = sum(

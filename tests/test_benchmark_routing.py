@@ -1,25 +1,27 @@
 """The benchmark of routing: rows are measured, and what cannot be is a row with its reason."""
 
+import importlib
 import importlib.util
-import inspect
 import json
 import pathlib
 import re
 import subprocess
 import sys
-from functools import partial
+import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_figures
 
-from capsjax.kernels import dynamic_routing
+import capsjax
 from capsjax.kernels.dispatch import Unsupported
-from capsjax.kernels.dynamic_routing.cases import CASES, Case
-from capsjax.kernels.dynamic_routing.config import Tile
-from experiments import benchmark_figures, roofline, routing_rows, timing
+from capsjax.kernels.vote_passes import passes, xla
+from capsjax.kernels.vote_passes.cases import CASES, Case
+from capsjax.kernels.vote_passes.config import CONFIGS, XlaConfig
+from capsjax.kernels.vote_passes.passes import Device, Inputs, Spec, State
+from capsjax.routing import _arguments
+from experiments import arithmetic, benchmark_figures, roofline, routing_rows, timing
 from experiments.benchmark_routing import Config, main
 from experiments.errors import InputError
 from experiments.routing_rows import Way
@@ -35,6 +37,19 @@ def tiny(monkeypatch):
     monkeypatch.setattr(roofline, "TRIAD_SIZE", 1024)
     monkeypatch.setattr(roofline, "PRODUCT_SIDES", (16,))
     monkeypatch.setattr(timing, "ROUND_SECONDS", 1e-4)
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """Adds an implementation: the passes of "xla" under another name, but for its config."""
+
+    def add(name, config_for):
+        module = types.SimpleNamespace(**{**vars(xla), "config_for": config_for})
+        monkeypatch.setitem(sys.modules, f"{passes.__package__}.{name}", module)
+        for user in (passes, _arguments):
+            monkeypatch.setattr(user, "IMPLEMENTATIONS", (*user.IMPLEMENTATIONS, name))
+
+    return add
 
 
 def lines_of(path):
@@ -79,10 +94,14 @@ def test_rows_are_measured_printed_written_and_drawn(tmp_path, capsys):
 
 
 def test_the_difference_shows_a_wrong_implementation(monkeypatch):
-    def wrong(*arrays, **settings):
-        return 1.5 * dynamic_routing.reference.dynamic_routing(*arrays, **settings)
+    right = capsjax.dynamic_routing
 
-    monkeypatch.setitem(dynamic_routing.IMPLEMENTATIONS, "wrong", wrong)
+    def wrong(*arrays, implementation, **settings):
+        if implementation.name == "wrong":
+            return 1.5 * right(*arrays, implementation="reference", **settings)
+        return right(*arrays, implementation=implementation, **settings)
+
+    monkeypatch.setattr(capsjax, "dynamic_routing", wrong)
     ways = [Way(name, "gradients", "float32") for name in ("reference", "wrong")]
     _, row = routing_rows.measure("tiny", TINY, ways, repeats=1)
     assert row["difference"] == pytest.approx(0.5, abs=1e-5)
@@ -97,14 +116,14 @@ def test_the_difference_shows_a_wrong_implementation(monkeypatch):
     ],
 )
 def test_what_does_not_run_here_is_a_row_with_its_reason(
-    monkeypatch, tmp_path, capsys, error, reason
+    monkeypatch, backend, tmp_path, capsys, error, reason
 ):
-    def refuse(*arrays, **settings):
+    def refuse(*arguments, **settings):
         raise error
 
-    monkeypatch.setitem(dynamic_routing.IMPLEMENTATIONS, "refusing", refuse)
-    monkeypatch.setitem(dynamic_routing.IMPLEMENTATIONS, "elsewhere", refuse)
-    monkeypatch.setitem(dynamic_routing.PLATFORMS, "elsewhere", "mars")
+    backend("refusing", refuse)
+    backend("elsewhere", refuse)
+    monkeypatch.setitem(passes.PLATFORMS, "elsewhere", "mars")
     output = tmp_path / "rows.jsonl"
     main(Config(
         cases="tiny", implementations="xla,refusing,elsewhere", modes="forward", repeats=1,
@@ -120,22 +139,36 @@ def test_what_does_not_run_here_is_a_row_with_its_reason(
     )
 
 
-def test_any_other_error_is_not_hidden(monkeypatch):
-    def fail(*arrays, **settings):
+def test_kernels_of_another_platform_are_rows_with_their_reason(tmp_path, capsys):
+    output = tmp_path / "rows.jsonl"
+    names = ("triton", "mosaic_tpu")
+    main(Config(
+        cases="tiny", implementations=",".join(names), modes="forward", repeats=1,
+        output=str(output),
+    ))  # fmt: skip
+    printed = capsys.readouterr().out
+    for row, name, platform in zip(lines_of(output), names, ("cuda", "tpu"), strict=True):
+        assert row["implementation"] == name
+        assert row["reason"] == f"runs on {platform} only, and this is a cpu"
+        assert f"{name}, forward, float32: not measured: {row['reason']}\n" in printed
+
+
+def test_any_other_error_is_not_hidden(backend):
+    def fail(*arguments, **settings):
         raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
 
-    monkeypatch.setitem(dynamic_routing.IMPLEMENTATIONS, "failing", fail)
+    backend("failing", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         main(Config(cases="tiny", implementations="failing", repeats=1))
 
 
-def test_a_figure_without_rows_is_not_drawn(monkeypatch, tmp_path, capsys):
-    def refuse_six(poses, *arrays, **settings):
-        if poses.shape[1] == 6:
+def test_a_figure_without_rows_is_not_drawn(backend, tmp_path, capsys):
+    def refuse_six(spec, inputs, others, *, device):
+        if inputs.poses.shape[1] == 6:
             raise Unsupported("six")
-        return dynamic_routing.reference.dynamic_routing(poses, *arrays, **settings)
+        return xla.config_for(spec, inputs, others, device=device)
 
-    monkeypatch.setitem(dynamic_routing.IMPLEMENTATIONS, "refusing", refuse_six)
+    backend("refusing", refuse_six)
     settings = {"cases": "tiny", "implementations": "refusing", "modes": "forward", "repeats": 1}
     assert main(Config(**settings, scaling="2", figures=str(tmp_path))) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["time_over_capsules.png"]
@@ -149,7 +182,7 @@ def test_what_does_not_fit_into_memory_is_not_started():
 
 
 def test_a_sweep_tries_neighbours_and_prints_the_best(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(dynamic_routing.CONFIGS, "xla", lambda case: Tile(4, 1))
+    monkeypatch.setitem(CONFIGS, "xla", lambda case: XlaConfig(4, 1))
     output = tmp_path / "rows.jsonl"
     main(Config(
         cases="tiny", implementations="xla", modes="forward", sweep=True, repeats=1,
@@ -160,27 +193,34 @@ def test_a_sweep_tries_neighbours_and_prints_the_best(monkeypatch, tmp_path, cap
     assert all(row["difference"] < 1e-5 for row in rows)
     first = min(rows, key=lambda row: row["median"])["config"]
     printed = capsys.readouterr().out
-    title = f"xla capsules={first['capsules']} examples={first['examples']}"
+    title = f"xla children={first['children']} examples={first['examples']}"
     assert f"best, forward, float32: {title}, " in printed
 
 
 def test_the_tile_that_is_given_is_the_one_used():
-    def passes(config):
-        arrays = (jnp.ones(TINY[:1] + TINY[1:3]), jnp.ones(TINY[1:5]), None, None)
-        function = partial(
-            dynamic_routing.xla.dynamic_routing, num_iterations=2, gradient="full", config=config
-        )
-        return str(jax.make_jaxpr(lambda *a: function(*a, None, None))(*arrays[:2]))
+    def loops(config):
+        """The lengths of the loops in the program that is timed."""
+        function = routing_rows.function_of(Way("xla", "forward", "float32", config), 2)
+        equations = arithmetic.equations(function, *routing_rows.inputs_of(TINY))
+        return {e.params["length"] for e, _ in equations if e.primitive.name == "scan"}
 
-    assert "length=3" in passes(Tile(capsules=2, examples=3))
-    assert "length=3" not in passes(Tile(capsules=6, examples=3))
+    assert 3 in loops(XlaConfig(children=2, examples=3))
+    assert 3 not in loops(XlaConfig(children=6, examples=3))
 
 
 def test_every_implementation_with_a_config_can_be_swept():
-    for name, function in dynamic_routing.IMPLEMENTATIONS.items():
-        assert ("config" in inspect.signature(function).parameters) == (
-            name in dynamic_routing.CONFIGS
-        ), name
+    case = TINY._replace(num_iterations=1)  # of one pass
+    inputs = Inputs(
+        jax.ShapeDtypeStruct((case.batch, case.capsules, 1, case.length), case.dtype),
+        jax.ShapeDtypeStruct(case[1:5], case.dtype),
+    )
+    device = Device(jax.devices()[0].device_kind)
+    for name in passes.IMPLEMENTATIONS:
+        module = importlib.import_module(f"{passes.__package__}.{name}")
+        assert hasattr(module, "config_for") == (name in CONFIGS), name
+        if name in CONFIGS:
+            own = module.config_for(Spec(case.parents), inputs, State(), device=device)
+            assert routing_rows.variants(name, case)[0] == own
 
 
 def test_least_work_is_the_count_by_hand():
@@ -307,7 +347,7 @@ def rows(*names, cases=("tiny",), capsules=(8, 64, 100_000), dtypes=("float32",)
     ]  # fmt: skip
 
 
-ALL = ("reference", "xla", "pallas_mosaic_tpu", "pallas_triton", "torch")
+ALL = ("reference", "xla", "mosaic_tpu", "triton", "torch")
 FIGURES = {
     "time": lambda: benchmark_figures.time_over_capsules(rows(*ALL, reason="too large")),
     "time, one point": lambda: benchmark_figures.time_over_capsules(rows("xla", capsules=(5,))),

@@ -6,7 +6,7 @@ import math
 import in_process
 import pytest
 
-from capsjax.kernels.dynamic_routing.cases import Case
+from capsjax.kernels.vote_passes.cases import Case
 from experiments import benchmark_scaling, hlo
 
 SMALL = Case(batch=4, capsules=16, length=2, parents=3, depth=5)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from capsjax.kernels.dynamic_routing.cases import CASES
+from capsjax.kernels.vote_passes.cases import CASES
 from experiments import compile_report, targets
 from experiments.compile_report import Config
 from experiments.compiling import Program
@@ -45,6 +45,13 @@ def test_every_implementation_and_case_of_a_target_is_compiled_with_and_without_
                 for gradients in (False, True):
                     program = Program(target, implementation, case, gradients)
                     assert (name, program) in asked
+
+
+@pytest.mark.parametrize(
+    ("target", "kernels"), [("h100", "triton"), ("a100", "triton"), ("tpu_v5e", "mosaic_tpu")]
+)
+def test_a_target_has_the_kernels_of_its_platform(target, kernels):
+    assert compile_report.implementations(target) == ["reference", "xla", kernels]
 
 
 def test_the_choice_can_be_narrowed():

@@ -3,7 +3,6 @@
 import math
 from functools import cache, partial
 from typing import NamedTuple
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +13,21 @@ import tolerances
 from jax.experimental.pallas import tpu as pltpu
 
 import capsjax
-from capsjax.kernels import dynamic_routing, strided_conv
-from capsjax.kernels.dynamic_routing import pallas_mosaic_tpu, pallas_triton
-from capsjax.kernels.dynamic_routing.cases import CASES
-from capsjax.kernels.dynamic_routing.config import MosaicTpuConfig, TritonConfig
+from capsjax.kernels import strided_conv
+from capsjax.kernels.vote_passes import mosaic_tpu, reference
+from capsjax.kernels.vote_passes.cases import CASES
+from capsjax.kernels.vote_passes.config import MosaicTpuConfig, TritonConfig, XlaConfig
+from capsjax.kernels.vote_passes.passes import (
+    IMPLEMENTATIONS,
+    PLATFORMS,
+    Device,
+    Implementation,
+    Inputs,
+    Moments,
+    Spec,
+    State,
+    Term,
+)
 
 
 class Routing(NamedTuple):
@@ -29,9 +39,13 @@ class Routing(NamedTuple):
     parents: int = 5
     depth: int = 6
     num_iterations: int = 3
-    prior: bool = False
+    prior: bool | str = False  # True: [I, J]; "each": [B, I, J]
+    forbidden: bool = False  # some logits of the prior are -infinity, all of child 2
     bias: bool = False
     mask: bool = False
+    parent_mask: bool | str = False  # True: [J]; "each": [B, J]
+    leaky: bool = False
+    weights: str = "[I, P, J, D]"
     gradient: str = "full"
 
 
@@ -41,6 +55,7 @@ ROUTING = {
     "prior": Routing(prior=True),
     "prior T=1": Routing(prior=True, num_iterations=1),
     "prior last": Routing(prior=True, gradient="last"),
+    "forbidden": Routing(prior=True, forbidden=True, bias=True),
     "bias": Routing(bias=True),
     "mask": Routing(mask=True),
     "all T=5": Routing(num_iterations=5, prior=True, bias=True, mask=True),
@@ -53,10 +68,37 @@ ROUTING = {
     "batch past a tile": Routing(batch=131, capsules=5, parents=3, depth=2, prior=True),
     "capsules past a tile": Routing(batch=2, capsules=301, parents=37, depth=16, bias=True),
 }
+SHARED = {"weights": "[P, J, D]"}
+ALL_OPTIONS = {
+    "prior": "each",
+    "forbidden": True,
+    "bias": True,
+    "mask": True,
+    "parent_mask": "each",
+    "leaky": True,
+}
+# What kernels do not take.
+PLAIN_ROUTING = {
+    "prior of each example": Routing(prior="each", forbidden=True),
+    "parent mask": Routing(parent_mask=True, bias=True),
+    "parent mask of each example": Routing(parent_mask="each", prior=True, forbidden=True),
+    "leaky": Routing(leaky=True),
+    "leaky T=1": Routing(leaky=True, num_iterations=1),
+    "leaky last": Routing(leaky=True, prior=True, gradient="last"),
+    "every option": Routing(**ALL_OPTIONS),
+    "every option last": Routing(**ALL_OPTIONS, gradient="last"),
+    "shared": Routing(**SHARED),
+    "shared T=1": Routing(**SHARED, num_iterations=1),
+    "shared last": Routing(**SHARED, prior=True, gradient="last"),
+    "shared, every option": Routing(**SHARED, **ALL_OPTIONS),
+    "shared by parents too": Routing(weights="[P, D]", prior=True),
+    "shared by parents too, every option": Routing(weights="[P, D]", **ALL_OPTIONS),
+}
 # Kernels are interpreted here: as they are, and cut so small that there are several tiles and
 # panels of examples, chunks of parents and groups of capsules, the last ones past the end.
-MEMORY_MODELLED = "pallas_mosaic_tpu, its memory modelled"
-TRITON_IN_SMALL_TILES = "pallas_triton, small tiles"
+MEMORY_MODELLED = pltpu.InterpretParams(detect_races=True)
+TRITON_IN_SMALL_TILES = "triton, small tiles"
+XLA_IN_SMALL_TILES = "xla, small tiles"
 SMALL_TRITON = TritonConfig(
     sums_examples=16,
     sums_parents=4,
@@ -69,24 +111,21 @@ SMALL_TRITON = TritonConfig(
     gradients_warps=4,
     gradients_programs=3,
 )
+SMALL_TPU = MosaicTpuConfig(examples=8, panel=1, weight_buffers=1, memory=2**24)
 KERNELS = {
-    MEMORY_MODELLED: partial(
-        pallas_mosaic_tpu.dynamic_routing, interpret=pltpu.InterpretParams(detect_races=True)
-    ),
-    "pallas_mosaic_tpu": partial(pallas_mosaic_tpu.dynamic_routing, interpret=True),
-    "pallas_mosaic_tpu, small tiles": partial(
-        pallas_mosaic_tpu.dynamic_routing,
-        interpret=True,
-        config=MosaicTpuConfig(examples=8, panel=1, weight_buffers=1, memory=2**24),
-    ),
-    "pallas_triton": partial(pallas_triton.dynamic_routing, interpret=True),
-    TRITON_IN_SMALL_TILES: partial(
-        pallas_triton.dynamic_routing, interpret=True, config=SMALL_TRITON
-    ),
+    "mosaic_tpu": Implementation("mosaic_tpu", interpret=True),
+    "mosaic_tpu, small tiles": Implementation("mosaic_tpu", SMALL_TPU, interpret=True),
+    "triton": Implementation("triton", interpret=True),
+    TRITON_IN_SMALL_TILES: Implementation("triton", SMALL_TRITON, interpret=True),
 }
-ANYWHERE = [name for name in dynamic_routing.IMPLEMENTATIONS if name not in KERNELS]
-IN_SOME_CASES = (MEMORY_MODELLED, TRITON_IN_SMALL_TILES)
-IN_ALL_CASES = [name for name in (*ANYWHERE, *KERNELS) if name not in IN_SOME_CASES]
+NAMED = {
+    **{name: name for name in IMPLEMENTATIONS},
+    XLA_IN_SMALL_TILES: Implementation("xla", XlaConfig(children=4, examples=2)),
+    **KERNELS,
+    None: None,
+}
+ANYWHERE = [name for name in IMPLEMENTATIONS if name not in PLATFORMS]
+IN_ALL_CASES = [name for name in (*ANYWHERE, *KERNELS) if name != TRITON_IN_SMALL_TILES]
 HALF = ("T=1", "T=3", "last T=2", "all T=5", "all last", "one of each", "capsules past a tile")
 CONVOLUTIONS = {  # batch, image, kernel, outputs, stride
     "capsnet": (2, (20, 20, 3), (9, 9), 4, (2, 2)),
@@ -98,78 +137,103 @@ CONVOLUTIONS = {  # batch, image, kernel, outputs, stride
 TRANSFORMS = ("eager", "vmap")  # all else is under jit
 
 
+class Arguments(NamedTuple):
+    """Those of a routing; None for an absent one."""
+
+    poses: jax.Array
+    weights: jax.Array
+    prior: jax.Array | None
+    bias: jax.Array | None
+    mask: jax.Array | None
+    parent_mask: jax.Array | None
+    cotangent: jax.Array  # of the outputs
+
+
 def routing_arguments(case, dtype, seed=0):
-    """Poses, weights, prior, bias, mask and the outputs' cotangent."""
+    """The arguments of a case."""
     rng = np.random.default_rng(seed)
+    batch, capsules, length, parents, depth, *_ = case
 
     def normal(scale, *shape):
         return jnp.asarray(rng.normal(size=shape) * scale, dtype)
 
-    return (
-        normal(0.5, case.batch, case.capsules, case.length),
-        normal(0.5, case.capsules, case.length, case.parents, case.depth),
-        normal(1.0, case.capsules, case.parents) if case.prior else None,
-        normal(0.1, case.parents, case.depth) if case.bias else None,
-        jnp.asarray(rng.random((case.batch, case.capsules)) < 0.7) if case.mask else None,
-        normal(1.0, case.batch, case.parents, case.depth),
-    )
+    poses = normal(0.5, batch, capsules, length)
+    sizes = {"I": capsules, "P": length, "J": parents, "D": depth}
+    weights = normal(0.5, *(sizes[letter] for letter in case.weights[1:-1].split(", ")))
+    prior = parent_mask = None
+    if case.prior:
+        prior = normal(1.0, *(batch,) * (case.prior == "each"), capsules, parents)
+    bias = normal(0.1, parents, depth) if case.bias else None
+    mask = jnp.asarray(rng.random((batch, capsules)) < 0.7) if case.mask else None
+    cotangent = normal(1.0, batch, parents, depth)
+    if case.forbidden:
+        prior = prior.at[..., 0, 1].set(-jnp.inf).at[..., 2, :].set(-jnp.inf)
+        prior = prior.at[..., 4, :3].set(-jnp.inf)
+    if case.parent_mask:
+        parent_mask = jnp.arange(parents) != 3
+        if case.parent_mask == "each":  # child 4 of example 1 is left without a parent
+            parent_mask = jnp.stack([parent_mask] * batch).at[1, 4].set(False)
+    return Arguments(poses, weights, prior, bias, mask, parent_mask, cotangent)
 
 
 @cache
-@mock.patch.dict(dynamic_routing.IMPLEMENTATIONS, KERNELS)
-@mock.patch.dict(dynamic_routing.PLATFORMS, clear=True)
 def route(implementation, case, dtype, transform="jit"):
     """Outputs and gradients of one implementation."""
-    *arguments, cotangent = routing_arguments(case, dtype)
+    *arrays, mask, parent_mask, cotangent = routing_arguments(case, dtype)
 
-    def function(poses, weights, prior, bias, mask):
+    def function(poses, weights, prior, bias, mask, parent_mask):
         return capsjax.dynamic_routing(
             poses,
             weights,
             prior=prior,
             bias=bias,
             mask=mask,
+            parent_mask=parent_mask,
+            leaky=case.leaky,
             num_iterations=case.num_iterations,
             gradient=case.gradient,
-            implementation=implementation,
+            implementation=NAMED[implementation],
         )
 
     if transform == "vmap":
-        function = jax.vmap(function, (0, None, None, None, 0 if case.mask else None))
+        of_each = 0 if case.prior == "each" else None, 0 if case.parent_mask == "each" else None
+        axes = 0, None, of_each[0], None, 0 if case.mask else None, of_each[1]
+        function = jax.vmap(function, axes)
 
-    def values_and_gradients(*arguments):
-        outputs, vjp = jax.vjp(lambda *a: function(*a, arguments[-1]), *arguments[:-1])
+    def values_and_gradients(*arrays):
+        outputs, vjp = jax.vjp(lambda *a: function(*a, mask, parent_mask), *arrays)
         return outputs, vjp(cotangent)
 
-    passes_are_jitted = str(implementation).startswith("pallas_triton")  # and compiled once
-    if transform == "jit" and not passes_are_jitted:
+    if transform == "jit":
         values_and_gradients = jax.jit(values_and_gradients)
-    return values_and_gradients(*arguments)
+    return values_and_gradients(*arrays)
 
 
 def exact_routing(case, dtype):
     """The oracle's outputs and gradients for the same arguments; a masked pose is 0."""
-    poses, weights, prior, bias, mask, cotangent = routing_arguments(case, dtype)
-    kept = 1 if mask is None else np.asarray(mask, np.float64)[..., None]
-    outputs, _, gradients = oracles.dynamic_routing(
-        np.asarray(poses, np.float64) * kept,
-        weights,
+    poses, weights, prior, bias, mask, parent_mask, cotangent = (
+        None if x is None else np.asarray(x, bool if x.dtype == bool else np.float64)
+        for x in routing_arguments(case, dtype)
+    )
+    batch, capsules, length, parents, depth, *_ = case
+    missing = {"[I, P, J, D]": (), "[P, J, D]": (0,), "[P, D]": (0, 2)}[case.weights]
+    own = np.expand_dims(weights, missing)
+    kept = 1 if mask is None else mask[..., None]
+    outputs, _, (d_poses, d_weights, d_prior, d_bias) = oracles.dynamic_routing(
+        poses * kept,
+        np.broadcast_to(own, (capsules, length, parents, depth)),
         prior,
         bias,
         cotangent,
         num_iterations=case.num_iterations,
         gradient=case.gradient,
+        leaky=case.leaky,
+        parent_mask=None if parent_mask is None else np.broadcast_to(parent_mask, (batch, parents)),
     )
-    return outputs, (gradients[0] * kept, *gradients[1:])
+    return outputs, (d_poses * kept, d_weights.sum(missing), d_prior, d_bias)
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [*((name, "float32") for name in ROUTING), *((name, "bfloat16") for name in HALF)],
-)
-@pytest.mark.parametrize("implementation", IN_ALL_CASES)
-def test_dynamic_routing_matches_the_oracle(implementation, name, dtype):
-    case = ROUTING[name]
+def assert_matches_the_oracle(implementation, case, dtype):
     plain = route("reference", case, dtype)
     exact = exact_routing(case, dtype)
     tolerances.assert_as_exact(route(implementation, case, dtype), plain, exact)
@@ -182,6 +246,48 @@ def test_dynamic_routing_matches_the_oracle(implementation, name, dtype):
         )
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, "float32") for name in ROUTING), *((name, "bfloat16") for name in HALF)],
+)
+@pytest.mark.parametrize("implementation", IN_ALL_CASES)
+def test_dynamic_routing_matches_the_oracle(implementation, name, dtype):
+    assert_matches_the_oracle(implementation, ROUTING[name], dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, "float32") for name in PLAIN_ROUTING),
+        *((name, "bfloat16") for name in PLAIN_ROUTING if "every option" in name),
+    ],
+)
+@pytest.mark.parametrize("implementation", ANYWHERE)
+def test_all_options_match_the_oracle(implementation, name, dtype):
+    assert_matches_the_oracle(implementation, PLAIN_ROUTING[name], dtype)
+
+
+@pytest.mark.parametrize("name", ["T=3", "all T=5", "all last", "one of each", "every option"])
+def test_small_tiles_of_the_plain_form_match_the_oracle(name):
+    case = (ROUTING | PLAIN_ROUTING)[name]
+    assert_matches_the_oracle(XLA_IN_SMALL_TILES, case, "float32")
+
+
+@pytest.mark.parametrize("implementation", PLATFORMS)
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("prior of each example", r"must have one prior \[I, J\] for all examples"),
+        ("parent mask", "must have no gates, coordinates or parent_mask"),
+        ("leaky", "must have linear logits and sums, no leak and no mass"),
+        ("shared", r"must have weights \[I, P, J, D\]"),
+    ],
+)
+def test_kernels_say_which_options_they_do_not_take(implementation, name, reason):
+    with pytest.raises(capsjax.Unsupported, match=f"routing: poses of this kernel {reason}"):
+        route(implementation, PLAIN_ROUTING[name], "float32")
+
+
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("name", ["all T=2", "one of each"])
 @pytest.mark.parametrize("implementation", [*IN_ALL_CASES, None])
@@ -192,16 +298,55 @@ def test_dynamic_routing_under_transforms(implementation, name, transform):
     tolerances.assert_as_exact(actual, plain, exact_routing(case, "float32"))
 
 
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", [name for name in PLAIN_ROUTING if "every option" in name])
+def test_all_options_under_transforms(name, transform):
+    case = PLAIN_ROUTING[name]
+    actual = route(None, case, "float32", transform)
+    plain = route("reference", case, "float32", transform)
+    tolerances.assert_as_exact(actual, plain, exact_routing(case, "float32"))
+
+
 @pytest.mark.parametrize("name", ["all T=2", "prior last"])
 def test_tpu_kernels_read_nothing_unwritten_and_do_not_race(name, capfd):
-    # This mode fills memory with NaN and prints what accesses the same place without an order.
-    test_dynamic_routing_matches_the_oracle(MEMORY_MODELLED, name, "float32")
+    # This mode fills memory with NaN and prints what accesses the same place without an order. Its
+    # effects are ordered, which no primitive here has: the passes of a routing one after the other.
+    case = ROUTING[name]
+    poses, weights, prior, _, mask, _, cotangent = routing_arguments(case, "float32")
+    kept = 1 if mask is None else mask[..., None]
+    inputs = Inputs((poses * kept)[:, :, None], weights, prior=prior)
+    states = [State(), *(State(b=cotangent * t) for t in range(1, case.num_iterations))]
+    terms = [Term(state, None, Moments(None, cotangent + 1)) for state in states]
+    passes = {
+        "moments": [(inputs, state) for state in states],
+        "chain": [(inputs, terms[1])],
+        "input_gradients": [(inputs, terms)],
+    }
+    spec, config = (
+        Spec(case.parents),
+        mosaic_tpu.config_for(Spec(case.parents), inputs, State(), device=Device()),
+    )
+    for function, calls in passes.items():
+        more = {}
+        if function == "input_gradients":
+            more["constant_couplings"] = case.gradient == "last"
+        run = partial(
+            getattr(mosaic_tpu, function), spec, config=config, interpret=MEMORY_MODELLED, **more
+        )
+        plain = partial(getattr(reference, function), spec, **more)
+        for call in calls:
+            with jax.enable_x64(True):
+                exact = jax.tree.map(lambda x: np.asarray(x, np.float64), call)
+                exact = jax.jit(plain)(*jax.tree.map(jnp.asarray, exact))
+            exact = jax.tree.map(np.asarray, exact)
+            tolerances.assert_as_exact(jax.jit(run)(*call), jax.jit(plain)(*call), exact)
     assert "RACE" not in "".join(capfd.readouterr())
 
 
+@pytest.mark.parametrize("name", ["all T=5", *PLAIN_ROUTING])
 @pytest.mark.parametrize("implementation", ANYWHERE)
-def test_dynamic_routing_in_float64(implementation):
-    case = ROUTING["all T=5"]
+def test_dynamic_routing_in_float64(implementation, name):
+    case = (ROUTING | PLAIN_ROUTING)[name]
     with jax.enable_x64(True):
         results = route(implementation, case, "float64"), exact_routing(case, "float64")
     for value, wanted in zip(*map(jax.tree.leaves, results), strict=True):
@@ -214,7 +359,7 @@ def test_dynamic_routing_in_float64(implementation):
     [*((name, "float32") for name in (*HALF, "batch past a tile")), ("all T=5", "bfloat16")],
 )
 def test_triton_kernels_in_small_tiles_match_the_oracle(name, dtype):
-    test_dynamic_routing_matches_the_oracle(TRITON_IN_SMALL_TILES, name, dtype)
+    assert_matches_the_oracle(TRITON_IN_SMALL_TILES, ROUTING[name], dtype)
 
 
 def test_triton_kernels_give_the_same_bits_twice():

@@ -7,6 +7,8 @@ import oracles
 import pytest
 
 import capsjax
+from capsjax.kernels.vote_passes.config import XlaConfig
+from capsjax.kernels.vote_passes.passes import Implementation
 
 
 def _arguments(batch=2, capsules=6, length=4, parents=3, depth=5, seed=0):
@@ -109,6 +111,110 @@ def test_couplings_are_the_oracles_and_sum_to_one_over_the_parents():
     assert np.all(masked[:, :, 1:] > 0)
 
 
+def test_couplings_of_all_options_are_the_oracles():
+    poses, weights = _arguments()
+    rng = np.random.default_rng(3)
+    prior = rng.normal(size=(2, 6, 3))
+    prior[:, 2] = prior[1, 3, :2] = -np.inf
+    parent_mask = np.array([[True, True, True], [True, True, False]])  # child 3 has no parent left
+    couplings = capsjax.routing_couplings(
+        poses, weights, prior=jnp.asarray(prior, jnp.float32), parent_mask=jnp.asarray(parent_mask)
+    )
+    leaky = capsjax.routing_couplings(poses, weights, leaky=True)
+    settings = {"num_iterations": 3, "gradient": "full"}
+    arrays = poses, weights, prior, None, np.zeros((2, 3, 5))
+    _, wanted, _ = oracles.dynamic_routing(*arrays, parent_mask=parent_mask, **settings)
+    np.testing.assert_allclose(couplings, wanted, atol=1e-5)
+    alone = np.zeros((2, 6))
+    alone[:, 2] = alone[1, 3] = 1
+    np.testing.assert_allclose(couplings.sum(-1), np.stack([1 - alone] * 3), atol=1e-6)
+    arrays = poses, weights, None, None, np.zeros((2, 3, 5))
+    _, wanted, _ = oracles.dynamic_routing(*arrays, leaky=True, **settings)
+    np.testing.assert_allclose(leaky, wanted, atol=1e-5)
+    assert np.all(leaky.sum(-1) < 1)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_a_masked_parent_is_as_if_it_were_not_there(implementation):
+    poses, weights = _arguments(parents=4)
+    there = jnp.array([True, False, True, True])
+    bias = jnp.ones((4, 5)) / 4
+
+    def outputs(weights, bias, parent_mask=None):
+        return capsjax.dynamic_routing(
+            poses, weights, bias=bias, parent_mask=parent_mask, implementation=implementation
+        )
+
+    kept = np.flatnonzero(there)
+    found, vjp = jax.vjp(lambda w, b: outputs(w, b, there), weights, bias)
+    wanted, wanted_vjp = jax.vjp(outputs, weights[:, :, kept], bias[kept])
+    np.testing.assert_allclose(found[:, kept], wanted, atol=1e-6)
+    assert not np.any(found[:, 1])
+    (d_weights, d_bias), wanted_gradients = vjp(found), wanted_vjp(wanted)
+    np.testing.assert_allclose(d_weights[:, :, kept], wanted_gradients[0], atol=1e-6)
+    np.testing.assert_allclose(d_bias[kept], wanted_gradients[1], atol=1e-6)
+    assert not np.any(d_weights[:, :, 1])
+    assert not np.any(d_bias[1])
+    each = jnp.stack([there, ~there])
+    np.testing.assert_allclose(outputs(weights, bias, each)[0], found[0], atol=1e-6)
+    assert not np.any(outputs(weights, bias, each)[1][kept])
+    assert not np.any(outputs(weights, bias, jnp.zeros(4, bool)))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_a_leaky_routing_has_one_more_parent_without_votes(implementation):
+    poses, weights = _arguments()
+    more = jnp.pad(weights, ((0, 0), (0, 0), (0, 1), (0, 0)))
+
+    def outputs(weights, **settings):
+        return capsjax.dynamic_routing(poses, weights, implementation=implementation, **settings)
+
+    leaky = outputs(weights, leaky=True)
+    np.testing.assert_allclose(leaky, outputs(more)[:, :3], atol=1e-6)
+    assert np.abs(leaky - outputs(weights)).max() > 1e-3
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference", Implementation("xla")])
+def test_shared_weights_are_as_if_they_were_repeated(implementation):
+    poses, weights = _arguments()
+    prior = jnp.asarray(np.random.default_rng(4).normal(size=(6, 3)), jnp.float32)
+
+    def gradients(weights, repeated):
+        def loss(poses, weights, prior):
+            weights = jnp.broadcast_to(weights, (6, 4, 3, 5)) if repeated else weights
+            return jnp.sum(
+                capsjax.dynamic_routing(poses, weights, prior=prior, implementation=implementation)
+                ** 2
+            )
+
+        return jax.value_and_grad(loss, (0, 1, 2))(poses, weights, prior)
+
+    for shared, full in (
+        (weights[0], weights[:1]),
+        (weights[0, :, 0], weights[:1, :, :1]),
+    ):
+        found, wanted = gradients(shared, False), gradients(full, True)
+        assert found[1][1].shape == shared.shape
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y.reshape(x.shape), atol=2e-6), found, wanted
+        )
+    more = jnp.concatenate([poses, poses], 1)  # weights of children that share them fit any number
+    assert capsjax.dynamic_routing(more, weights[0], implementation=implementation).shape == (
+        2,
+        3,
+        5,
+    )
+
+
+def test_tiles_do_not_change_a_routing():
+    poses, weights = _arguments()
+    wanted = capsjax.dynamic_routing(poses, weights)
+    for children, examples in ((1, 1), (4, 2), (6, 8)):
+        tiles = Implementation("xla", XlaConfig(children=children, examples=examples))
+        found = capsjax.dynamic_routing(poses, weights, implementation=tiles)
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
 def test_reference_has_forward_mode_and_hessian():
     poses, weights = _arguments(batch=1, capsules=3, length=2, parents=2, depth=2)
     tangent = jnp.ones_like(poses)
@@ -174,10 +280,26 @@ OK = {"poses": (2, 6, 4), "weights": (6, 4, 3, 5)}
             {"weights": (7, 4, 3, 5)},
             r"weights must have shape \[I, P, J, D\] = \[6, 4, any, any\], got \(7, 4, 3, 5\)",
         ),
-        ({"weights": (6, 4, 3)}, r"weights must have shape \[I, P, J, D\]"),
+        (
+            {"weights": (6, 4, 3)},
+            r"weights must have shape \[I, P, J, D\], \[P, J, D\] or \[P, D\] with I = 6 and "
+            r"P = 4, got \(6, 4, 3\)",
+        ),
+        ({"weights": (5, 6)}, r"weights must have shape .* or \[P, D\] with I = 6 and P = 4, got"),
+        ({"weights": (4, 5)}, "prior must tell parents apart that share their weights .* got None"),
+        ({"weights": (4,)}, r"weights must have shape \[I, P, J, D\]"),
         ({"weights": (6, 4, 0, 5)}, r"weights must have shape"),
+        ({"weights": (4, 3, 0)}, r"weights must have shape"),
         ({"poses": (4,)}, r"poses must have shape \[..., I, P\] = \[any, any\], got \(4,\)"),
-        ({"prior": (3, 6)}, r"prior must have shape \[I, J\] = \[6, 3\], got \(3, 6\)"),
+        (
+            {"prior": (3, 6)},
+            r"prior must have shape \[I, J\] or \[..., I, J\] = \[2, 6, J\], got \(3, 6\)",
+        ),
+        (
+            {"prior": (6, 4)},
+            r"prior must have shape \[I, J\] or \[..., I, J\] with J = 3, got \(6, 4\)",
+        ),
+        ({"prior": (1, 6, 3)}, r"prior must have shape .* got \(1, 6, 3\)"),
         ({"bias": (5,)}, r"bias must have shape \[J, D\] = \[3, 5\], got \(5,\)"),
     ],
 )
@@ -205,10 +327,21 @@ def test_wrong_shapes_name_argument_rule_and_value(changes, message):
         (
             {"implementation": "cuda"},
             ValueError,
-            "implementation must be None or one of reference, xla",
+            "implementation must be None or one of reference, xla, triton, mosaic_tpu, got 'cuda'",
+        ),
+        (
+            {"implementation": Implementation("pallas_triton", interpret=True)},
+            ValueError,
+            "implementation must be None or one of reference, xla, .* got 'pallas_triton'",
         ),
         ({"mask": jnp.ones(6)}, TypeError, "mask must be bool, got float32"),
         ({"mask": jnp.ones(5, bool)}, ValueError, r"mask must have shape \[I\] or \[..., I\]"),
+        ({"parent_mask": jnp.ones(3)}, TypeError, "parent_mask must be bool, got float32"),
+        (
+            {"parent_mask": jnp.ones((6, 3), bool)},
+            ValueError,
+            r"parent_mask must have shape \[J\] or \[..., J\] = \(2, 3\), got \(6, 3\)",
+        ),
         (
             {"prior": jnp.ones((6, 3), jnp.bfloat16)},
             TypeError,

@@ -3,7 +3,9 @@
 import importlib.metadata
 import pathlib
 
+import jax
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from experiments import targets
 from experiments.errors import InputError
@@ -32,6 +34,20 @@ def test_dumps_go_where_they_are_wanted():
     assert "--xla_dump_to=/dumps" in gpu["XLA_FLAGS"].split()
     assert "--xla_jf_dump_to=/dumps" in tpu["LIBTPU_INIT_ARGS"].split()
     assert gpu["JAX_PLATFORMS"] == tpu["JAX_PLATFORMS"] == "cpu"
+
+
+@pytest.mark.parametrize("name", targets.TARGETS)
+def test_a_program_is_told_which_device_it_is_for(name):
+    """Kernels choose their tiles by it; JAX knows one of this machine only."""
+    seen = []
+
+    def function(x):
+        seen.append(jax.sharding.get_abstract_mesh().abstract_device.device_kind)
+        return x
+
+    here = SingleDeviceSharding(jax.devices()[0])
+    targets._compile(name, function, [(jax.ShapeDtypeStruct((2,), "float32"), here)])
+    assert seen == [targets.TARGETS[name].device]
 
 
 @pytest.mark.parametrize("target", targets.TARGETS.values(), ids=targets.TARGETS)

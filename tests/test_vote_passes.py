@@ -46,6 +46,7 @@ PROBLEMS = {
     "prior": Problem(prior="IJ"),
     "prior of each example": Problem(prior="BIJ"),
     "gates": Problem(gates=True),
+    "gates and prior": Problem(prior="IJ", gates=True),
     "coordinates": Problem(coordinates=True),
     "parent mask": Problem(parent_mask=True),
     "matrices": Problem((4, 4, 4)),

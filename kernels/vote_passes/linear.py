@@ -26,7 +26,7 @@ def check(spec: Spec, inputs: Inputs, others: Any, device: Device) -> None:
         "must have one prior [I, J] for all examples": getattr(inputs.prior, "ndim", 2) == 2,
         "must have no gates, coordinates or parent_mask": all(x is None for x in (*extras, k)),
         "must have a batch of known size": isinstance(inputs.poses.shape[0], int),
-        "must lie on one device (jax.shard_map, or Explicit axes)": device.count == 1,
+        "must lie on one device (jax.shard_map, or Explicit axes)": device.num_devices == 1,
     }
     for rule, holds in rules.items():
         if not holds:
@@ -57,7 +57,7 @@ def states(terms: Sequence[Term]) -> list[tuple[Array | None, Array]]:
 
 def gradients(inputs: Inputs, d_poses: Array, d_weights: Array, d_prior: Array | None) -> Inputs:
     """Returns the gradients of the inputs from those of `arrays`."""
-    if inputs.prior is not None:
+    if inputs.prior is not None and d_prior is not None:
         d_poses = jnp.where(reachable(inputs.prior)[:, None], d_poses, 0)
         d_prior = d_prior.astype(inputs.prior.dtype)
     return Inputs(d_poses[:, :, None], d_weights, prior=d_prior)

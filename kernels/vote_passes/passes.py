@@ -37,6 +37,9 @@ from capsjax.kernels.dtypes import accumulation_dtype
 from capsjax.kernels.sharding import vary_over, varying_axes
 from capsjax.kernels.vote_passes.cases import Case
 
+# An array or None; which of both follows from a Spec, in a way that type checkers do not follow.
+MaybeArray = Any
+
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -54,36 +57,41 @@ class Inputs(NamedTuple):
 
     # [B, I, R, P]. Without weights these are the votes: [B, I, J, D], or [B, I, 1, D] for votes
     # that all parents share.
-    poses: Array
-    weights: Array | None  # [I, P, J, C], or [P, J, C] if the children share them
-    gates: Array | None = None  # [B, I], factors on couplings; 0 for a child that is not there
-    prior: Array | None = None  # logits, [I, J] or [B, I, J]; -infinity allowed
-    coordinates: Array | None = None  # added to a child's votes, [I, D]
-    parent_mask: Array | None = None  # booleans [B, J]; False: no couplings; not differentiable
+    poses: MaybeArray
+    weights: MaybeArray  # [I, P, J, C], or [P, J, C] if the children share them
+    gates: MaybeArray = None  # [B, I], factors on couplings; 0 for a child that is not there
+    prior: MaybeArray = None  # logits, [I, J] or [B, I, J]; -infinity allowed
+    coordinates: MaybeArray = None  # added to a child's votes, [I, D]
+    parent_mask: MaybeArray = None  # booleans [B, J]; False: no couplings; not differentiable
 
 
 class State(NamedTuple):
     """What the parents contribute to the logits of a pass; None for zero."""
 
-    k: Array | None = None  # [B, J]
-    b: Array | None = None  # [B, J, D], of "linear" and "cosine" logits
-    z: Array | None = None  # [B, J, D], of "gaussian" logits
-    q: Array | None = None  # [B, J, D], of "gaussian" logits
+    k: MaybeArray = None  # [B, J]
+    b: MaybeArray = None  # [B, J, D], of "linear" and "cosine" logits
+    z: MaybeArray = None  # [B, J, D], of "gaussian" logits
+    q: MaybeArray = None  # [B, J, D], of "gaussian" logits
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether parents contribute nothing, as before the first step."""
+        return all(x is None for x in self)
 
 
 class Moments(NamedTuple):
     """What a pass returns to the parents, in the accumulation dtype."""
 
-    mass: Array | None  # Σ_i w, [B, J]
-    first: Array  # Σ_i w v, or with "central" the mean, [B, J, D]
-    second: Array | None = None  # "central": Σ_i w (v - mean)², [B, J, D]
+    mass: MaybeArray  # Σ_i w, [B, J]
+    first: MaybeArray  # Σ_i w v, or with "central" the mean, [B, J, D]
+    second: MaybeArray = None  # "central": Σ_i w (v - mean)², [B, J, D]
 
 
 class Term(NamedTuple):
     """What one iteration adds to the gradients of the inputs."""
 
     state: State
-    moments: Moments | None  # None for "sums", which do not need them
+    moments: Any  # Moments, or None for "sums", which do not need them
     cotangent: Moments
 
 
@@ -100,7 +108,7 @@ class Device(NamedTuple):
     """What a program is lowered for."""
 
     kind: str | None = None  # as JAX names it; None: unknown
-    count: int = 1  # devices over which XLA's partitioner may split the arrays
+    num_devices: int = 1  # over which XLA's partitioner may split the arrays
 
 
 # Modules of this package, imported when a program needs them: "reference" stores the votes.
@@ -167,7 +175,7 @@ def case_of(spec: Spec, inputs: Inputs, num_iterations: int = 1) -> Case:
 
 def is_uniform(inputs: Inputs, state: State) -> bool:
     """Returns whether all couplings are equal whatever the votes, as in a first pass."""
-    return inputs.prior is None and inputs.parent_mask is None and state == State()
+    return inputs.prior is None and inputs.parent_mask is None and state.is_empty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,7 +342,7 @@ def _device(context: mlir.LoweringRuleContext) -> Device:
     """Returns what JAX knows, while it lowers a program, of the devices that it is for."""
     axes: Any = context.module_context.axis_context
     described = jax.sharding.get_abstract_mesh().abstract_device
-    devices = getattr(axes, "device_assignment", None) or ()
+    devices: tuple[Any, ...] = getattr(axes, "device_assignment", None) or ()
     mesh = getattr(axes, "mesh", None)  # of a shard_map
     if mesh is None:
         count = axes.num_devices
@@ -345,7 +353,7 @@ def _device(context: mlir.LoweringRuleContext) -> Device:
         if isinstance(mesh, Mesh):
             devices = tuple(mesh.devices.flat)
     if described is None and not devices:
-        devices = jax.devices()
+        devices = tuple(jax.devices())
     return Device(described.device_kind if described else devices[0].device_kind, count)
 
 

@@ -162,7 +162,7 @@ def _backward(
         if last:  # earlier iterations matter through the couplings only
             d_carry, d_state = _zeros((start.carry, start.state))
             break
-        if state == State():
+        if state.is_empty:
             d_state = state
         else:
             d_state = passes.chain(

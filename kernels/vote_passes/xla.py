@@ -21,6 +21,7 @@ from capsjax.kernels.vote_passes.linear import OFF, reachable
 from capsjax.kernels.vote_passes.passes import (
     Device,
     Inputs,
+    MaybeArray,
     Moments,
     Spec,
     State,
@@ -34,11 +35,11 @@ from capsjax.kernels.vote_passes.passes import (
 class Tile(NamedTuple):
     """The inputs of one tile; or what of them is cut alike; or their gradients."""
 
-    poses: Array | None = None  # [n, P, R, m]
-    weights: Array | None = None  # [n, P, J·C], or [P, J·C] if the children share them
-    gates: Array | None = None  # [n, 1, m], or [n, 1, 1] if examples have the same
-    prior: Array | None = None  # [n, J, 1], or [n, J, m] if examples have their own
-    coordinates: Array | None = None  # [n, 1, D, 1]
+    poses: MaybeArray = None  # [n, P, R, m]
+    weights: MaybeArray = None  # [n, P, J·C], or [P, J·C] if the children share them
+    gates: MaybeArray = None  # [n, 1, m], or [n, 1, 1] if examples have the same
+    prior: MaybeArray = None  # [n, J, 1], or [n, J, m] if examples have their own
+    coordinates: MaybeArray = None  # [n, 1, D, 1]
 
 
 class Tiles(NamedTuple):
@@ -54,14 +55,14 @@ class Factors(NamedTuple):
     """What one iteration multiplies votes and states by; None where nobody asks for it."""
 
     couplings: Array  # [n, J, m]
-    d_gates: Array | None  # [n, 1, m]
-    d_logits: Array | None  # [n, J, m]
+    d_gates: MaybeArray  # [n, 1, m]
+    d_logits: MaybeArray  # [n, J, m]
 
 
 def config_for(spec: Spec, inputs: Inputs, others: object, *, device: Device) -> XlaConfig:
     """Returns the tile sizes for the shapes."""
     del others
-    return xla_config_for(case_of(spec, inputs), devices=device.count)
+    return xla_config_for(case_of(spec, inputs), devices=device.num_devices)
 
 
 def moments(spec: Spec, inputs: Inputs, state: State, *, config: XlaConfig) -> Moments:
@@ -104,7 +105,10 @@ def chain(spec: Spec, inputs: Inputs, term: Term, *, config: XlaConfig) -> State
     def step(carry: State, tile: Tile, term: Term) -> tuple[State, None]:
         votes = _votes(spec, tile)
         d_logits = _factors(spec, tile, votes, term).d_logits
-        k = b = z = q = None
+        k: MaybeArray = None
+        b: MaybeArray = None
+        z: MaybeArray = None
+        q: MaybeArray = None
         if wanted.k is not None:
             k = _fold(d_logits, 0)
         if wanted.b is not None:
@@ -248,7 +252,7 @@ def _through_product(tile: Tile, d_votes: Array) -> tuple[Array, Array]:
 def _couplings(spec: Spec, tile: Tile, votes: Array, state: State) -> Array:
     """Returns the couplings `[n, J, m]`, before gates."""
     shape = votes.shape[0], votes.shape[1], votes.shape[3]
-    if tile.prior is None and state == State():
+    if tile.prior is None and state.is_empty:
         return jnp.full(shape, 1 / (spec.num_parents + spec.leaky), votes.dtype)
     logits = jnp.zeros(shape, votes.dtype)
     if tile.prior is not None:
@@ -468,7 +472,8 @@ def _join_inputs(inputs: Inputs, found: Tile) -> Inputs:
     if inputs.gates is not None:
         gates = of_both(found.gates)[..., 0]
         reachable = _reachable(inputs)
-        gates = gates if reachable is None else jnp.where(reachable, gates, 0)
+        if reachable is not None:
+            gates = jnp.where(jnp.broadcast_to(reachable, gates.shape), gates, 0)
     gradients = Inputs(
         of_both(found.poses).swapaxes(2, 3),
         weights.reshape(inputs.weights.shape),
@@ -532,6 +537,7 @@ def _gates(inputs: Inputs) -> Array | None:
     if reachable is None or inputs.gates is None:
         gates = reachable if inputs.gates is None else inputs.gates
         return None if gates is None else gates.astype(dtype)
+    reachable = jnp.broadcast_to(reachable, inputs.gates.shape)
     return jnp.where(reachable, inputs.gates.astype(dtype), 0)
 
 
