@@ -26,7 +26,8 @@ class Kept:
           facts: All that the counts depend on, as JSON has it.
 
         Raises:
-          InputError: The file holds counts of other facts, is damaged, or cannot be read or written.
+          InputError: The file holds counts of other facts, is damaged, or cannot be read or
+            written.
         """
         self._path, self._facts = pathlib.Path(path), facts
         found = _read(self._path)

@@ -122,7 +122,7 @@ def delete(path, position):
 )
 def test_damage_is_named_and_the_good_one_before_is_used(workdir, caplog, damage, seed):
     files = sorted(p for p in (workdir / "checkpoints/2").rglob("*") if p.is_file())
-    damage(damaged := files[seed % len(files)], random.Random(seed).random())
+    damage(files[seed % len(files)], random.Random(seed).random())
     step, state = restore(workdir)
     assert step == 1
     assert_same(state, make_state(1))

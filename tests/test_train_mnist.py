@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import in_process
@@ -331,35 +332,44 @@ def test_max_steps_ends_a_run_that_can_go_on(train, finished):
 class Recorder:
     """Copies a folder before each change to it: what a kill at any moment would leave there.
 
-    tensorstore writes on its own: of what it does only the start and the end are seen.
+    A folder that Orbax has not renamed yet is copied empty: tensorstore's threads write there
+    meanwhile, and nobody reads it after a kill.
     """
 
     CHANGES = ("fsync", "link", "mkdir", "rename", "replace", "rmdir", "unlink")
 
     def __init__(self, folder, copies, monkeypatch):
         self.folder, self.copies, self.seen = folder, copies, {}
-        self.is_copying = False
+        self.lock, self.is_copying = threading.RLock(), False
         for name in self.CHANGES:
             monkeypatch.setattr(os, name, self.recorded(getattr(os, name)))
 
     def recorded(self, change):
         def changed(*arguments, **options):
-            if not self.is_copying and self.folder.exists():
-                self.is_copying = True
-                paths = sorted(self.folder.rglob("*"))
-                state = tuple((path, path.stat().st_size) for path in paths)
-                if state not in self.seen:
-                    copy = self.copies / str(len(self.seen))
-                    shutil.copytree(self.folder, copy, copy_function=self.link)
-                    self.seen[state] = copy
-                self.is_copying = False
-            return change(*arguments, **options)
+            with self.lock:
+                if not self.is_copying and self.folder.exists():
+                    self.is_copying = True
+                    self.copy()
+                    self.is_copying = False
+                return change(*arguments, **options)
 
         return changed
 
-    def link(self, source, copy):
-        """Only metrics are ever added to in place; other files are replaced."""
-        (shutil.copy if source.endswith("metrics.jsonl") else os.link)(source, copy)
+    def copy(self):
+        copy, state = self.copies / str(len(self.seen)), []
+
+        def ignore(folder, names):
+            state.append((folder, sorted(names)))
+            return names if ".orbax-checkpoint-tmp" in folder else []
+
+        def link(source, target):
+            state.append((source, os.stat(source).st_size))
+            # Only metrics are ever added to in place; other files are replaced.
+            (shutil.copy if source.endswith("metrics.jsonl") else os.link)(source, target)
+
+        shutil.copytree(self.folder, copy, ignore=ignore, copy_function=link)
+        if self.seen.setdefault(repr(state), copy) is not copy:
+            shutil.rmtree(copy)
 
 
 def test_no_moment_of_a_kill_is_refused_or_costs_a_checkpoint(
