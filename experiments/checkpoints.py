@@ -1,5 +1,6 @@
 """The checkpoints of a run."""
 
+import functools
 import hashlib
 import json
 import pathlib
@@ -16,7 +17,8 @@ from jax.experimental import multihost_utils
 from experiments import files, processes, records
 from experiments.errors import InputError
 
-_RECORD = "record.json"
+_RECORD, _LAST = "record.json", "last_checkpoint.json"
+_NONE_YET = -1  # in _LAST, until the first checkpoint is complete
 
 
 class Checkpoints:
@@ -25,8 +27,12 @@ class Checkpoints:
     Orbax does not notice a flipped bit among the values, and other damage makes it raise anything
     from KeyError to AttributeError after a page of complaints. So each checkpoint gets a
     record.json, written last: a SHA-256 for each of its files, checked before Orbax opens them,
-    and dtype, shape and CRC-32 of every leaf, checked afterwards. A checkpoint without one is a
-    save that did not finish.
+    and dtype, shape and CRC-32 of every leaf, checked afterwards.
+
+    A checkpoint without a record.json is a save that did not finish, or one whose record was lost.
+    last_checkpoint.json in the workdir tells them apart: it holds the step of the last complete
+    checkpoint, and is written after that checkpoint's record. What was complete once is never
+    removed to start again.
 
     Of many processes each writes and reads its part of every array, on a disk that they share, and
     all must call the same functions.
@@ -79,6 +85,7 @@ class Checkpoints:
             raise InputError(
                 f"checkpoint {folder} cannot be written: {reason}; those before it are intact"
             ) from error
+        processes.on_lead(lambda: _write_last(self._workdir, step))
 
     def restore(self, template: Any) -> tuple[int, Any] | None:
         """Reads the newest good checkpoint, with a warning for each newer one that is damaged.
@@ -87,10 +94,10 @@ class Checkpoints:
           template: a state with the structure, dtypes, shapes and shardings to restore.
 
         Returns:
-          Its step and state, or None when there is no checkpoint.
+          Its step and state, or None when no checkpoint was completed yet.
 
         Raises:
-          InputError: all are damaged, or one was written by another program or run.
+          InputError: all are damaged or lost, or one was written by another program or run.
         """
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
@@ -99,7 +106,8 @@ class Checkpoints:
             except _DamagedError as error:
                 damaged[step] = str(error)
                 continue
-            for bad, reason in damaged.items() if processes.is_lead() else ():
+            damaged |= processes.on_lead(functools.partial(self._lost_since, step)) or {}
+            for bad, reason in sorted(damaged.items()) if processes.is_lead() else ():
                 logging.warning(
                     "checkpoint %s is damaged (%s): going on from step %d",
                     *(self._folder / str(bad), reason, step),
@@ -112,6 +120,7 @@ class Checkpoints:
                 f"every checkpoint in {self._folder} is damaged: {listed}; to start again, remove "
                 f"{self._workdir} or use another --workdir"
             )
+        processes.on_lead(lambda: check_not_lost(self._workdir))
         return None
 
     def close(self) -> None:
@@ -166,19 +175,40 @@ class Checkpoints:
         with files.writing(self._folder):
             return ocp.CheckpointManager(self._folder, options=options)
 
+    def _lost_since(self, step: int) -> dict[int, str]:
+        """Checkpoints after `step` that were complete, and are no more: why, by step."""
+        last = _read_last(self._workdir)
+        if last is None or last <= step:
+            return {}
+        found = {
+            other: f"it has no {_RECORD}"
+            for other in _unsealed_steps(self._workdir)
+            if step < other <= last
+        }
+        gone = {} if (self._folder / str(last)).exists() else {last: "its folder is missing"}
+        return gone | found
+
     def _clear(self) -> None:
         with files.writing(self._folder):
-            for entry in self._folder.iterdir():
-                if entry.name.isdecimal() and not (entry / _RECORD).exists():
-                    logging.warning(
-                        "checkpoint %s has no %s: removed as unfinished", entry, _RECORD
-                    )
-                    shutil.rmtree(entry)
-            for step in self._damaged:
-                target = self._folder / f"damaged_{step}"
-                if target.exists():
-                    shutil.rmtree(target)
-                (self._folder / str(step)).rename(target)
+            begin_training(self._workdir)
+            steps, last = self.steps(), _read_last(self._workdir)
+            damaged = set(self._damaged)
+            for step in _unsealed_steps(self._workdir):
+                # One before all others is what Orbax, too, was removing.
+                if steps and last is not None and steps[0] < step <= last:
+                    damaged.add(step)
+                    continue
+                entry = self._folder / str(step)
+                logging.warning("checkpoint %s has no %s: removed as unfinished", entry, _RECORD)
+                shutil.rmtree(entry)
+            for step in damaged:
+                source, target = self._folder / str(step), self._folder / f"damaged_{step}"
+                if source.exists():
+                    if target.exists():
+                        shutil.rmtree(target)
+                    source.rename(target)
+            if damaged:
+                _write_last(self._workdir, self.steps()[-1])
 
     def _check_space(self, folder: pathlib.Path, state: Any) -> None:
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + 2**20
@@ -200,6 +230,69 @@ def saved_steps(workdir: files.StrPath) -> list[int]:
     """The steps of a run that have a checkpoint, oldest first."""
     found = {entry.parent.name for entry in pathlib.Path(workdir).glob(f"checkpoints/*/{_RECORD}")}
     return sorted(int(name) for name in found if name.isdecimal())
+
+
+def begin_training(workdir: files.StrPath) -> None:
+    """Prepares a run's folder for training, before its first row of metrics is written.
+
+    Raises:
+      InputError: its checkpoints are lost, or it cannot be written.
+    """
+    check_not_lost(workdir)
+    newest, last = max(saved_steps(workdir), default=_NONE_YET), _read_last(workdir)
+    if last is None or last < newest:  # killed between a checkpoint's record and this file
+        _write_last(workdir, newest)
+
+
+def check_not_lost(workdir: files.StrPath) -> None:
+    """Checks that a run without complete checkpoints never had one.
+
+    A kill before the first one is complete leaves `begin`'s file, rows of metrics and at most one
+    checkpoint folder without a record; all else is a run whose checkpoints were removed or spoilt.
+
+    Raises:
+      InputError: the run had a checkpoint, and there is none.
+    """
+    last = _read_last(workdir)  # before the others, which a process that trains may add to
+    if saved_steps(workdir):
+        return
+    left, rows_end = _unsealed_steps(workdir), records.last_step(workdir)
+    if not (left or rows_end) if last is None else last == _NONE_YET and len(left) < 2:
+        return
+    folder = pathlib.Path(workdir) / "checkpoints"
+    found = f"{', '.join(map(str, left))} without {_RECORD}" if left else "none"
+    raise InputError(
+        f"workdir {workdir} was trained to step {max([last or 0, rows_end, *left])}, but "
+        f"{folder} has no complete checkpoint (found {found}); put them back, or to start again "
+        f"remove {workdir} or use another --workdir"
+    )
+
+
+def _unsealed_steps(workdir: files.StrPath) -> list[int]:
+    """The steps that have a folder without a record."""
+    folders = pathlib.Path(workdir).glob("checkpoints/*/")
+    found = {int(folder.name) for folder in folders if folder.name.isdecimal()}
+    return sorted(found - set(saved_steps(workdir)))
+
+
+def _read_last(workdir: files.StrPath) -> int | None:
+    """The step of the last complete checkpoint; None if the file is absent or damaged."""
+    path = pathlib.Path(workdir) / _LAST
+    try:
+        step = json.loads(path.read_bytes())["step"]
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return step if type(step) is int else None
+
+
+def _write_last(workdir: files.StrPath, step: int) -> None:
+    path = pathlib.Path(workdir) / _LAST
+    with files.writing(path):
+        files.write(path, json.dumps({"step": step}).encode())
 
 
 class _DamagedError(Exception):

@@ -1,4 +1,4 @@
-"""Tells what routing would cost on accelerators that are not there, by their own compilers."""
+"""Compiles routing for GPUs and TPUs ahead of time, and reports its memory and traffic there."""
 
 import concurrent.futures
 import dataclasses
@@ -42,16 +42,15 @@ class Config:
 def main(config: Config) -> int:
     """Compiles every program, and prints a row for each as soon as it is there."""
     asked = programs(config)
-    rows: list[dict[str, Any]] = []
     print(heading())
     with concurrent.futures.ThreadPoolExecutor(config.jobs) as pool:
         for (name, program), measured in zip(
             asked, pool.map(measure, (program for _, program in asked)), strict=True
         ):
-            rows.append(describe(name, program, measured, rows))
-            print(line(rows[-1]), flush=True)
+            row = describe(name, program, measured)
+            print(line(row), flush=True)
             if config.output:
-                records.append_lines(config.output, rows[-1:])
+                records.append_lines(config.output, [row])
     return 0
 
 
@@ -90,11 +89,9 @@ def implementations(target: str) -> list[str]:
     return [name for name in IMPLEMENTATIONS if PLATFORMS.get(name, platform) == platform]
 
 
-def describe(
-    name: str, program: Program, measured: dict[str, Any], before: Iterable[dict[str, Any]]
-) -> dict[str, Any]:
-    """One row; `gain` is the roofline time of stored votes, if `before` has it, over its own."""
-    row = {
+def describe(name: str, program: Program, measured: dict[str, Any]) -> dict[str, Any]:
+    """One row: what was compiled, what was counted in it, and by which version of JAX."""
+    return {
         **dataclasses.asdict(program),
         "case": name,
         "sizes": program.case._asdict(),
@@ -102,12 +99,6 @@ def describe(
         "jax": jax.__version__,
         "date": datetime.date.today().isoformat(),
     }
-    same = ("target", "case", "gradients")
-    for other in before:
-        is_stored = other["implementation"] == STORED_VOTES and "reason" not in other
-        if "reason" not in row and is_stored and all(other[key] == row[key] for key in same):
-            row["gain"] = other["roofline_us"] / row["roofline_us"]
-    return row
 
 
 _COLUMNS = {
@@ -119,9 +110,6 @@ _COLUMNS = {
     "spill B": 8,
     "chip kB": 8,
     "bundles": 8,
-    "roofline µs": 12,
-    "bound": 7,
-    "gain": 6,
 }
 
 
@@ -153,9 +141,6 @@ def line(row: dict[str, Any]) -> str:
         largest("spills"),
         None if memory is None else round(memory / 1000),
         largest("bundles"),
-        f"{row['roofline_us']:.1f}",
-        row["bound"],
-        f"{row['gain']:.1f}" if "gain" in row else None,
     )
     return start + "".join(
         f"{'' if cell is None else cell:>{width}}"

@@ -44,8 +44,6 @@ def measure(program: Program) -> dict[str, Any]:
         (`hlo.traffic`), kernels from their grid and blocks (`kernel_traffic`).
       accessed_mb: on a TPU, what the compiler itself counts: vector memory too, loops once.
       matrix_gflop, vector_gflop: operations (`arithmetic.operations`).
-      roofline_us: the longest of traffic / bandwidth and operations / peak, by the data sheet.
-      bound: which of them: "memory", "matrix" or "vector".
       kernels: what is written by hand, and what XLA made: a list of the fields of
         `dumps.GpuKernel` or `dumps.TpuKernel`, with `pallas` true for the former.
     """
@@ -139,12 +137,6 @@ def _measure_here(program: Program, folder: pathlib.Path) -> dict[str, Any]:
     own = arithmetic.kernels(function, *shapes, platform=platform, device=device)
     moved = traffic.moved + sum(kernel_traffic(target, call, own) for call in traffic.kernels)
     operations = arithmetic.operations(function, *shapes, platform=platform, device=device)
-    times = {
-        "memory": moved / target.bandwidth,
-        "matrix": operations.matrix / target.matrix_peak[program.case.dtype],
-        "vector": operations.vector / target.vector_peak if target.vector_peak else 0.0,
-    }
-    bound = max(times, key=lambda unit: times[unit])
     kernels = (
         dumps.gpu_kernels(folder, target.gpu.capability)
         if target.gpu
@@ -159,8 +151,6 @@ def _measure_here(program: Program, folder: pathlib.Path) -> dict[str, Any]:
         "accessed_mb": None if target.gpu else compiled.cost_analysis()["bytes accessed"] / MB,
         "matrix_gflop": operations.matrix / 1e9,
         "vector_gflop": operations.vector / 1e9,
-        "roofline_us": 1e6 * times[bound],
-        "bound": bound,
         "kernels": [
             {**dataclasses.asdict(kernel), "pallas": kernel.name.split(".")[0] in names}
             for kernel in kernels

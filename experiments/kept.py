@@ -19,22 +19,26 @@ class Kept:
     """Counts by name, each in a file before the next is measured."""
 
     def __init__(self, path: StrPath, facts: dict[str, Any]):
-        """Goes on with the file's counts if they are of the same facts, else replaces the file.
+        """Goes on with the file's counts, which must be of the same facts.
 
         Args:
           path: The file.
           facts: All that the counts depend on, as JSON has it.
 
         Raises:
-          InputError: The file is damaged, or cannot be read or written.
+          InputError: The file holds counts of other facts, is damaged, or cannot be read or
+            written.
         """
         self._path, self._facts = pathlib.Path(path), facts
         found = _read(self._path)
-        is_same = found["facts"] == facts
-        self._counts: dict[str, int] = found["counts"] if is_same else {}
-        if found["counts"]:
-            what = "goes on after" if is_same else "is of other settings or runs and loses"
-            logging.info("%s %s %d measurements", path, what, len(found["counts"]))
+        self._counts: dict[str, int] = found["counts"]
+        if self._counts and found["facts"] != facts:
+            raise InputError(
+                f"{path} holds {len(self._counts)} measurements of other settings or runs; use "
+                "another --output, or remove it to measure anew"
+            )
+        if self._counts:
+            logging.info("%s goes on after %d measurements", path, len(self._counts))
         self._write()
 
     def __call__(self, name: str, measure: Callable[..., int], *args: Any) -> int:

@@ -117,6 +117,7 @@ def is_finished(run: train_mnist.Config, dataset: data.Dataset) -> bool:
     if not last_drawn(run).exists():
         return False
     records.open_workdir(run.workdir, config=run, data_sha256=dataset.sha256)
+    checkpoints.check_not_lost(run.workdir)
     wanted = runs.num_steps(run, dataset.train)
     last = min(wanted, run.max_steps) if run.max_steps else wanted
     return checkpoints.saved_steps(run.workdir)[-1:] == [last]

@@ -164,6 +164,16 @@ def read_metrics(workdir: StrPath) -> list[dict[str, Any]]:
     return rows
 
 
+def last_step(workdir: StrPath) -> int:
+    """The step of the last row of metrics.jsonl; 0 without rows.
+
+    Raises:
+      InputError: a line is damaged.
+    """
+    rows = read_metrics(workdir) if (pathlib.Path(workdir) / _METRICS).exists() else []
+    return rows[-1]["step"] if rows else 0
+
+
 def training_seconds(rows: Sequence[Mapping[str, float]], batch_size: int) -> float:
     """What the steps of a run took, evaluation apart: a row has their speed since the one before.
 

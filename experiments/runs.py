@@ -10,7 +10,7 @@ import jax
 from absl import logging
 
 from experiments import data, parallel, processes, records, signals, training
-from experiments.checkpoints import Checkpoints, saved_steps
+from experiments.checkpoints import Checkpoints, begin_training, saved_steps
 from experiments.cli import flag
 from experiments.display import Display
 from experiments.errors import InputError
@@ -93,7 +93,8 @@ def train(
       The exit status (128 + the signal's number if the run was stopped) and the parameters.
 
     Raises:
-      InputError: The workdir holds another run or cannot be written, or the loss is not finite.
+      InputError: The workdir holds another run, has lost its checkpoints or cannot be written, or
+        the loss is not finite.
     """
     trainer = parallel.spread(trainer, settings, batch_size=settings.batch_size)
     workdir = pathlib.Path(settings.workdir)
@@ -106,6 +107,7 @@ def train(
         def opened() -> None:
             records.open_workdir(workdir, config=settings, data_sha256=data_sha256)
             stack.enter_context(records.exclusive(workdir))
+            begin_training(workdir)
 
         def save(step: int, state: training.State) -> None:
             training.check_finite(state.window)
@@ -128,6 +130,12 @@ def train(
         first_step = step
         if step and processes.is_lead():
             logging.info("going on from step %d of %d in %s", step, last_step, workdir)
+        elif processes.is_lead() and (stopped_at := records.last_step(workdir)):
+            logging.warning(
+                "workdir %s was stopped at step %d or later, before its first checkpoint: training "
+                "starts again at step 0; save sooner with --checkpoint_every_steps",
+                *(workdir, stopped_at),
+            )
         metrics = processes.on_lead(
             lambda: stack.enter_context(
                 records.Metrics(workdir, step=first_step, tensorboard=settings.tensorboard)

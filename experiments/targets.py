@@ -45,15 +45,13 @@ class Gpu:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A device as its data sheet has it: rates for dense matrices, without sparsity."""
+    """A device as its data sheet has it."""
 
     device: str  # as JAX names it
     topology: str  # as JAX names it, without the number of devices
-    source: str  # of the rates
+    source: str  # of memory and bandwidth
     memory: int  # bytes
     bandwidth: float  # of that memory, bytes/s
-    matrix_peak: dict[str, float]  # FLOP/s of matrix products at JAX's default precision, by dtype
-    vector_peak: float | None  # FLOP/s in float32 outside the matrix unit; None: not published
     packages: tuple[str, ...]
     gpu: Gpu | None  # None: a TPU
 
@@ -65,8 +63,6 @@ TARGETS = {
         source="https://www.nvidia.com/en-us/data-center/h100/ (SXM)",
         memory=80 * 10**9,
         bandwidth=3.35e12,
-        matrix_peak={"float32": 494.5e12, "bfloat16": 989.5e12},  # float32 as TF32
-        vector_peak=67e12,
         packages=_GPU_PACKAGES,
         gpu=Gpu(
             capability=(9, 0),
@@ -83,8 +79,6 @@ TARGETS = {
         source="https://www.nvidia.com/en-us/data-center/a100/ (80GB SXM)",
         memory=80 * 10**9,
         bandwidth=2.039e12,
-        matrix_peak={"float32": 156e12, "bfloat16": 312e12},  # float32 as TF32
-        vector_peak=19.5e12,
         packages=_GPU_PACKAGES,
         gpu=Gpu(
             capability=(8, 0),
@@ -101,8 +95,6 @@ TARGETS = {
         source="https://cloud.google.com/tpu/docs/v5e",
         memory=16 * 10**9,
         bandwidth=819e9,
-        matrix_peak={"float32": 197e12, "bfloat16": 197e12},  # float32 rounded to bfloat16
-        vector_peak=None,
         packages=("libtpu",),
         gpu=None,
     ),

@@ -88,16 +88,20 @@ def test_a_tpu_moves_little(target, implementation, gradients, megabytes):
     assert found["moved_mb"] <= megabytes
 
 
+# Of stored votes: a v5e keeps most of them in its vector memory, and out of HBM.
+LESS_TRAFFIC = {"h100": {False: 13, True: 13}, "tpu_v5e": {False: 2.4, True: 8}}
+
+
 @pytest.mark.parametrize("gradients", [False, True])
-@pytest.mark.parametrize(("target", "implementation"), programs(kernels_only=True, only=("h100",)))
-def test_the_roofline_of_kernels_is_an_eighth_of_that_of_stored_votes(
-    target, implementation, gradients
-):
+@pytest.mark.parametrize(
+    ("target", "implementation"), programs(kernels_only=True, only=tuple(LESS_TRAFFIC))
+)
+def test_kernels_move_less_than_stored_votes(target, implementation, gradients):
     own, stored = (
-        row(target, name, "capsnet_mnist", gradients)["roofline_us"]
+        row(target, name, "capsnet_mnist", gradients)["moved_mb"]
         for name in (implementation, compile_report.STORED_VOTES)
     )
-    assert own <= stored / 8
+    assert own * LESS_TRAFFIC[target][gradients] <= stored
 
 
 @pytest.mark.parametrize(
@@ -144,5 +148,5 @@ def test_the_report_needs_no_settings_in_its_environment(target, implementation,
     assert (done.returncode, done.stderr) == (0, "")
     written = [json.loads(line) for line in output.read_text().splitlines()]
     assert [r["gradients"] for r in written] == [False, True]
-    assert all(r["roofline_us"] > 0 for r in written)
+    assert all(r["moved_mb"] > 0 for r in written)
     assert len(done.stdout.splitlines()) == 3

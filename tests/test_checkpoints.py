@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 from runs import open_workdir
 
-from experiments.checkpoints import Checkpoints
+from experiments.checkpoints import Checkpoints, begin_training
 from experiments.errors import InputError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -122,15 +122,12 @@ def delete(path, position):
 )
 def test_damage_is_named_and_the_good_one_before_is_used(workdir, caplog, damage, seed):
     files = sorted(p for p in (workdir / "checkpoints/2").rglob("*") if p.is_file())
-    damage(damaged := files[seed % len(files)], random.Random(seed).random())
+    damage(files[seed % len(files)], random.Random(seed).random())
     step, state = restore(workdir)
     assert step == 1
     assert_same(state, make_state(1))
-    if damage is delete and damaged.name == "record.json":  # a save that did not finish
-        assert caplog.messages == []
-    else:
-        [message] = caplog.messages
-        assert message.startswith(f"checkpoint {workdir / 'checkpoints/2'} is damaged (")
+    [message] = caplog.messages
+    assert message.startswith(f"checkpoint {workdir / 'checkpoints/2'} is damaged (")
 
 
 def test_every_damage_of_the_values_is_noticed(workdir):
@@ -176,6 +173,12 @@ def test_reading_changes_nothing(workdir):
     assert sorted(workdir.rglob("*")) == before
 
 
+def test_a_save_that_did_not_finish_is_none_that_was_lost(workdir, caplog):
+    (workdir / "checkpoints/3").mkdir()
+    assert restore(workdir)[0] == 2
+    assert caplog.messages == []
+
+
 def test_the_first_save_clears_away_what_cannot_be_used(workdir, caplog):
     flip(workdir / "checkpoints/2/default/_METADATA", 0.5)
     (workdir / "checkpoints/3").mkdir()
@@ -212,6 +215,116 @@ def test_when_all_are_damaged_nothing_is_replaced(workdir):
     with pytest.raises(InputError, match=message):
         restore(workdir)
     assert sorted(workdir.rglob("*")) == before
+
+
+def remove_records(workdir):
+    for path in workdir.glob("checkpoints/*/record.json"):
+        path.unlink()
+
+
+def remove_all_but_a_record(workdir):
+    remove_records(workdir)
+    shutil.rmtree(workdir / "checkpoints/1")
+
+
+def remove_folders(workdir):
+    for path in workdir.glob("checkpoints/*"):
+        shutil.rmtree(path)
+
+
+def remove_checkpoints(workdir):
+    shutil.rmtree(workdir / "checkpoints")
+
+
+def remove_records_and_what_was_last(workdir):
+    remove_records(workdir)
+    (workdir / "last_checkpoint.json").unlink()
+
+
+def remove_folders_but_rows(workdir):
+    """As a run of which only settings and metrics were copied."""
+    remove_folders(workdir)
+    (workdir / "last_checkpoint.json").unlink()
+    (workdir / "metrics.jsonl").write_text('{"step": 2}\n')
+
+
+def remove_records_of_a_run_that_had_none(workdir):
+    remove_records(workdir)
+    (workdir / "last_checkpoint.json").write_text('{"step": -1}')
+
+
+@pytest.mark.parametrize(
+    ("lose", "found"),
+    [
+        (remove_records, "1, 2 without record.json"),
+        (remove_all_but_a_record, "2 without record.json"),
+        (remove_folders, "none"),
+        (remove_checkpoints, "none"),
+        (remove_records_and_what_was_last, "1, 2 without record.json"),
+        (remove_folders_but_rows, "none"),
+        (remove_records_of_a_run_that_had_none, "1, 2 without record.json"),
+    ],
+)
+@pytest.mark.parametrize(
+    "use",
+    [
+        restore,
+        begin_training,
+        lambda workdir: Checkpoints(workdir).save(3, make_state(3)),
+    ],
+)
+def test_lost_checkpoints_are_refused_and_nothing_is_replaced(workdir, lose, found, use):
+    lose(workdir)
+    before = sorted(workdir.rglob("*"))
+    message = (
+        f"workdir {workdir} was trained to step 2, but {workdir / 'checkpoints'} has no complete "
+        f"checkpoint (found {found}); put them back, or to start again remove {workdir} or use "
+        "another --workdir"
+    )
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        use(workdir)
+    assert sorted(workdir.rglob("*")) == before
+
+
+def test_a_lost_record_is_named_and_its_checkpoint_set_aside(workdir, caplog):
+    (workdir / "checkpoints/2/record.json").unlink()
+    with Checkpoints(workdir) as checkpoints:
+        assert checkpoints.restore(make_state(0))[0] == 1
+        checkpoints.save(3, make_state(3))
+    assert caplog.messages == [
+        f"checkpoint {workdir / 'checkpoints/2'} is damaged (it has no record.json): going on from "
+        "step 1"
+    ]
+    names = {entry.name for entry in (workdir / "checkpoints").iterdir()}
+    assert names == {"1", "damaged_2", "3"}
+    caplog.clear()
+    assert restore(workdir)[0] == 3
+    assert caplog.messages == []
+
+
+def test_a_lost_folder_is_named(workdir, caplog):
+    shutil.rmtree(workdir / "checkpoints/2")
+    with Checkpoints(workdir) as checkpoints:
+        assert checkpoints.restore(make_state(0))[0] == 1
+        checkpoints.save(2, make_state(2))
+    assert caplog.messages == [
+        f"checkpoint {workdir / 'checkpoints/2'} is damaged (its folder is missing): going on from "
+        "step 1"
+    ]
+    assert restore(workdir)[0] == 2
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[]", b'{"step": "2"}', b'{"step": 1}'])
+def test_a_lost_note_of_the_last_checkpoint_is_written_again(workdir, caplog, content):
+    path = workdir / "last_checkpoint.json"
+    before = path.read_bytes()
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    assert restore(workdir)[0] == 2
+    begin_training(workdir)
+    assert path.read_bytes() == before
+    assert caplog.messages == []
 
 
 def with_kernel(kernel):

@@ -248,6 +248,13 @@ def test_other_data_are_refused(program, workdir, trained, tmp_path):
 def test_a_run_without_a_checkpoint_is_refused(program, workdir):
     shutil.rmtree(workdir / "checkpoints")
     status, _, stderr = program(workdir=workdir)
+    lost = (
+        f"evaluate: workdir {workdir} was trained to step 2, but .* has no complete checkpoint .*"
+    )
+    assert status == 2
+    assert re.fullmatch(f"{lost}\n", stderr)
+    (workdir / "last_checkpoint.json").unlink()
+    status, _, stderr = program(workdir=workdir)
     message = f"evaluate: workdir {workdir} has no checkpoint yet; let it train further\n"
     assert (status, stderr) == (2, message)
 

@@ -204,21 +204,32 @@ def test_a_killed_program_goes_on_to_the_same_results(program, tmp_path, measure
     assert not (tmp_path / "killed/progress.json").exists()
 
 
-def test_other_settings_and_other_networks_are_measured_anew(
+def test_progress_of_other_settings_or_networks_is_refused(
     program, tmp_path, measured, monkeypatch
 ):
     counts, limited = measured
     limited.limit = 9
     assert program(workdirs="canvas")[0] == 137
+    path = tmp_path / "out/progress.json"
+    before = path.read_bytes()
     counts.clear()
-    assert program(workdirs="canvas", seed=1)[0] == 137
-    assert len(counts) == 9
+    refusal = (
+        "evaluate_poses: .*progress.json holds 9 measurements of other settings or runs; use "
+        "another --output, or remove it to measure anew\n"
+    )
+    status, stdout, stderr = program(workdirs="canvas", seed=1)
+    assert (status, stdout) == (2, "")
+    assert re.fullmatch(refusal, stderr)
     run = load("canvas", data_dir="")
     params = jax.tree.map(lambda x: x + 1, run.params)
     monkeypatch.setattr(trained, "load", lambda *_, **__: run._replace(params=params))
-    counts.clear()
     limited.limit = None
-    assert program(workdirs="canvas", seed=1)[0] == 0
+    status, stdout, stderr = program(workdirs="canvas")
+    assert (status, stdout) == (2, "")
+    assert re.fullmatch(refusal, stderr)
+    assert (counts, path.read_bytes()) == ([], before)
+    path.unlink()
+    assert program(workdirs="canvas")[0] == 0
     assert len(counts) == 22
 
 
@@ -244,6 +255,7 @@ def test_damaged_progress_is_one_line(program, tmp_path):
         ({"workdirs": "empty"}, "workdir empty holds no run: it has no config.json"),
         ({"workdirs": "program"}, "workdir program holds a run of another program or version: .*"),
         ({"workdirs": "start"}, "workdir start has no checkpoint yet; let it train further"),
+        ({"workdirs": "lost"}, "workdir lost was trained to step 1, but .* put them back, or .*"),
         ({"affnist_dir": "digits"}, "--affnist_dir needs runs with --canvas=40, got .* 17x17 .*"),
         ({"affnist_dir": "none", "workdirs": "canvas"}, "--affnist_dir=none has none of .*"),
         ({"affnist_dir": "~nosuchuser", "workdirs": "canvas"}, ".*=~nosuchuser has none of .*"),
@@ -269,6 +281,9 @@ def test_what_cannot_be_used_is_one_line(program, folder, flags, message):
         path.write_text(path.read_text().replace('"shift"', '"overlap"'))
         shutil.copytree(folder / "cnn", folder / "start")
         shutil.rmtree(folder / "start/checkpoints")
+        (folder / "start/last_checkpoint.json").unlink()
+        shutil.copytree(folder / "cnn", folder / "lost")
+        shutil.rmtree(folder / "lost/checkpoints")
     status, stdout, stderr = program(**{"workdirs": "cnn"} | flags)
     assert (status, stdout) == (2, "")
     assert re.fullmatch(f"evaluate_poses: {message}\n", stderr)

@@ -31,11 +31,24 @@ def test_what_is_measured_is_on_disk_before_the_next(tmp_path):
 
 
 @pytest.mark.parametrize("facts", [FACTS | {"sizes": [1, 3]}, FACTS | {"more": 0}, {}])
-def test_other_facts_replace_the_file(tmp_path, facts):
+def test_measurements_of_other_facts_are_not_replaced(tmp_path, facts):
     path = tmp_path / "progress.json"
     Kept(path, FACTS)("a", lambda: 7)
-    assert Kept(path, facts)("a", lambda: 8) == 8
-    assert Kept(path, FACTS)("a", lambda: 9) == 9
+    before = path.read_bytes()
+    message = (
+        r"^.*progress\.json holds 1 measurements of other settings or runs; use another --output, "
+        "or remove it to measure anew$"
+    )
+    with pytest.raises(InputError, match=message):
+        Kept(path, facts)
+    assert path.read_bytes() == before
+
+
+def test_other_facts_without_measurements_are_replaced(tmp_path):
+    path = tmp_path / "progress.json"
+    Kept(path, {})
+    assert Kept(path, FACTS)("a", lambda: 8) == 8
+    assert Kept(path, FACTS)("a", never) == 8
 
 
 @pytest.mark.parametrize(

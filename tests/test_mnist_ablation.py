@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import statistics
 
 import in_process
@@ -174,6 +175,21 @@ def test_a_run_with_figures_of_fewer_steps_goes_on(program, tmp_path):
     assert program(variants="1_iteration", seeds=1) == (0, "")
     assert records.read_metrics(workdir)[-1]["step"] == 5
     assert checkpoints.saved_steps(workdir)[-1] == 5
+
+
+def test_a_run_that_lost_its_checkpoints_is_refused_and_keeps_its_figures(program, tmp_path):
+    assert program(variants="1_iteration", seeds=1) == (0, "")
+    workdir = tmp_path / "all/1_iteration/seed_0"
+    shutil.rmtree(workdir / "checkpoints")
+    before = {path: path.read_bytes() for path in (tmp_path / "all").rglob("*") if path.is_file()}
+    for variants in ("1_iteration", "3_iterations"):  # named or not, its row is not left out
+        status, stderr = program(variants=variants, seeds=1, max_steps=0)
+        assert status == 2
+        assert re.fullmatch(
+            "mnist_ablation: workdir all/1_iteration/seed_0 was trained to step 5, but .*\n", stderr
+        )
+        for path, content in before.items():
+            assert path.read_bytes() == content
 
 
 def test_runs_of_one_process_use_its_devices(program, tmp_path, monkeypatch):

@@ -170,6 +170,17 @@ def test_a_stopped_run_goes_on_to_the_same_end_and_draws(program, tmp_path):
     assert figures == {"learning_curves.png", "overlaps.png"}
 
 
+def test_a_run_that_lost_its_checkpoints_is_refused(program, tmp_path):
+    assert program()[0] == 0
+    for path in (tmp_path / "run/checkpoints").glob("*/record.json"):
+        path.unlink()
+    rows = records.read_metrics(tmp_path / "run")
+    status, stderr = program()
+    assert status == 2
+    assert re.fullmatch("train_multimnist: workdir run was trained to step .*\n", stderr)
+    assert records.read_metrics(tmp_path / "run") == rows
+
+
 def test_the_control_trains_too(program, tmp_path):
     assert program(network="pooling_cnn", max_steps=1) == (0, "")
     assert records.read_metrics(tmp_path / "run")[-1]["step"] == 1

@@ -265,6 +265,23 @@ def test_a_workdir_that_is_not_shared_is_refused(flags, tmp_path):
     assert lines == [[line], [line]]
 
 
+def test_lost_checkpoints_are_refused_by_all_processes(flags, tmp_path):
+    shared = {"workdir": tmp_path / "run", "max_steps": 4}
+    subprocess.run(command(flags, **shared), check=True, env=environment())
+    (tmp_path / "run/checkpoints/4/record.json").unlink()
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    shared |= {"coordinator_address": f"localhost:{free_port()}", "num_processes": 2}
+    lines = refused(command(flags, **shared, data_parallel=2, process_id=own) for own in range(2))
+    line = (
+        f"tiny_training: workdir {tmp_path}/run was trained to step 4, but {tmp_path}/run/"
+        "checkpoints has no complete checkpoint (found 4 without record.json); put them back, or "
+        f"to start again remove {tmp_path}/run or use another --workdir"
+    )
+    assert lines == [[line], [line]]
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+    assert (tmp_path / "run/checkpoints/4/default").exists()
+
+
 def test_a_port_in_use_is_refused(flags):
     with socket.socket() as taken:
         taken.bind(("", 0))

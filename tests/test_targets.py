@@ -51,10 +51,7 @@ def test_a_program_is_told_which_device_it_is_for(name):
 
 
 @pytest.mark.parametrize("target", targets.TARGETS.values(), ids=targets.TARGETS)
-def test_rates_are_those_of_one_device(target):
+def test_memory_and_bandwidth_are_those_of_one_device(target):
     assert target.source.startswith("https://")
     assert 1e11 < target.bandwidth < 1e13
     assert target.memory > 1e10
-    for peak in target.matrix_peak.values():
-        # More than one operation a byte, and more than outside the matrix unit.
-        assert peak > max(target.bandwidth, target.vector_peak or 0)

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import in_process
@@ -19,7 +20,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import data, idx, inspection, records, runs, train_mnist
-from experiments.checkpoints import Checkpoints
+from experiments.checkpoints import Checkpoints, begin_training, saved_steps
 from experiments.display import Display
 from experiments.errors import InputError
 
@@ -140,7 +141,9 @@ def contents(folder):
 
 def test_a_run_leaves_what_it_promises(finished, tiny):
     names = {entry.name for entry in finished.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "checkpoints", "figures"}
+    assert names == {
+        *("config.json", "last_checkpoint.json", "metrics.jsonl", "checkpoints", "figures")
+    }
     assert saved(finished)[0] == [24, 28, LAST_STEP]
     found = rows(finished)
     assert [row["step"] for row in found] == sorted({*range(2, 31, 2), *range(5, 31, 5)})
@@ -324,6 +327,131 @@ def test_max_steps_ends_a_run_that_can_go_on(train, finished):
         train(max_steps=9)
     train()
     assert_same_result(workdir, finished)
+
+
+class Recorder:
+    """Copies a folder before each change to it: what a kill at any moment would leave there.
+
+    A folder that Orbax has not renamed yet is copied empty: tensorstore's threads write there
+    meanwhile, and nobody reads it after a kill.
+    """
+
+    CHANGES = ("fsync", "link", "mkdir", "rename", "replace", "rmdir", "unlink")
+
+    def __init__(self, folder, copies, monkeypatch):
+        self.folder, self.copies, self.seen = folder, copies, {}
+        self.lock, self.is_copying = threading.RLock(), False
+        for name in self.CHANGES:
+            monkeypatch.setattr(os, name, self.recorded(getattr(os, name)))
+
+    def recorded(self, change):
+        def changed(*arguments, **options):
+            with self.lock:
+                if not self.is_copying and self.folder.exists():
+                    self.is_copying = True
+                    self.copy()
+                    self.is_copying = False
+                return change(*arguments, **options)
+
+        return changed
+
+    def copy(self):
+        copy, state = self.copies / str(len(self.seen)), []
+
+        def ignore(folder, names):
+            state.append((folder, sorted(names)))
+            return names if ".orbax-checkpoint-tmp" in folder else []
+
+        def link(source, target):
+            state.append((source, os.stat(source).st_size))
+            # Only metrics are ever added to in place; other files are replaced.
+            (shutil.copy if source.endswith("metrics.jsonl") else os.link)(source, target)
+
+        shutil.copytree(self.folder, copy, ignore=ignore, copy_function=link)
+        if self.seen.setdefault(repr(state), copy) is not copy:
+            shutil.rmtree(copy)
+
+
+def test_no_moment_of_a_kill_is_refused_or_costs_a_checkpoint(
+    tiny, train, tmp_path, monkeypatch, caplog
+):
+    often = {"log_every_steps": 1, "checkpoint_every_steps": 2, "max_steps": 8}
+    with monkeypatch.context() as patch:
+        killed = Recorder(tmp_path / "run", tmp_path / "killed", patch)
+        whole = train(**often).rename(tmp_path / "whole")
+    moments = {}
+    for copy in killed.seen.values():
+        steps = [int(path.name) for path in copy.glob("checkpoints/*") if path.name.isdecimal()]
+        moments.setdefault((tuple(saved_steps(copy)), tuple(sorted(steps))), copy)
+    assert moments.keys() >= {
+        *(((), ()), ((), (2,)), ((2,), (2,)), ((2,), (2, 4)), ((2, 4), (2, 4))),
+        *(((2, 4, 6), (2, 4, 6, 8)), ((4, 6), (4, 6, 8)), ((4, 6, 8), (4, 6, 8))),
+    }
+    # And kills of the starts after a kill: one before the first checkpoint, one during a save.
+    copies = list(killed.seen.values())
+    for number, moment in enumerate([((), (2,)), ((4, 6), (4, 6, 8))]):
+        shutil.copytree(moments[moment], tmp_path / "run")
+        with monkeypatch.context() as patch:
+            later = Recorder(tmp_path / "run", tmp_path / f"killed_again_{number}", patch)
+            assert_same_result(train(**often), whole)
+        shutil.rmtree(tmp_path / "run")
+        copies += later.seen.values()
+    template = train_mnist.build(tiny, data.load("mnist", data_dir=tiny.data_dir)).initial_state(0)
+    caplog.clear()
+    restored = set()
+    for copy in filter(records.holds_run, copies):
+        newest = max(saved_steps(copy), default=0)
+        last = copy / "last_checkpoint.json"
+        kind = newest, last.exists() and last.read_text(), len([*copy.glob("checkpoints/*")])
+        if kind not in restored:
+            with Checkpoints(copy) as checkpoints:
+                assert (checkpoints.restore(template) or (0,))[0] == newest
+            restored.add(kind)
+        begin_training(copy)
+    assert caplog.messages == []
+
+
+LOSSES = {
+    "records": lambda workdir: [p.unlink() for p in workdir.glob("checkpoints/*/record.json")],
+    "folders": lambda workdir: [shutil.rmtree(path) for path in workdir.glob("checkpoints/*")],
+    "all": lambda workdir: shutil.rmtree(workdir / "checkpoints"),
+}
+
+
+@pytest.mark.parametrize("what", LOSSES)
+def test_a_run_that_lost_its_checkpoints_is_refused_and_keeps_the_rest(
+    program, finished, tmp_path, what
+):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    LOSSES[what](workdir)
+    (workdir / "checkpoints").mkdir(exist_ok=True)
+    before = contents(workdir)
+    found = "24, 28, 30 without record.json" if what == "records" else "none"
+    line = (
+        "train_mnist: workdir run was trained to step 30, but run/checkpoints has no complete "
+        f"checkpoint (found {found}); put them back, or to start again remove run or use another "
+        "--workdir\n"
+    )
+    for _ in range(2):
+        assert program() == (2, line)
+        assert contents(workdir) == before
+
+
+def test_a_run_stopped_before_its_first_checkpoint_says_so(train, caplog):
+    class Stopped(Display):
+        def update(self, step, row):
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "Display", Stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train(log_every_steps=1)
+    assert caplog.messages == []
+    train(log_every_steps=1, max_steps=2)
+    assert caplog.messages == [
+        "workdir run was stopped at step 1 or later, before its first checkpoint: training starts "
+        "again at step 0; save sooner with --checkpoint_every_steps"
+    ]
 
 
 # Damage
