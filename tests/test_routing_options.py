@@ -137,7 +137,7 @@ def test_options_match_the_oracle(name, implementation):
 @pytest.mark.parametrize("name", [name for name in OPTIONS if OPTIONS[name].gradient == "full"])
 def test_couplings_and_given_votes_match_the_oracle(name):
     options = OPTIONS[name]
-    (poses, weights, prior, bias, cotangent), mask, parent_mask = make(options)
+    (poses, weights, prior, bias, _), mask, parent_mask = make(options)
     settings = {
         "prior": prior,
         "bias": bias,

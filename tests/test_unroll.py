@@ -37,12 +37,10 @@ def toy(poses, weights, temperature, **settings):
 def definition(poses, weights, temperature, *, gradient="full"):
     """The toy with stored votes, apart from the engine."""
     votes = jnp.einsum("bip,ipjd->bijd", poses, weights)
-    couplings = jnp.full(votes.shape[:3], 1 / J, votes.dtype)
-    for iteration in range(T):
-        if iteration:
-            couplings = jax.nn.softmax(
-                temperature * jnp.einsum("bijd,bjd->bij", votes, unit(sums)), axis=2
-            )
+    sums = jnp.zeros((B, J, D), votes.dtype)
+    for _ in range(T):
+        agreement = jnp.einsum("bijd,bjd->bij", votes, unit(sums))
+        couplings = jax.nn.softmax(temperature * agreement, axis=2)
         if gradient == "last":
             couplings = jax.lax.stop_gradient(couplings)
         sums = jnp.einsum("bij,bijd->bjd", couplings, votes)

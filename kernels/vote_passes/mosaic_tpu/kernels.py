@@ -191,8 +191,8 @@ def _input_gradients(
 
         terms: list[tuple[Any, Any]] = []  # a factor, None for uniform couplings, and a state
         d_logits_refs = []
-        for route_total, _ in routes:
-            total: Any = None if route_total is None else next(state_refs)
+        for has_total in [total is not None for total, _ in routes]:
+            total: Any = None if not has_total else next(state_refs)
             d_sums: Any = next(state_refs)
             if total is None and not has_prior:
                 terms.append((None, d_sums))
