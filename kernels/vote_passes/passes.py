@@ -342,7 +342,7 @@ def _device(context: mlir.LoweringRuleContext) -> Device:
     """Returns what JAX knows, while it lowers a program, of the devices that it is for."""
     axes: Any = context.module_context.axis_context
     described = jax.sharding.get_abstract_mesh().abstract_device
-    devices: tuple[Any, ...] = getattr(axes, "device_assignment", None) or ()
+    devices = jax.devices()
     mesh = getattr(axes, "mesh", None)  # of a shard_map
     if mesh is None:
         count = axes.num_devices
@@ -351,9 +351,7 @@ def _device(context: mlir.LoweringRuleContext) -> Device:
         count = math.prod(mesh.shape[name] for name in automatic)
         described = described or mesh.abstract_mesh.abstract_device
         if isinstance(mesh, Mesh):
-            devices = tuple(mesh.devices.flat)
-    if described is None and not devices:
-        devices = tuple(jax.devices())
+            devices = list(mesh.devices.flat)
     return Device(described.device_kind if described else devices[0].device_kind, count)
 
 
