@@ -111,6 +111,9 @@ def _votes(inputs: Inputs) -> Array:
     poses, weights = inputs.poses, inputs.weights
     if weights is None:
         votes = poses.astype(dtype)
+    elif weights.ndim == 4 and poses.shape[2] == 1:
+        # The same product as below, of which XLA keeps one copy of the gradient less.
+        votes = jnp.einsum("bip,ipjc->bijc", poses[:, :, 0], weights, preferred_element_type=dtype)
     else:
         votes = jnp.einsum(_LETTERS[weights.ndim], poses, weights, preferred_element_type=dtype)
         votes = votes.reshape(*poses.shape[:2], -1, poses.shape[2] * weights.shape[-1])

@@ -35,7 +35,7 @@ from capsjax.kernels.vote_passes.passes import (
 class Tile(NamedTuple):
     """The inputs of one tile; or what of them is cut alike; or their gradients."""
 
-    poses: MaybeArray = None  # [n, P, R, m]
+    poses: MaybeArray = None  # [n, P, R·m]
     weights: MaybeArray = None  # [n, P, J·C], or [P, J·C] if the children share them
     gates: MaybeArray = None  # [n, 1, m], or [n, 1, 1] if examples have the same
     prior: MaybeArray = None  # [n, J, 1], or [n, J, m] if examples have their own
@@ -75,7 +75,7 @@ def moments(spec: Spec, inputs: Inputs, state: State, *, config: XlaConfig) -> M
         return Moments(None, uniform_sums(spec, inputs))
 
     def step(carry: Moments, tile: Tile, state: State) -> tuple[Moments, None]:
-        votes = _votes(spec, tile)
+        votes = _votes(spec, inputs, tile)
         weights = _gated(tile, _couplings(spec, tile, votes, state))
         mass = _fold(weights, 0) if needs_mass else None
         first = _fold(weights[:, :, None] * votes, 0)
@@ -103,7 +103,7 @@ def chain(spec: Spec, inputs: Inputs, term: Term, *, config: XlaConfig) -> State
     wanted = term.state
 
     def step(carry: State, tile: Tile, term: Term) -> tuple[State, None]:
-        votes = _votes(spec, tile)
+        votes = _votes(spec, inputs, tile)
         d_logits = _factors(spec, tile, votes, term).d_logits
         k: MaybeArray = None
         b: MaybeArray = None
@@ -147,13 +147,14 @@ def input_gradients(
     stacked = jax.tree.map(lambda *x: jnp.stack(x, 1), *_alike(others)) if others else None
 
     def one_tile(tile: Tile, uniform: Sequence[Term], stacked: Term | None) -> Tile:
-        votes = _votes(spec, tile)
+        votes = _votes(spec, inputs, tile)
         factors = partial(_factors, spec, tile, votes, gates=inputs.gates is not None)
         d_votes = jnp.zeros_like(votes)
         d_gates = jnp.zeros_like(votes[:, :1, 0])
         d_logits = jnp.zeros_like(votes[:, :, 0])
+        equal = jnp.full((1, 1, 1), 1 / (spec.num_parents + spec.leaky), votes.dtype)
         for term in uniform:
-            found = factors(term, constant_couplings=True)
+            found = factors(term, couplings=equal, constant_couplings=True)
             d_votes += _through_moments(spec, tile, votes, term, found.couplings)
             d_gates = d_gates if found.d_gates is None else d_gates + found.d_gates
         if stacked is not None:
@@ -210,7 +211,7 @@ def couplings(spec: Spec, inputs: Inputs, state: State, *, config: XlaConfig) ->
         return reference.couplings(spec, inputs, state)
 
     def step(carry: None, tile: Tile, state: State) -> tuple[None, Array]:
-        return None, _gated(tile, _couplings(spec, tile, _votes(spec, tile), state))
+        return None, _gated(tile, _couplings(spec, tile, _votes(spec, inputs, tile), state))
 
     inputs = inputs._replace(gates=None)
     tiles = _cut(config, spec, inputs)
@@ -224,29 +225,25 @@ def couplings(spec: Spec, inputs: Inputs, state: State, *, config: XlaConfig) ->
 # One tile: votes [n, J, D, m]; mass and k [J, m]; moments and other states [J, D, m].
 
 
-def _votes(spec: Spec, tile: Tile) -> Array:
+def _votes(spec: Spec, inputs: Inputs, tile: Tile) -> Array:
     """Rebuilds the tile's votes."""
-    n, length, _, examples = tile.poses.shape
     letters = "npx,npy->nxy" if tile.weights.ndim == 3 else "px,npy->nxy"
-    poses = tile.poses.reshape(n, length, -1)
-    dtype = accumulation_dtype(poses.dtype)
-    votes = jnp.einsum(letters, tile.weights, poses, preferred_element_type=dtype)
+    dtype = accumulation_dtype(tile.poses.dtype)
+    votes = jnp.einsum(letters, tile.weights, tile.poses, preferred_element_type=dtype)
     # Without the barriers in this file XLA:CPU computes votes and couplings anew in every sum
     # that reads them.
-    votes = lax.optimization_barrier(votes).reshape(n, spec.num_parents, -1, examples)
+    depth = votes_depth(inputs)
+    votes = lax.optimization_barrier(votes).reshape(len(votes), spec.num_parents, depth, -1)
     return votes if tile.coordinates is None else votes + tile.coordinates
 
 
 def _through_product(tile: Tile, d_votes: Array) -> tuple[Array, Array]:
     """Returns the gradients of the tile's poses and weights."""
-    n, length, _, _ = tile.poses.shape
-    d_votes = d_votes.reshape(n, tile.weights.shape[-1], -1)
+    d_votes = d_votes.reshape(len(d_votes), tile.weights.shape[-1], -1)
     own = "n" if tile.weights.ndim == 3 else ""
-    weights = tile.weights.astype(d_votes.dtype)
-    poses = tile.poses.astype(d_votes.dtype).reshape(n, length, -1)
+    weights, poses = (x.astype(d_votes.dtype) for x in (tile.weights, tile.poses))
     d_poses = jnp.einsum(f"{own}px,nxy->npy", weights, d_votes)
-    d_weights = jnp.einsum(f"npy,nxy->{own}px", poses, d_votes)
-    return d_poses.reshape(tile.poses.shape), d_weights
+    return d_poses, jnp.einsum(f"npy,nxy->{own}px", poses, d_votes)
 
 
 def _couplings(spec: Spec, tile: Tile, votes: Array, state: State) -> Array:
@@ -277,11 +274,13 @@ def _factors(
     votes: Array,
     term: Term,
     *,
+    couplings: Array | None = None,
     gates: bool = False,
     constant_couplings: bool = False,
 ) -> Factors:
     """Returns couplings and gradients of one iteration, from a prepared term."""
-    couplings = _couplings(spec, tile, votes, term.state)
+    if couplings is None:
+        couplings = _couplings(spec, tile, votes, term.state)
     if constant_couplings and not gates:
         return Factors(couplings, None, None)
     mass, first, second = term.cotangent
@@ -413,7 +412,8 @@ def _cut(config: XlaConfig, spec: Spec, inputs: Inputs) -> Tiles:
     def by_both(x: Array) -> Array:  # [B, I, …] to [M, N, n, …, m]
         return _cut_examples(config.examples, by_children(x, 1))
 
-    poses = by_both(inputs.poses.swapaxes(2, 3))  # [M, N, n, P, R, m]
+    length, rows = inputs.poses.shape[3], inputs.poses.shape[2]
+    poses = by_both(inputs.poses.swapaxes(2, 3).reshape(-1, children, length * rows))
     prior = inputs.prior
     if prior is not None:
         prior = jnp.maximum(prior.astype(dtype), OFF)
@@ -425,7 +425,7 @@ def _cut(config: XlaConfig, spec: Spec, inputs: Inputs) -> Tiles:
         coordinates = by_children(coordinates.reshape(children, 1, depth, 1))
     return Tiles(
         both=Tile(
-            poses,
+            poses.reshape(*poses.shape[:3], length, -1),
             gates=by_both(gates[..., None]) if gates is not None and gates.ndim == 2 else None,
             prior=by_both(prior) if prior is not None and prior.ndim == 3 else None,
         ),
@@ -461,6 +461,7 @@ def _join_inputs(inputs: Inputs, found: Tile) -> Inputs:
     def of_children(x: Array) -> Array:
         return x.reshape(-1, *x.shape[2:])[:children]
 
+    poses = found.poses.reshape(*found.poses.shape[:4], inputs.poses.shape[2], -1)
     weights, prior, coordinates = found.weights, found.prior, found.coordinates
     if inputs.weights.ndim == 4:
         weights = of_children(weights)
@@ -475,7 +476,7 @@ def _join_inputs(inputs: Inputs, found: Tile) -> Inputs:
         if reachable is not None:
             gates = jnp.where(jnp.broadcast_to(reachable, gates.shape), gates, 0)
     gradients = Inputs(
-        of_both(found.poses).swapaxes(2, 3),
+        of_both(poses).swapaxes(2, 3),
         weights.reshape(inputs.weights.shape),
         gates,
         prior,
