@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tolerances
 
+from capsjax.kernels.vote_passes.config import XlaConfig
 from capsjax.kernels.vote_passes.passes import Implementation, Inputs, Moments, Spec, State
 from capsjax.kernels.vote_passes.unroll import Routing, unroll
 
@@ -47,6 +48,50 @@ def definition(poses, weights, temperature, *, gradient="full"):
     return sums
 
 
+# The second toy: a mixture of Gaussians, whose moments are central and whose children have gates.
+
+
+def mixture_step(t, carry, moments: Moments, temperature):
+    variance = moments.second / moments.mass[..., None] + temperature**2
+    state = State(k=-jnp.log(variance).sum(-1) / 2, z=moments.first, q=1 / variance)
+    return None, state, (moments.first, moments.mass)
+
+
+def gates_of(poses):
+    return jax.nn.sigmoid(poses.sum(-1))
+
+
+def coordinates_of(weights):
+    return 0.1 * weights[:, 0, 0]
+
+
+def mixture(poses, weights, temperature, **settings):
+    spec = Spec(J, logits="gaussian", moments="central", leaky=True)
+    inputs = Inputs(
+        poses[:, :, None], weights, gates_of(poses), coordinates=coordinates_of(weights)
+    )
+    return unroll(Routing(spec, mixture_step, T, **settings), inputs, temperature)[0]
+
+
+def mixture_definition(poses, weights, temperature):
+    """The mixture with stored votes, apart from the engine."""
+    votes = jnp.einsum("bip,ipjd->bijd", poses, weights)
+    votes += coordinates_of(weights)[None, :, None]
+    logits = jnp.zeros(votes.shape[:3], votes.dtype)
+    for _ in range(T):
+        odds = jnp.exp(logits)
+        couplings = odds / (1 + odds.sum(2, keepdims=True)) * gates_of(poses)[..., None]
+        mass = couplings.sum(1)[..., None]
+        mean = jnp.einsum("bij,bijd->bjd", couplings, votes) / mass
+        squares = (votes - mean[:, None]) ** 2
+        variance = jnp.einsum("bij,bijd->bjd", couplings, squares) / mass + temperature**2
+        logits = -(squares / variance[:, None]).sum(-1) / 2 - jnp.log(variance).sum(-1)[:, None] / 2
+    return mean
+
+
+ALGORITHMS = {"toy": (toy, definition), "mixture": (mixture, mixture_definition)}
+
+
 def arguments(dtype="float32"):
     rng = np.random.default_rng(0)
     shapes = (B, I, P), (I, P, J, D), (), (B, J, D)
@@ -62,7 +107,7 @@ def values_and_gradients(function):
     return jax.jit(run)
 
 
-def exact(**settings):
+def exact(definition=definition, **settings):
     with jax.enable_x64(True):
         run = values_and_gradients(lambda *a: definition(*a, **settings))
         return jax.tree.map(np.asarray, run(*(x.astype("float64") for x in arguments())))
@@ -98,12 +143,16 @@ import jax, numpy as np, test_unroll as t
 from jax import P
 from jax.sharding import AxisType
 arrays = [x.astype("float64") for x in t.arguments()]
-wanted = t.exact()
 mesh = jax.make_mesh((2, 2), ("data", "capsules"), axis_types=(AxisType.Auto,) * 2)
-for name, checked in itertools.product(("reference", "xla"), (True, False)):
-    settings = dict(implementation=t.Implementation(name), axis_name="capsules")
+for algorithm, name, checked in itertools.product(
+    t.ALGORITHMS, ("reference", "xla"), (True, False)
+):
+    function, definition = t.ALGORITHMS[algorithm]
+    wanted = t.exact(definition)
+    small = t.XlaConfig(children=2, examples=1) if name == "xla" else None
+    settings = dict(implementation=t.Implementation(name, small), axis_name="capsules")
     split = jax.shard_map(
-        lambda *a: t.toy(*a, **settings),
+        lambda *a: function(*a, **settings),
         mesh=mesh,
         in_specs=(P("data", "capsules"), P("capsules"), P()),
         out_specs=P("data"),
@@ -111,11 +160,11 @@ for name, checked in itertools.product(("reference", "xla"), (True, False)):
     )
     found = t.values_and_gradients(split)(*arrays)
     for a, w in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
-        np.testing.assert_allclose(a, w, atol=1e-12, err_msg=f"{name} {checked}")
+        np.testing.assert_allclose(a, w, atol=1e-12, err_msg=f"{algorithm} {name} {checked}")
 """
 
 
-def test_a_toy_algorithm_runs_on_shards_of_its_children():
+def test_algorithms_run_on_shards_of_their_children():
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
         "JAX_PLATFORMS": "cpu",
@@ -125,6 +174,18 @@ def test_a_toy_algorithm_runs_on_shards_of_its_children():
     command = [sys.executable, "-W", "error", "-c", SHARDS]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["reference", "xla"])
+def test_a_mixture_has_values_and_gradients(name):
+    config = XlaConfig(children=3, examples=2) if name == "xla" else None
+    with jax.enable_x64(True):
+        run = values_and_gradients(
+            lambda *a: mixture(*a, implementation=Implementation(name, config))
+        )
+        actual = run(*(x.astype("float64") for x in arguments()))
+    for a, w in zip(*map(jax.tree.leaves, (actual, exact(mixture_definition))), strict=True):
+        np.testing.assert_allclose(a, w, rtol=1e-10, atol=1e-12)
 
 
 def test_a_state_before_the_first_pass_has_a_gradient():
