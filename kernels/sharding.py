@@ -57,23 +57,15 @@ def reshape_examples(x: Array, shape: tuple[int, ...], *, has_examples: bool = T
     return jnp.reshape(jax.reshard(x, place), shape, out_sharding=place)
 
 
-def over_explicit_examples(
-    function: Callable[..., Any], examples: Any, others: Any, *, like: Array
-) -> Any:
-    """Calls `function(examples, others)`, each device on its own examples under Explicit axes.
-
-    Explicit axes are part of an array's type, so it is known how `like` is sharded along its
-    first axis: the function runs in a `shard_map` over these axes. Everywhere else, including
-    Auto axes, whose sharding only XLA's partitioner knows, this is a plain call.
+def shard_examples(function: Callable[..., Any], examples: Any, others: Any, *, like: Array) -> Any:
+    """Calls `function(examples, others)` in a `shard_map` over the Explicit axes of a batch.
 
     Args:
       function: Returns a tree of arrays with examples along their first axes.
       examples: A tree of arrays with examples along their first axes.
       others: A tree of arrays without examples.
-      like: The array whose first axis says how examples are sharded.
+      like: The array whose type says over which axes its first axis, of examples, is sharded.
     """
-    if not is_explicit(like):
-        return function(examples, others)
     mesh = jax.typeof(like).sharding.mesh
     split, whole = PartitionSpec(jax.typeof(like).sharding.spec[0]), PartitionSpec()
     examples = jax.tree.map(lambda x: jax.reshard(x, NamedSharding(mesh, split)), examples)

@@ -118,7 +118,8 @@ def dynamic_routing(
         _arguments.check_implementation(name, implementation),
         axis_name,
     )
-    return _route(name, routing, checked, bias)
+    bias = _checked_bias(name, bias, checked, axis_name)
+    return _outputs(checked, unroll(routing, checked.inputs, bias))
 
 
 def dynamic_routing_from_votes(
@@ -166,7 +167,8 @@ def dynamic_routing_from_votes(
     checked = _arguments.check_votes(name, votes, prior=prior, mask=mask, parent_mask=parent_mask)
     spec, stored = Spec(checked.num_parents, leaky=leaky), Implementation("reference")
     routing = Routing(spec, _step, num_iterations, gradient, stored, axis_name)
-    return _route(name, routing, checked, bias)
+    bias = _checked_bias(name, bias, checked, axis_name)
+    return _outputs(checked, unroll(routing, checked.inputs, bias))
 
 
 def routing_couplings(
@@ -243,18 +245,14 @@ def _step(
     return total, State(b=total), outputs
 
 
-def _route(
-    function: str, routing: Routing, checked: _arguments.Checked, bias: Array | None
-) -> Array:
+def _outputs(checked: _arguments.Checked, outputs: Array) -> Array:
+    """Returns the outputs in the caller's shape and dtype, 0 for masked parents."""
     inputs, leading, parents = checked
-    bias = _checked_bias(function, bias, checked, routing.axis_name)
-    shape, dtype = (*leading, parents, votes_depth(inputs)), inputs.poses.dtype
-    if 0 in leading:  # empty batch: early return
-        return jnp.zeros(shape, dtype)
-    outputs = unroll(routing, inputs, bias)
     if inputs.parent_mask is not None:
         outputs = jnp.where(inputs.parent_mask[..., None], outputs, 0)
-    return reshape_examples(outputs.astype(dtype), shape, has_examples=bool(leading))
+    shape = *leading, parents, outputs.shape[-1]
+    outputs = outputs.astype(inputs.poses.dtype)
+    return reshape_examples(outputs, shape, has_examples=bool(leading))
 
 
 def _checked_bias(

@@ -189,7 +189,8 @@ class Program:
     structure: Any  # of the trees that the arrays are the leaves of
     mapped: tuple[tuple[int | None, ...], ...]  # axes of each surrounding vmap, innermost first
 
-    def __call__(self, *arrays: Array) -> list[Array]:
+    @partial(jax.jit, static_argnums=0)  # a later iteration's pass is traced and lowered once
+    def votes_pass(self, *arrays: Array) -> list[Array]:
         """Runs the pass."""
         function = getattr(_backend(self.backend), self.name)
 
@@ -200,6 +201,8 @@ class Program:
         for axes in self.mapped:
             run = jax.vmap(run, axes)
         return run(*arrays)
+
+    __call__ = votes_pass
 
 
 def select(
@@ -302,12 +305,6 @@ def _bind(primitive: Primitive, implementation: Implementation | None, *trees: A
     return jax.tree.unflatten(jax.tree.structure(like), results)
 
 
-@partial(jax.jit, static_argnums=0)  # the pass of a later iteration is traced and lowered once
-def votes_pass(program: Program, *arrays: Array) -> list[Array]:
-    """Runs a pass."""
-    return program(*arrays)
-
-
 @partial(jax.jit, static_argnums=(0, 1))
 def _run(primitive: Primitive, params: tuple[tuple[str, Any], ...], *arrays: Array) -> Any:
     return primitive.bind(*arrays, **dict(params))
@@ -333,7 +330,7 @@ def _lower(name: str, platform: str | None, context: Any, *arrays: Any, **params
     # Plain shapes: inside a pass there is no mesh, of which kernels know nothing.
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in context.avals_in]
     program = select(name, platform, _device(context), shapes, **params)
-    jaxpr = jax.make_jaxpr(partial(votes_pass, program))(*shapes)
+    jaxpr = jax.make_jaxpr(program.votes_pass)(*shapes)
     lower = mlir.lower_fun(jaxpr_as_fun(jaxpr))
     return lower(context.replace(avals_in=jaxpr.in_avals, avals_out=jaxpr.out_avals), *arrays)
 

@@ -17,8 +17,9 @@ from jax import Array
 from capsjax.kernels.dtypes import accumulation_dtype
 from capsjax.kernels.sharding import (
     AxisName,
+    is_explicit,
     names_of,
-    over_explicit_examples,
+    shard_examples,
     sum_over,
     vary_over,
     varying_axes,
@@ -58,6 +59,7 @@ class Saved(NamedTuple):
     moments: Moments  # of all devices
 
 
+@partial(jax.jit, static_argnums=0)
 def unroll(
     routing: Routing, inputs: Inputs, params: Any = (), start: tuple[Any, State] = (None, State())
 ) -> Any:
@@ -69,52 +71,32 @@ def unroll(
       params: A tree of arrays that each step gets, the same on all devices of `axis_name`.
       start: The carry and the state before the first pass, `[B, J, …]`.
     """
-    return _compiled(routing, inputs, params, start)
+    if is_explicit(inputs.poses):
+        return _over_explicit_axes(unroll, routing, inputs, params, start)
+    if inputs.poses.shape[0] == 0:  # empty batch: there are no votes to store
+        routing = dataclasses.replace(routing, implementation=Implementation("reference"))
+    if _is_reference(routing):
+        return _forward(routing, reference.store_votes(inputs), params, start)[0]
+    return _unroll(*_varying_alike(*_project(routing, inputs, params, start)))
 
 
+@partial(jax.jit, static_argnums=0)
 def unroll_couplings(
     routing: Routing, inputs: Inputs, params: Any = (), start: tuple[Any, State] = (None, State())
 ) -> list[Array]:
     """Returns the couplings of each pass, before gates, T times `[B, I, J]`."""
-    return _compiled_couplings(routing, inputs, params, start)
-
-
-@partial(jax.jit, static_argnums=0)
-def _compiled(routing: Routing, inputs: Inputs, params: Any, start: Any) -> Any:
-    def route(routing: Routing, inputs: Inputs, params: Any, start: Any) -> Any:
-        if _is_reference(routing):
-            return _forward(routing, reference.store_votes(inputs), params, start)[0]
-        return _unroll(routing, *_varying_alike(routing, inputs, params, start))
-
-    return _on_each_device(route, routing, inputs, params, start)
-
-
-@partial(jax.jit, static_argnums=0)
-def _compiled_couplings(routing: Routing, inputs: Inputs, params: Any, start: Any) -> list[Array]:
-    def route(routing: Routing, inputs: Inputs, params: Any, start: Any) -> list[Array]:
-        found = []
-        carry, state = start
-        for t in range(1, routing.num_iterations + 1):
-            state = vary_over(varying_axes(inputs), state)
-            found.append(passes.couplings(routing.spec, inputs, state))
-            moments = _all_moments(routing, inputs, state)
-            carry, state, _ = routing.step(t, carry, moments, params)
-        return found
-
-    return _on_each_device(route, routing, inputs, params, start)
-
-
-def _on_each_device(
-    route: Callable[..., Any], routing: Routing, inputs: Inputs, params: Any, start: Any
-) -> Any:
-    """Routes; where the examples lie on Explicit axes of a mesh, each device its own."""
-
-    def run(examples: tuple[Inputs, Any], others: tuple[Inputs, Any]) -> Any:
-        inputs = _joined(examples[0], others[0])
-        return route(*_project(routing, inputs, others[1], examples[1]))
-
-    examples, others = _parted(inputs)
-    return over_explicit_examples(run, (examples, start), (others, params), like=inputs.poses)
+    if is_explicit(inputs.poses):
+        return _over_explicit_axes(unroll_couplings, routing, inputs, params, start)
+    if inputs.poses.shape[0] == 0:
+        inputs = reference.store_votes(inputs)
+    routing, inputs, params, (carry, state) = _project(routing, inputs, params, start)
+    found = []
+    for t in range(1, routing.num_iterations + 1):
+        state = vary_over(varying_axes(inputs), state)
+        found.append(passes.couplings(routing.spec, inputs, state))
+        moments = _over_devices(routing, passes.moments(routing.spec, inputs, state))
+        carry, state, _ = routing.step(t, carry, moments, params)
+    return found
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -128,7 +110,14 @@ def _forward(
     carry, state = start
     saved, outputs = [], None
     for t in range(1, routing.num_iterations + 1):
-        moments = _all_moments(routing, inputs, vary_over(varying_axes(inputs), state))
+        own = vary_over(varying_axes(inputs), state)
+        if _is_reference(routing):
+            last = routing.gradient == "last"
+            moments = reference.moments(routing.spec, inputs, own, constant_couplings=last)
+        else:
+            implementation = routing.implementation
+            moments = passes.moments(routing.spec, inputs, own, implementation=implementation)
+        moments = _over_devices(routing, moments)
         saved.append(Saved(carry, state, moments))
         carry, state, outputs = routing.step(t, carry, moments, params)
     return outputs, (inputs, params, saved)
@@ -186,13 +175,8 @@ def _is_reference(routing: Routing) -> bool:
     return routing.implementation is not None and routing.implementation.name == "reference"
 
 
-def _all_moments(routing: Routing, inputs: Inputs, state: State) -> Moments:
-    """Returns the moments over the children of all devices."""
-    if _is_reference(routing):
-        last = routing.gradient == "last"
-        moments = reference.moments(routing.spec, inputs, state, constant_couplings=last)
-    else:
-        moments = passes.moments(routing.spec, inputs, state, implementation=routing.implementation)
+def _over_devices(routing: Routing, moments: Moments) -> Moments:
+    """Merges the moments of the children of each device."""
     axis_name = routing.axis_name
     if axis_name is None or routing.spec.moments == "sums":
         return sum_over(axis_name, moments)
@@ -203,7 +187,9 @@ def _all_moments(routing: Routing, inputs: Inputs, state: State) -> Moments:
     return Moments(mass, mean, sum_over(axis_name, second))
 
 
-def _varying_alike(routing: Routing, inputs: Inputs, params: Any, start: Any) -> Any:
+def _varying_alike(
+    routing: Routing, inputs: Inputs, params: Any, start: Any
+) -> tuple[Routing, Inputs, Any, Any]:
     """Makes arrays vary over a mesh as their gradients will.
 
     How JAX transposes that sums the gradients of what is the same on several devices.
@@ -213,20 +199,23 @@ def _varying_alike(routing: Routing, inputs: Inputs, params: Any, start: Any) ->
     if axes & names:
         axes |= names
     params, start = vary_over(axes - names, (params, start))
-    return vary_over(axes, inputs), params, start
+    return routing, vary_over(axes, inputs), params, start
 
 
-def _parted(inputs: Inputs) -> tuple[Inputs, Inputs]:
-    """Parts the inputs that have examples along their first axis from the others."""
+def _over_explicit_axes(
+    function: Callable[..., Any], routing: Routing, inputs: Inputs, params: Any, start: Any
+) -> Any:
+    """Calls a function of examples on each device of an Explicit mesh for its own examples."""
     flags = has_examples(inputs)
-    examples = (x if flag else None for x, flag in zip(inputs, flags, strict=True))
-    others = (None if flag else x for x, flag in zip(inputs, flags, strict=True))
-    return Inputs(*examples), Inputs(*others)
+    examples = Inputs(*(x if flag else None for x, flag in zip(inputs, flags, strict=True)))
+    others = Inputs(*(None if flag else x for x, flag in zip(inputs, flags, strict=True)))
 
+    def on_one_device(examples: tuple[Inputs, Any], others: tuple[Inputs, Any]) -> Any:
+        pairs = zip(examples[0], others[0], strict=True)
+        inputs = Inputs(*(y if x is None else x for x, y in pairs))
+        return function(routing, inputs, others[1], examples[1])
 
-def _joined(examples: Inputs, others: Inputs) -> Inputs:
-    """The inverse of `_parted`."""
-    return Inputs(*(y if x is None else x for x, y in zip(examples, others, strict=True)))
+    return shard_examples(on_one_device, (examples, start), (others, params), like=inputs.poses)
 
 
 def _zeros(tree: Any) -> Any:
@@ -277,7 +266,7 @@ def _project(
 ) -> tuple[Routing, Inputs, Any, tuple[Any, State]]:
     """Removes weights that children share from the inputs, where that is exact."""
     weights, spec = inputs.weights, routing.spec
-    if weights is None or weights.ndim == 4 or _is_reference(routing):
+    if weights is None or weights.ndim == 4:
         return routing, inputs, params, start
     batch, children, rows, length = inputs.poses.shape
     linear = (spec.logits, spec.moments) == ("linear", "sums") and inputs.coordinates is None
