@@ -448,3 +448,13 @@ def test_mapped_kernels_stay_kernels(platform, axes):
         program = jax.jit(function).trace(*arrays)
         text = program.lower(lowering_platforms=(platform,)).as_text()
     assert KERNEL[platform] in text
+
+
+@pytest.mark.parametrize("platform", KERNEL)
+def test_couplings_come_from_the_plain_form_beside_kernels(platform):
+    poses, weights = shapes_of(CASES["capsnet_mnist"])
+    with lowering_for(platform):
+        program = jax.jit(capsjax.routing_couplings).trace(poses, weights)
+        text = program.lower(lowering_platforms=(platform,)).as_text()
+    assert {"tpu": "tpu_custom_call", "cuda": "routing_sums"}[platform] in text
+    assert LOOP in text

@@ -60,9 +60,10 @@ def dynamic_routing(
         them as constants with `"reference"` alone.
       implementation: None chooses when the program is lowered: the kernels `"triton"` on an
         NVIDIA GPU (sm_80 and newer) and `"mosaic_tpu"` on a TPU, or `"xla"`, plain JAX for any
-        platform, where they do not take the arguments (the table below). None of these stores
-        votes, forward or backward, or has a forward-mode derivative. `"reference"` is the
-        procedure with stored votes, differentiable in every mode.
+        platform, where they do not take the arguments (below). None of these stores votes,
+        forward or backward, or has a forward-mode derivative. `"reference"` is the procedure
+        with stored votes, differentiable in every mode. An `Implementation` of
+        `capsjax.kernels.vote_passes.passes` gives a name and tile sizes.
       axis_name: Inside `jax.shard_map`, the axis of the mesh (or a tuple of axes) over which the
         input capsules are split, with their `weights`, `prior` and `mask`; `bias`,
         `parent_mask` and the result are the same all along it. Each iteration sums

@@ -234,7 +234,10 @@ def select(
     names = (named.name,) if implementation else PREFERENCE.get(platform or "", ("xla",))
     for backend in names:
         try:
-            config = _backend(backend).config_for(spec, *trees, device=device)
+            module = _backend(backend)
+            if not hasattr(module, name):
+                raise Unsupported(f"routing: implementation {backend!r} has no pass for {name}")
+            config = module.config_for(spec, *trees, device=device)
         except Unsupported:
             if backend == names[-1]:
                 raise

@@ -1,6 +1,6 @@
 """Tiles of the TPU kernels: how arrays are cut, and what is computed with one tile.
 
-The letters are those of `pallas_mosaic_tpu`.
+The letters are those of `kernels`.
 """
 
 from collections.abc import Callable, Sequence
