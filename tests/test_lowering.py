@@ -167,8 +167,8 @@ def test_a_kernel_named_elsewhere_is_refused_however_it_is_run(name, platform):
     def function(poses, weights=weights):
         return capsjax.dynamic_routing(poses, weights, implementation=name).sum()
 
-    program = jax.jit(jax.vmap(jax.grad(function))).trace(poses)  # tracing asks nothing yet
     with lowering_for(platform):
+        program = jax.jit(jax.vmap(jax.grad(function))).trace(poses)  # tracing asks nothing yet
         own = program.lower(lowering_platforms=(platform,)).as_text()
         assert KERNEL[platform] in own
     for run in (function, jax.jit(function), jax.grad(function), jax.vmap(function)):
