@@ -8,11 +8,12 @@ from typing import Any
 from capsjax.kernels.vote_passes import passes
 from capsjax.kernels.vote_passes.cases import CASES, Case
 from capsjax.kernels.vote_passes.config import CONFIGS
-from experiments import benchmark_figures, cli, records, torch_routing
+from experiments import cli, files
+from experiments.benchmarks import torch_routing
+from experiments.benchmarks.routing_rows import MODES, TORCH, Way, check_torch, measure, variants
 from experiments.cli import flag
 from experiments.errors import InputError
-from experiments.evaluate import table
-from experiments.routing_rows import MODES, TORCH, Way, check_torch, measure, variants
+from experiments.figures import routing_speed
 
 DTYPES = ("float32", "bfloat16")
 
@@ -51,7 +52,7 @@ def main(config: Config) -> int:
         check_torch(next(iter(problems.values())))
         names.append(TORCH)
     if config.output:
-        records.append_lines(config.output, [])  # fails now, if it must
+        files.append_lines(config.output, [])  # fails now, if it must
     rows: list[dict[str, Any]] = []
     for (name, _), case in problems.items():
         ways = [
@@ -68,7 +69,7 @@ def main(config: Config) -> int:
         new = measure(name, case, ways, repeats=config.repeats)
         print("\n".join(report(name, case, new, sweep=config.sweep)), end="\n\n", flush=True)
         if config.output:
-            records.append_lines(config.output, new)
+            files.append_lines(config.output, new)
         rows += new
     if config.figures:
         draw(rows, config.figures, next(name for name, _ in problems))
@@ -110,7 +111,7 @@ def report(name: str, case: Case, rows: Sequence[dict[str, Any]], *, sweep: bool
     columns = ["median ms", "min", "max", "calls", "compile s", "temporary MB", "peak MB"]
     columns += ["GFLOP/s", "% of roofline", "speedup", "difference"]
     cells = [["", "mode", "dtype", *columns], *map(_cells, measured)]
-    lines += table(cells) if measured else []
+    lines += cli.table(cells) if measured else []
     for row in rows:
         if "reason" in row:
             title = f"{_title(row)}, {row['mode']}, {row['dtype']}"
@@ -139,15 +140,15 @@ def draw(rows: Sequence[dict[str, Any]], folder: str, scaled: str) -> None:
     """Draws what was measured: time over I for one case, and all cases below their roofs."""
     measured = [row for row in rows if "reason" not in row]
     drawn = {
-        benchmark_figures.time_over_capsules: [row for row in rows if row["case"] == scaled],
-        benchmark_figures.roofline: [
+        routing_speed.time_over_capsules: [row for row in rows if row["case"] == scaled],
+        routing_speed.roofline: [
             row for row in measured if row["capsules"] == CASES[row["case"]].capsules
         ],
     }
     for figure, its_rows in drawn.items():
         path = pathlib.Path(folder) / f"{figure.__name__}.png"
         if any(row in measured for row in its_rows):
-            records.save_figure(figure(its_rows), path)
+            files.save_figure(figure(its_rows), path)
         else:
             print(f"{path} is not drawn: none of its rows could be measured")
 

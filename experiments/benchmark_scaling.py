@@ -8,16 +8,31 @@ import concurrent.futures
 import dataclasses
 import datetime
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from capsjax.kernels.vote_passes.cases import CASES
-from experiments import cli, compile_report, records, scaling, scaling_figures, targets
+from capsjax.kernels.vote_passes.cases import CASES, Case
+from experiments import cli, files
+from experiments.benchmarks import scaling
+from experiments.benchmarks.scaling import HOST, Program
 from experiments.cli import flag
+from experiments.compilers import targets
 from experiments.errors import InputError
-from experiments.scaling import HOST, Program
+from experiments.figures.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    RED,
+    STYLE,
+    settle_ticks,
+)
 
 # The network of the paper at a quarter of its batch: 1 to 8 times of it run on two cores.
 HOST_CASE = CASES["capsnet_mnist"]._replace(batch=32)
@@ -25,7 +40,10 @@ HOST_DEVICES = 1, 2, 4, 8
 # The quickstart's network: 6 x 6 positions of 8 types.
 TRAINED = HOST_CASE._replace(batch=64, capsules=288)
 # What a device does not get done alone: the largest case, and a million input capsules.
-LARGE = {"long": CASES["long"], "million": compile_report.scaling_cases()[2**20]}
+LARGE = {
+    "long": CASES["long"],
+    "million": Case(batch=32, capsules=2**20, length=4, parents=10, depth=16),
+}
 DEVICES = {"tpu_v5e": (1, 4, 8, 16), "h100": (1, 2, 4, 8)}
 
 
@@ -48,7 +66,7 @@ def main(config: Config) -> int:
         (kind, program) for name in _targets(config.target) for kind, program in programs(name)
     ]
     if config.output:
-        records.append_lines(config.output, [])  # fails now, if it must
+        files.append_lines(config.output, [])  # fails now, if it must
     rows: list[dict[str, Any]] = []
     print(heading())
     # Runs that are timed have the machine for themselves.
@@ -61,9 +79,9 @@ def main(config: Config) -> int:
                 rows.append(describe(kind, program, found))
                 print(line(rows[-1]), flush=True)
                 if config.output:
-                    records.append_lines(config.output, rows[-1:])
+                    files.append_lines(config.output, rows[-1:])
     if config.figure:
-        records.save_figure(scaling_figures.scaling(rows), config.figure)
+        files.save_figure(draw(rows), config.figure)
     return 0
 
 
@@ -155,6 +173,57 @@ def _targets(text: str) -> list[str]:
         if name != HOST:
             targets.check_installed(name)
     return names
+
+
+# The first is the thickest, so that lines that coincide are seen.
+_LINES = (
+    *((BLUE, 3.2), (RED, 2.4), (GREEN, 1.6), (ORANGE, 0.8)),
+    *((PINK, 2.4), (GREY, 1.6), ("black", 0.8)),
+)
+_PANELS = {
+    "Memory of one device (MB)": lambda row: row["memory_mb"],
+    "Handed over by one device (MB)": lambda row: sum(row["sent_mb"].values()),
+}
+
+
+@STYLE
+def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draws memory and communication against the number of devices, a row of panels a target.
+
+    Args:
+      rows: As `benchmark_scaling.describe` makes them.
+    """
+    names = list(dict.fromkeys(row["target"] for row in rows))
+    figure = Figure((7.2, 2.3 * len(names)))
+    grid = figure.subplots(len(names), len(_PANELS), squeeze=False)
+    for line_of_axes, target in zip(grid, names, strict=True):
+        own = [row for row in rows if row["target"] == target]
+        kinds = list(dict.fromkeys(row["kind"] for row in own))
+        for axes, (title, value) in zip(line_of_axes, _PANELS.items(), strict=True):
+            for kind, (colour, width) in zip(kinds, _LINES, strict=False):
+                points = [
+                    (row["data"] * row["capsules"], value(row))
+                    for row in own
+                    if row["kind"] == kind
+                ]
+                shown = [(x, y) for x, y in points if y > 0]  # one device sends nothing
+                (line,) = axes.loglog(*zip(*shown, strict=True), "o-", color=colour)
+                line.set(linewidth=width, markersize=2 * width)
+                line.set(label=kind, clip_on=False)
+            axes.set_title(f"{title}, {target}")
+            counts = sorted({row["data"] * row["capsules"] for row in own})
+            axes.xaxis.set_major_locator(FixedLocator(counts))
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_minor_locator(NullLocator())
+                axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+            axes.set_xlim(min(counts) / 1.1, 1.1 * max(counts))
+            axes.grid(visible=True)
+        line_of_axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    for axes in grid[-1]:
+        axes.set_xlabel("devices")
+    settle_ticks(figure)
+    return figure
 
 
 if __name__ == "__main__":

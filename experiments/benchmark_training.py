@@ -15,15 +15,18 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from matplotlib import style
+from matplotlib.figure import Figure
 
 from capsjax.models import CapsNet
-from experiments import charts, cli, programs, records, step_parts
+from experiments import cli, files
+from experiments.benchmarks import programs, step_parts
 from experiments.cli import flag
 from experiments.errors import InputError
 
@@ -58,7 +61,13 @@ class Contender:
         """Starts it; `started` says what it reports of its first steps."""
         self.name = name
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "experiments.contender", f"--name={name}", *arguments],
+            [
+                sys.executable,
+                "-m",
+                "experiments.benchmarks.contender",
+                f"--name={name}",
+                *arguments,
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -129,29 +138,32 @@ def main(config: Config) -> int:
     for text in table(lines):
         print(text)
     if config.output:
-        records.append_lines(config.output, lines)
+        files.append_lines(config.output, lines)
     if config.figure:
-        records.save_figure(charts.throughput(lines), config.figure)
+        files.save_figure(throughput(lines), config.figure)
     return 0
 
 
 def table(lines: list[dict[str, Any]]) -> Iterator[str]:
-    """The lines as text, and how many times as much capsjax does."""
-    yield f"{'':16}{'':36}{'median':>12}{'min':>12}{'max':>12}{'images/s':>10}{'capsjax':>9}"
+    """Yields the rows as text, and by what factor capsjax is faster or smaller in each."""
     own = {line["row"]: line["median"] for line in lines if line["program"] == "capsjax"}
+    cells = [["program", "row", "unit", "median", "min", "max", "images/s", "ratio to capsjax"]]
     for line in lines:
         unit = line["unit"]
         scale, shown = (1000, "ms") if unit == "s" else (1, unit)
-        values = "".join(f"{scale * line[k]:9.1f} {shown:2}" for k in ("median", "min", "max"))
-        ratio = line["median"] / own[line["row"]]
         speed = line["images_per_second"]
-        yield (
-            f"{line['program']:16}{line['row']:36}{values}"
-            f"{'' if speed is None else format(speed, '.1f'):>10}{ratio:8.2f}x"
+        cells.append(
+            [
+                *(line["program"], line["row"], shown),
+                *(f"{scale * line[key]:.1f}" for key in ("median", "min", "max")),
+                "" if speed is None else f"{speed:.1f}",
+                f"{line['median'] / own[line['row']]:.2f}",
+            ]
         )
-    product = own["matrix product"]
+    yield from cli.table(cells)
     flop = 2 * step_parts.MATRIX**3
-    yield f"matrix product of {step_parts.MATRIX}: {1e-9 * flop / product:.0f} GFLOP/s"
+    speed = 1e-9 * flop / own["matrix product"]
+    yield f"matrix product of {step_parts.MATRIX}: {speed:.0f} GFLOP/s"
 
 
 def _params(folder: str, config: Config) -> str:
@@ -217,6 +229,39 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+NAMES = {
+    "capsjax": "capsjax",
+    "torch": "PyTorch",
+    "torch_notebook": "PyTorch, notebook form",
+    "plain_jax": "plain JAX",
+}
+_BLUE, _GREY = "#0072B2", "#999999"
+
+
+@style.context(["default", {"font.size": 8, "axes.spines.right": False, "axes.spines.top": False}])
+def throughput(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draws images a second of training and of inference, a bar a program, from least to most.
+
+    Args:
+      rows: The lines of `benchmark_training`; those of other rows are left out.
+    """
+    figure = Figure((7.2, 1.7), layout="constrained")
+    for axes, row in zip(figure.subplots(1, 2), ("training", "inference"), strict=True):
+        shown = sorted(
+            (line for line in rows if line["row"] == row), key=lambda x: x["images_per_second"]
+        )
+        speeds = [line["images_per_second"] for line in shown]
+        bars = axes.barh(
+            [NAMES[line["program"]] for line in shown],
+            speeds,
+            color=[_BLUE if line["program"] == "capsjax" else _GREY for line in shown],
+        )
+        axes.bar_label(bars, [f"{speed:.3g}" for speed in speeds], padding=3)
+        axes.set(title=f"{row}, images/s", xlim=(0, 1.2 * max(speeds)))
+        axes.tick_params(axis="y", length=0)
+    return figure
 
 
 if __name__ == "__main__":

@@ -6,12 +6,17 @@ import logging
 import math
 import operator
 import pathlib
+import re
 import sys
 import textwrap
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import rich.cells
+import rich.console
+import rich.markup
+import rich.table
 from absl import flags
 from absl import logging as absl_logging
 
@@ -19,6 +24,7 @@ from experiments.errors import InputError
 
 T = TypeVar("T", bool, int, float, str)
 
+_NUMBER = re.compile(r"[-+\N{MINUS SIGN}]?[\d.]")
 # Every test takes the bound first.
 _LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "minimum": ("at least", operator.le),
@@ -97,14 +103,14 @@ def run(config_class: type[Any], main: Callable[[Any], int | None]) -> typing.No
       main: the program. None and 0 mean success; it may raise InputError.
     """
     program = pathlib.Path(sys.argv[0]).stem
-    _configure_logging(config_class)
+    _configure_logging(main)
     # A set of flags of its own: no flags of libraries, and nothing global.
     values = flags.FlagValues()
     _define_flags(config_class, values)
     try:
         _parse(values)
         if values["help"].value:
-            print(_help(config_class, program))
+            print(_help(config_class, main, program))
             sys.exit(0)
         names = [field.name for field in dataclasses.fields(config_class)]
         config = config_class(**{name: values[name].value for name in names})
@@ -114,6 +120,29 @@ def run(config_class: type[Any], main: Callable[[Any], int | None]) -> typing.No
         print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     sys.exit(status)
+
+
+def table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Lays out rows of cells in columns, numbers to the right; the first row has the titles.
+
+    Yields:
+      One line a row, however wide, so that a file gets what a terminal shows.
+    """
+    titles, *others = rows
+    grid = rich.table.Table(box=None, pad_edge=False, header_style="")
+    for title, *cells in zip(titles, *others, strict=True):
+        is_text = any(cell and not _NUMBER.match(cell) for cell in cells)
+        grid.add_column(
+            rich.markup.escape(title), justify="left" if is_text else "right", no_wrap=True
+        )
+    for row in others:
+        grid.add_row(*map(rich.markup.escape, row))
+    width = sum(max(map(rich.cells.cell_len, column)) + 2 for column in zip(*rows, strict=True))
+    console = rich.console.Console(width=width, color_system=None, highlight=False)
+    with console.capture() as capture:
+        console.print(grid)
+    for line in capture.get().splitlines():
+        yield line.rstrip()
 
 
 class _Parser(flags.ArgumentParser):
@@ -164,9 +193,9 @@ def _parse(values: flags.FlagValues) -> None:
         raise InputError(f"unexpected argument {positional[0]!r}: settings are --name=value")
 
 
-def _help(config_class: type[Any], program: str) -> str:
+def _help(config_class: type[Any], main: Callable[[Any], int | None], program: str) -> str:
     """The text of --help."""
-    purpose = sys.modules[config_class.__module__].__doc__ or ""
+    purpose = sys.modules[main.__module__].__doc__ or ""
     lines = [purpose.strip(), "", f"usage: {program} [--flagfile=FILE] [--name=value ...]", ""]
     for field in dataclasses.fields(config_class):
         default = field.default
@@ -184,15 +213,15 @@ def _paragraph(text: str) -> str:
     return textwrap.fill(text, 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
-def _configure_logging(config_class: type[Any]) -> None:
+def _configure_logging(main: Callable[[Any], int | None]) -> None:
     """Sends short log lines to stderr: the programs' own, and the warnings of libraries."""
     # absl's handler prints a complaint of its own until the global flags are parsed.
     flags.FLAGS(sys.argv[:1])
-    script = getattr(sys.modules[config_class.__module__], "__file__", __file__)
-    folders = {pathlib.Path(path).resolve().parent for path in (script, __file__)}
+    script = getattr(sys.modules[main.__module__], "__file__", __file__)
+    programs = {pathlib.Path(path).resolve().parent for path in (script, __file__)}
 
     def is_wanted(record: logging.LogRecord) -> bool:
-        if pathlib.Path(record.pathname).resolve().parent in folders:
+        if programs & set(pathlib.Path(record.pathname).resolve().parents):
             return True
         # Orbax logs forty lines a checkpoint, and a page for a failed one; records.py says it in
         # one. asyncio then repeats the page for every array.

@@ -10,9 +10,10 @@ import jax
 
 from capsjax.kernels.vote_passes.cases import CASES, Case
 from capsjax.kernels.vote_passes.passes import IMPLEMENTATIONS, PLATFORMS
-from experiments import cli, records, targets
+from experiments import cli, files
 from experiments.cli import flag
-from experiments.compiling import Program, measure, platform_of
+from experiments.compilers import targets
+from experiments.compilers.compiling import Program, measure, platform_of
 from experiments.errors import InputError
 
 STORED_VOTES = "reference"
@@ -50,7 +51,7 @@ def main(config: Config) -> int:
             row = describe(name, program, measured)
             print(line(row), flush=True)
             if config.output:
-                records.append_lines(config.output, [row])
+                files.append_lines(config.output, [row])
     return 0
 
 

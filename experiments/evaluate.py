@@ -6,8 +6,10 @@ from collections.abc import Iterator
 import numpy as np
 from absl import logging
 
-from experiments import cli, inspection, trained, training
+from experiments import cli
+from experiments.analysis import inspection
 from experiments.cli import flag
+from experiments.training import loop, trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +40,13 @@ def main(config: Config) -> int:
     return 0
 
 
-def summary(evaluation: training.Evaluation, labels: np.ndarray) -> Iterator[str]:
+def summary(evaluation: loop.Evaluation, labels: np.ndarray) -> Iterator[str]:
     """The lines about a test set: confusions, scores as probabilities, accuracies, test error."""
     counts = inspection.confusion(evaluation, labels)
     yield "confusion matrix (a row for each true class, a column for each predicted class)"
     names = [str(k) for k in range(len(counts))]
     cells = [[str(count) if count else "." for count in row] for row in counts]
-    yield from table(
+    yield from cli.table(
         [["", *names], *([name, *row] for name, row in zip(names, cells, strict=True))]
     )
     yield ""
@@ -73,7 +75,7 @@ def calibration(scores: np.ndarray, labels: np.ndarray) -> Iterator[str]:
         cells = (f"{k / 10:.1f}", f"{(k + 1) / 10:.1f}", str(inside.sum()))
         rows.append([*cells, f"{mean:.3f}", f"{share:.3f}"])
     yield "the highest score as a probability: its mean, and the share of images that are right"
-    yield from table(rows)
+    yield from cli.table(rows)
     yield f"expected calibration error {error:.3f}"
 
 
@@ -83,14 +85,7 @@ def classification(paths: list[str], lengths: np.ndarray) -> Iterator[str]:
     for path, row in zip(paths, lengths, strict=True):
         winner = row.argmax()
         rows.append([path, str(winner), f"{row[winner]:.3f}", "|", *(f"{x:.3f}" for x in row)])
-    yield from table(rows)
-
-
-def table(rows: list[list[str]]) -> Iterator[str]:
-    """The rows as lines, with their columns aligned on the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+    yield from cli.table(rows)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,18 @@
 """Writing files so that whatever stops a program leaves the old file or the new one."""
 
 import contextlib
+import io
+import json
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from experiments.errors import InputError
+
+if TYPE_CHECKING:  # importing matplotlib takes a while, and most programs draw nothing
+    from matplotlib.figure import Figure
 
 StrPath = str | os.PathLike[str]
 
@@ -71,3 +77,35 @@ def writing(what: StrPath) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(f"{what} cannot be written: {system_error(error)}") from error
+
+
+def save_figure(figure: "Figure", path: StrPath) -> None:
+    """Writes a figure as a PNG file of 150 dots an inch, in a folder that is made if need be."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    write_bytes(path, buffer.getvalue())
+
+
+def write_json(path: StrPath, value: Any) -> None:
+    """Writes results as JSON, in a folder that is made if need be."""
+    write_bytes(path, f"{json.dumps(value, indent=2, allow_nan=False)}\n".encode())
+
+
+def write_bytes(path: StrPath, content: bytes) -> None:
+    """Writes a whole file, in a folder that is made if need be."""
+    with writing(path):
+        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write(pathlib.Path(path), content)
+
+
+def append_lines(path: StrPath, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Adds rows to a file of JSON lines, in a folder that is made if need be."""
+    with writing(path):
+        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab") as file:
+            file.write(b"".join(json_line(row) for row in rows))
+
+
+def json_line(row: Mapping[str, Any]) -> bytes:
+    """Returns a row as one line of JSON; a value that is not finite is a ValueError."""
+    return json.dumps(dict(row), allow_nan=False).encode() + b"\n"

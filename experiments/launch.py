@@ -4,7 +4,6 @@ python -m experiments.launch --num_processes=4 -- python -m experiments.train_mn
 """
 
 import dataclasses
-import functools
 import signal
 import socket
 import subprocess
@@ -14,9 +13,10 @@ from collections.abc import Callable
 
 from absl import logging
 
-from experiments import cli, signals
+from experiments import cli
 from experiments.cli import flag
 from experiments.errors import InputError
+from experiments.training import signals
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 GRACE_SECONDS = 20  # from the end of the first process to that of the others
@@ -94,4 +94,4 @@ if __name__ == "__main__":
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     given = sys.argv[split + 1 :]
     del sys.argv[split:]
-    cli.run(Config, functools.partial(main, given))
+    cli.run(Config, lambda config: main(given, config))

@@ -1,17 +1,16 @@
-"""Writes `mnist_small`, the data set that comes with the programs, from the files of MNIST.
+"""Writes `mnist_small`, the data set that comes with the programs, from the files of MNIST."""
 
-python -m experiments.make_mnist_small --data_dir=DIR
-"""
-
-import argparse
+import dataclasses
 import hashlib
-import sys
+import io
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from experiments import data, idx
+from experiments import cli, files
+from experiments.cli import flag
+from experiments.data import datasets, idx
 from experiments.errors import InputError
 
 # Of the plain idx files, so that the gzip they came in does not matter.
@@ -21,6 +20,13 @@ MNIST_SHA256 = {
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Where MNIST is."""
+
+    data_dir: str = flag("data/MNIST/raw", "Folder of MNIST's four idx or idx.gz files.")
 
 
 def build(
@@ -61,21 +67,18 @@ def build(
                 )
         arrays[f"{split}_images"] = images[:num_examples, ..., 0]
         arrays[f"{split}_labels"] = labels[:num_examples]
-    np.savez_compressed(output, allow_pickle=False, **arrays)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    files.write_bytes(output, buffer.getvalue())
 
 
-def main() -> None:
-    """Builds the file in its place in the repository and prints its digest."""
-    parser = argparse.ArgumentParser(description="Writes mnist_small from the files of MNIST.")
-    parser.add_argument("--data_dir", type=Path, required=True, help="folder with MNIST's files")
-    arguments = parser.parse_args()
-    try:
-        build(arguments.data_dir, data.MNIST_SMALL)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    print(f"{hashlib.sha256(data.MNIST_SMALL.read_bytes()).hexdigest()}  {data.MNIST_SMALL}")
+def main(config: Config) -> int:
+    """Writes the file to its place in the repository and prints its digest."""
+    build(Path(config.data_dir), datasets.MNIST_SMALL)
+    content = datasets.MNIST_SMALL.read_bytes()
+    print(f"{hashlib.sha256(content).hexdigest()}  {datasets.MNIST_SMALL}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(Config, main)

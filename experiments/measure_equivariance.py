@@ -5,7 +5,7 @@ the last hidden units of a convolutional network, taken as one vector.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,17 @@ import jax
 import numpy as np
 from absl import logging
 from jax import Array
+from scipy import ndimage
 
 from capsjax.models import CapsNet
-from experiments import cli, data, equivariance, pose_figures, records, trained
-from experiments.affine import Pose, warped
+from experiments import cli, files
+from experiments.analysis import equivariance
 from experiments.cli import flag
+from experiments.data import datasets
+from experiments.data.affine import Pose, warped
 from experiments.errors import InputError
-from experiments.evaluate import table
-from experiments.thickness import thickened
+from experiments.figures import poses
+from experiments.training import trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +56,9 @@ def main(config: Config) -> int:
             )
     side = runs[0].test.images.shape[1]
     digits = first_of_each_class(runs[0].dataset.test, config.examples_per_class)
-    digits = digits._replace(images=data.centred(digits.images, side))
+    digits = digits._replace(images=datasets.centred(digits.images, side))
     rows: list[dict[str, Any]] = []
-    curves: dict[str, dict[str, equivariance.Curve]] = {run.config.network: {} for run in runs}
+    curves: dict[str, dict[str, poses.Curve]] = {run.config.network: {} for run in runs}
     readers = [reader(run, digits.labels, batch_size=config.batch_size) for run in runs]
     sweeps = values_of(config)
     for label, values in sweeps.items():
@@ -74,15 +77,15 @@ def main(config: Config) -> int:
             )
             rows.append({"network": name, "transformation": label} | numbers)
     output = Path(config.output)
-    records.write_json(output / "results.json", rows)
-    records.save_figure(pose_figures.equivariance(curves, sweeps), output / "equivariance.png")
+    files.write_json(output / "results.json", rows)
+    files.save_figure(poses.equivariance_curves(curves, sweeps), output / "equivariance.png")
     cells = [[x if isinstance(x, str) else f"{x:.3g}" for x in row.values()] for row in rows]
-    for line in table([list(rows[0]), *cells]):
+    for line in cli.table([list(rows[0]), *cells]):
         print(line)
     return 0
 
 
-def first_of_each_class(split: data.Split, count: int) -> data.Split:
+def first_of_each_class(split: datasets.Split, count: int) -> datasets.Split:
     """So many images of each class.
 
     Raises:
@@ -92,7 +95,7 @@ def first_of_each_class(split: data.Split, count: int) -> data.Split:
     fewest = min(map(len, places))
     if count > fewest:
         raise InputError(f"--examples_per_class must be at most {fewest}, got {count}")
-    return data.Split(*split.take(np.concatenate([place[:count] for place in places])))
+    return datasets.Split(*split.take(np.concatenate([place[:count] for place in places])))
 
 
 def values_of(config: Config) -> dict[str, np.ndarray]:
@@ -142,6 +145,48 @@ def reader(
         return found[np.arange(len(found)), own].reshape(*images.shape[:2], -1).astype(float)
 
     return read
+
+
+_FINER = 4  # times as many pixels a side while distances are measured
+
+
+def thickened(images: np.ndarray, changes: Sequence[float]) -> np.ndarray:
+    """Dilates or erodes strokes by discs of any radius.
+
+    As Castro et al., "Morpho-MNIST", section 3.1, https://arxiv.org/abs/1809.10780, on a finer
+    grid: there, what is brighter than half of the image's brightest pixel is ink. Dilation or
+    erosion of it by a disc is a threshold of the distance to its edge, so radii need not be whole.
+    A change of 0 redraws the image from its edges too, so that all have the same look.
+
+    Args:
+      images: `[N, H, W, C]` in 0 … 1.
+      changes: S changes of the width of a stroke in pixels: two radii of the disc, negative for
+        thinner strokes.
+
+    Returns:
+      float32 `[S, N, H, W, C]` in 0 … 1.
+    """
+    N, H, W, C = images.shape
+    widths = np.asarray(changes, np.float32)
+    result = np.zeros((len(widths), N, H, W, C), np.float32)
+    for n in range(N):
+        for c in range(C):
+            plane = images[n, ..., c]
+            peak = plane.max()
+            fine = ndimage.zoom(plane, _FINER, order=1, mode="grid-constant", grid_mode=True)
+            ink = fine > peak / 2
+            if not ink.any():  # a blank image has no edge
+                continue
+            # An edge runs between pixels: half a pixel from the centres on its two sides.
+            framed = np.pad(ink, 1)
+            outside, inside = (
+                ndimage.distance_transform_edt(part)[1:-1, 1:-1] for part in (~framed, framed)
+            )
+            distance = np.where(ink, 0.5 - inside, outside - 0.5).astype(np.float32)
+            covered = np.clip(_FINER / 2 * widths[:, None, None] - distance + 0.5, 0, 1)
+            blocks = covered.reshape(len(widths), H, _FINER, W, _FINER)
+            result[:, n, ..., c] = peak * blocks.mean((2, 4))
+    return result
 
 
 if __name__ == "__main__":

@@ -2,23 +2,21 @@
 
 import dataclasses
 import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from absl import logging
+from matplotlib.figure import Figure
 
-from experiments import (
-    ablation_figures,
-    ablation_results,
-    checkpoints,
-    cli,
-    data,
-    records,
-    runs,
-    train_mnist,
-)
+from experiments import cli, files
+from experiments.analysis import diagnostics, inspection
 from experiments.cli import flag
+from experiments.data import datasets
 from experiments.errors import InputError
+from experiments.figures.style import BLUE, GREY, RED, STYLE, settle_ticks
+from experiments.training import checkpoints, mnist, records, runs, trained
 
 # With one iteration couplings are uniform: routing switched off, all parameters kept.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -31,7 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(train_mnist.Config):
+class Config(mnist.Config):
     """The settings of train_mnist, from which each variant takes all that it does not name."""
 
     workdir: str = flag("runs/ablation", "Folder of the runs.", affects_result=False)
@@ -59,18 +57,32 @@ def main(config: Config) -> int:
                 if not is_finished(run, dataset):
                     logging.info("%s with seed %d", name, run.seed)
                     last_drawn(run).unlink(missing_ok=True)
-                    if status := train_mnist.train(run, dataset):
+                    if status := train(run, dataset):
                         return status
         else:
             found = finished(config, name, dataset)
         if found:
-            table.append(ablation_results.row(name, found))
-            records.write_json(folder / "results.json", table)
-    figure = ablation_figures.errors_by_variant(table)
-    records.save_figure(figure, folder / "figures/test_errors.png")
-    for row in table:
-        print("  ".join(f"{key} {value}" for key, value in row.items()))
+            table.append(table_row(name, found))
+            files.write_json(folder / "results.json", table)
+    figure = errors_by_variant(table)
+    files.save_figure(figure, folder / "figures/test_errors.png")
+    columns = list(dict.fromkeys(key for row in table for key in row))
+    cells = [[str(row.get(key, "")) for key in columns] for row in table]
+    for line in cli.table([columns, *cells]):
+        print(line)
     return 0
+
+
+def train(run: mnist.Config, dataset: datasets.Dataset) -> int:
+    """Trains one run to its end and draws its figures; returns the exit status."""
+    trainer, test = mnist.build(run, dataset), mnist.test_split(run, dataset)
+    measure = diagnostics.measurement(trainer, dataset.train) if run.diagnostics else None
+    status, params = runs.train(
+        run, trainer, dataset.train, test, data_sha256=dataset.sha256, extra_metrics=measure
+    )
+    if not status:
+        inspection.report(trainer, params, test, run.workdir, batch_size=run.batch_size)
+    return status
 
 
 def check(config: Config, names: list[str]) -> None:
@@ -80,7 +92,7 @@ def check(config: Config, names: list[str]) -> None:
         raise InputError(
             f"--variants must be some of {', '.join(VARIANTS)}, each once, got {config.variants!r}"
         )
-    usual = train_mnist.Config()
+    usual = mnist.Config()
     for name in ("network", "num_iterations"):
         if (value := getattr(config, name)) != getattr(usual, name):
             raise InputError(f"--{name} is what --variants vary: name those, got {value}")
@@ -96,15 +108,15 @@ def check(config: Config, names: list[str]) -> None:
         )
 
 
-def run_config(config: Config, variant: str, seed: int) -> train_mnist.Config:
+def run_config(config: Config, variant: str, seed: int) -> mnist.Config:
     """The Config of one run, in a folder of its own."""
-    fields = [field.name for field in dataclasses.fields(train_mnist.Config)]
-    shared = train_mnist.Config(**{name: getattr(config, name) for name in fields})
+    fields = [field.name for field in dataclasses.fields(mnist.Config)]
+    shared = mnist.Config(**{name: getattr(config, name) for name in fields})
     workdir = str(pathlib.Path(config.workdir) / variant / f"seed_{seed}")
     return dataclasses.replace(shared, **VARIANTS[variant] | {"seed": seed, "workdir": workdir})
 
 
-def finished(config: Config, variant: str, dataset: data.Dataset) -> list[train_mnist.Config]:
+def finished(config: Config, variant: str, dataset: datasets.Dataset) -> list[mnist.Config]:
     """The finished runs of a variant that are in the folder, by seed."""
     folders = pathlib.Path(config.workdir, variant).glob("seed_*")
     seeds = sorted(int(name) for path in folders if (name := path.name[5:]).isdecimal())
@@ -112,7 +124,7 @@ def finished(config: Config, variant: str, dataset: data.Dataset) -> list[train_
     return [run for run in found if is_finished(run, dataset)]
 
 
-def is_finished(run: train_mnist.Config, dataset: data.Dataset) -> bool:
+def is_finished(run: mnist.Config, dataset: datasets.Dataset) -> bool:
     """Whether the folder holds this very run, trained to the end, with its figures."""
     if not last_drawn(run).exists():
         return False
@@ -123,9 +135,75 @@ def is_finished(run: train_mnist.Config, dataset: data.Dataset) -> bool:
     return checkpoints.saved_steps(run.workdir)[-1:] == [last]
 
 
-def last_drawn(run: train_mnist.Config) -> pathlib.Path:
+def last_drawn(run: mnist.Config) -> pathlib.Path:
     """The figure of a run that is drawn after all others."""
     return pathlib.Path(run.workdir) / "figures/learning_curves.png"
+
+
+def table_row(variant: str, found: list[mnist.Config]) -> dict[str, Any]:
+    """A row of the table: the errors of the last epoch, their mean and deviation, and the cost."""
+    errors, seconds = [], []
+    for run in found:
+        rows = records.read_metrics(run.workdir)
+        errors.append(round(rows[-1]["test_error"], 4))
+        seconds.append(records.training_seconds(rows, run.batch_size))
+    cells = {
+        "variant": variant,
+        "test_error": round(statistics.mean(errors), 3),
+        "deviation": round(statistics.stdev(errors), 3) if len(errors) > 1 else None,
+        "test_errors": errors,
+        "epochs": round(rows[-1]["epoch"], 2),
+        "minutes_a_run": round(statistics.mean(seconds) / 60, 1),
+    }
+    if found[0].network == "capsnet" and found[0].num_iterations > 1:
+        # The same trained parameters without routing.
+        uniform = [error_without_routing(run) for run in found]
+        cells["test_error_if_couplings_are_uniform"] = round(statistics.mean(uniform), 3)
+    return cells
+
+
+def error_without_routing(run: mnist.Config) -> float:
+    """The test error in percent of a trained network that routes once, with uniform couplings."""
+    network = trained.load(run.workdir, data_dir=run.data_dir)
+    once = mnist.build(dataclasses.replace(run, num_iterations=1), network.dataset)
+    evaluation = once.evaluate(network.params, network.test, batch_size=run.batch_size)
+    return evaluation.error(network.test.labels)
+
+
+@STYLE
+def errors_by_variant(table: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draws each variant's test errors in percent: a dot a seed, and the mean as a line.
+
+    A diamond is the mean of the same networks when they are tested without routing.
+
+    Args:
+      table: The rows of `table_row`.
+    """
+    figure = Figure((4.6, 1.1 + 0.3 * len(table)))
+    axes = figure.subplots()
+    for y, row in enumerate(table):
+        errors = row["test_errors"]
+        axes.plot(errors, [y] * len(errors), "o", color=BLUE, alpha=0.6, label="a seed")
+        mean = [row["test_error"]] * 2
+        axes.plot(mean, [y - 0.3, y + 0.3], color=BLUE, label="mean of the seeds")
+        if (uniform := row.get("test_error_if_couplings_are_uniform")) is not None:
+            axes.plot(
+                uniform,
+                y,
+                "D",
+                color=RED,
+                fillstyle="none",
+                label="the same, tested without routing",
+            )
+    names = [row["variant"].replace("_", " ") for row in table]
+    axes.set_yticks(range(len(table)), names)
+    axes.set(ylim=(len(table) - 0.5, -0.5), xlabel="Test error (%)")
+    axes.set_xlim(0, 1.05 * axes.dataLim.x1 or 1)  # from 0, with room for the last dot
+    axes.grid(visible=True, axis="x", color=GREY, alpha=0.3)
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # each once
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+    settle_ticks(figure)
+    return figure
 
 
 if __name__ == "__main__":

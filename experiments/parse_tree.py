@@ -11,9 +11,12 @@ from absl import logging
 from matplotlib.figure import Figure
 
 from capsjax.models import CapsNet
-from experiments import cli, evidence, pictures, records, trained, tree_figures
+from experiments import cli, files
+from experiments.analysis import evidence, pictures
 from experiments.cli import flag
 from experiments.errors import InputError
+from experiments.figures import trees
+from experiments.training import trained
 
 PARENTS, FOCUS = 3, 2  # class capsules in the tree; those whose evidence is drawn
 
@@ -37,7 +40,7 @@ def main(config: Config) -> int:
     for name, image in looked_at(config, run).items():
         found, where = evidence.routed(model, image), evidence.fields(model, image.shape)
         table += evidence.rows(name, found, where, parents=FOCUS, children=config.children)
-        records.save_figure(draw_evidence(image, found, where), output / f"{name}_evidence.png")
+        files.save_figure(draw_evidence(image, found, where), output / f"{name}_evidence.png")
         figure = draw_tree(
             image,
             found,
@@ -46,12 +49,12 @@ def main(config: Config) -> int:
             children=config.children,
             drawings=drawings(model, image) if run.config.reconstruction_weight else None,
         )
-        records.save_figure(figure, output / f"{name}_tree.png")
+        files.save_figure(figure, output / f"{name}_tree.png")
         shown = ", ".join(
             f"{k} ({found.lengths[-1, k]:.2f})" for k in evidence.longest(found, PARENTS)
         )
         print(f"{name}: longest capsules {shown}")
-    records.write_json(output / "results.json", table)
+    files.write_json(output / "results.json", table)
     logging.info("figures and results.json are in %s", output)
     return 0
 
@@ -93,10 +96,10 @@ def drawings(model: CapsNet, image: np.ndarray) -> np.ndarray:
     )
 
 
-def draw_evidence(image: np.ndarray, found: evidence.Routing, where: evidence.Fields) -> Figure:
+def draw_evidence(image: np.ndarray, found: evidence.Routing, where: trees.Fields) -> Figure:
     """Where the evidence for the longest capsules lies, iteration by iteration."""
     focus = evidence.longest(found, FOCUS)
-    return tree_figures.evidence(
+    return trees.evidence(
         image,
         np.stack([evidence.by_position(found.evidence[..., parent], where) for parent in focus]),
         where,
@@ -108,7 +111,7 @@ def draw_evidence(image: np.ndarray, found: evidence.Routing, where: evidence.Fi
 def draw_tree(
     image: np.ndarray,
     found: evidence.Routing,
-    where: evidence.Fields,
+    where: trees.Fields,
     *,
     digits: int,
     children: int,
@@ -122,7 +125,7 @@ def draw_tree(
         leading += evidence.leading_children(last[:, parent], where, count, taken=leading).tolist()
     chosen = np.array(leading)
     positions, types = evidence.places(chosen, where, types=len(last) // where.positions)
-    return tree_figures.tree(
+    return trees.tree(
         image,
         found.couplings[-1][np.ix_(chosen, np.array(parents))],
         where,

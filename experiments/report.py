@@ -9,9 +9,10 @@ import pathlib
 
 from absl import logging
 
-from experiments import cli, records, report_page, report_runs
+from experiments import cli, files
 from experiments.cli import flag
 from experiments.errors import InputError
+from experiments.report_page import page, workdirs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Config:
 
 def main(config: Config) -> int:
     """Reads the runs and results, and writes the page."""
-    workdirs = config.workdirs.split(",")
-    if not all(workdirs):
+    named = config.workdirs.split(",")
+    if not all(named):
         raise InputError(
             "--workdirs must be folders of runs or results, separated by commas, "
             f"got {config.workdirs!r}"
@@ -40,9 +41,9 @@ def main(config: Config) -> int:
         raise InputError(f"--output must be a file that ends in .html, got {config.output!r}")
     if not os.path.isdir(output.parent):
         raise InputError(f"--output: {output.parent} is not a folder; make it first")
-    runs, folders = report_runs.read(workdirs)
-    records.write_bytes(output, report_page.page(runs, folders).encode())
-    logging.info("%s shows %s", output, report_page.what(runs))
+    runs, folders = workdirs.read(named)
+    files.write_bytes(output, page.page(runs, folders).encode())
+    logging.info("%s shows %s", output, page.what(runs))
     return 0
 
 

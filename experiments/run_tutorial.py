@@ -13,7 +13,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 
-from experiments import cli, records
+from experiments import cli, files
 from experiments.cli import flag
 from experiments.errors import InputError
 
@@ -33,7 +33,7 @@ def main(config: Config) -> int:
     notebook = read(path)
     if os.path.isdir(output):
         raise InputError(f"--output must be a file, got the folder {output}")
-    records.append_lines(output, [])  # fails now, if it must
+    files.append_lines(output, [])  # fails now, if it must
     # Matplotlib announces it in a cell's stderr when it has to make its cache of fonts first.
     font_manager.findfont("DejaVu Sans")
     started = time.monotonic()
@@ -47,7 +47,7 @@ def main(config: Config) -> int:
     for complaint in complaints(notebook):
         logging.error("%s", complaint)
         failed = True
-    records.write_bytes(output, f"{nbformat.writes(notebook)}\n".encode())
+    files.write_bytes(output, f"{nbformat.writes(notebook)}\n".encode())
     logging.info("%s written after %.0f s", output, time.monotonic() - started)
     return int(failed)
 

@@ -2,29 +2,25 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from capsjax.models import CapsNet
-from experiments import (
-    cli,
-    data,
-    figures,
-    multimnist,
-    networks,
-    objectives,
-    overlap_figures,
-    processes,
-    records,
-    runs,
-    training,
-)
+from experiments import cli, files
 from experiments.cli import flag
-from experiments.transforms import scaled
+from experiments.data import datasets, multimnist
+from experiments.figures import classifier
+from experiments.figures.classifier import draw_tiles
+from experiments.figures.style import BLUE, ORANGE, RED, STYLE
+from experiments.training import loop, networks, objectives, processes, records, runs
+from experiments.training.transforms import scaled
 
 TEST_SEED = 2017  # the test set is the same in every run, whatever --seed
 SHOWN = 8
@@ -47,7 +43,7 @@ class Config(networks.Settings, runs.Settings):
 
 
 def examples(
-    config: Config, dataset: data.Dataset
+    config: Config, dataset: datasets.Dataset
 ) -> tuple[multimnist.OverlaidDigits, multimnist.OverlaidDigits]:
     """The pairs to train on and to test on."""
     return (
@@ -56,7 +52,7 @@ def examples(
     )
 
 
-def build(config: Config, dataset: data.Dataset) -> training.Trainer:
+def build(config: Config, dataset: datasets.Dataset) -> loop.Trainer:
     """The network of a Config for pairs of a data set's digits, ready to train.
 
     Raises:
@@ -72,10 +68,10 @@ def build(config: Config, dataset: data.Dataset) -> training.Trainer:
         if config.network == "capsnet"
         else objectives.OverlaidSigmoids(dataset.num_classes)
     )
-    optimizer = training.adam(
+    optimizer = loop.adam(
         config.learning_rate, final_learning_rate=config.final_learning_rate, num_steps=num_steps
     )
-    return training.Trainer(model, objective, optimizer)
+    return loop.Trainer(model, objective, optimizer)
 
 
 def main(config: Config) -> int:
@@ -94,13 +90,13 @@ def main(config: Config) -> int:
         "test error: %.2f %% of %d images (both digits right), %.2f %% of digits",
         *(last["test_error"], test_pairs.size, last["test_error_per_digit"]),
     )
-    drawn = {"learning_curves": figures.learning_curves(rows)}
+    drawn = {"learning_curves": classifier.learning_curves(rows)}
     model = trainer.model(params)
     if isinstance(model, CapsNet) and config.reconstruction_weight:
         layers, labels = test_pairs.take(np.arange(min(SHOWN, test_pairs.size)))
         drawn["overlaps"] = overlaps(model, scaled(jnp.asarray(layers)), labels)
     for name, figure in drawn.items():
-        records.save_figure(figure, pathlib.Path(config.workdir) / "figures" / f"{name}.png")
+        files.save_figure(figure, pathlib.Path(config.workdir) / "figures" / f"{name}.png")
     return 0
 
 
@@ -110,13 +106,76 @@ def overlaps(model: CapsNet, layers: jax.Array, labels: np.ndarray) -> Figure:
     capsules = model(images)
     lengths, predicted = jax.lax.top_k(jnp.linalg.norm(capsules, axis=-1), 2)
     both = jnp.broadcast_to(capsules[:, None], (*predicted.shape, *capsules.shape[1:]))
-    return overlap_figures.overlaps(
+    return draw_overlaps(
         np.asarray(layers),
         np.asarray(model.reconstruct(both, predicted)),
         labels=labels,
         predicted=np.asarray(predicted),
         lengths=np.asarray(lengths),
     )
+
+
+@STYLE
+def draw_overlaps(
+    layers: np.ndarray,
+    reconstructions: np.ndarray,
+    *,
+    labels: np.ndarray,
+    predicted: np.ndarray,
+    lengths: np.ndarray,
+) -> Figure:
+    """Draws pairs of digits over what two capsules make of them, a column an example.
+
+    The first digit is orange and the second blue. The reconstruction of a capsule has the colour of
+    the digit that it names; where it names neither, it is drawn in grey and the column is framed.
+
+    Args:
+      layers: The digits apart, `[N, 2, H, W, 1]` in 0 … 1.
+      reconstructions: Of the two longest capsules, `[N, 2, H, W, 1]`.
+      labels: The classes of the digits, `[N, 2]`.
+      predicted: The classes of the capsules, `[N, 2]`, the longest first.
+      lengths: The lengths of the capsules, `[N, 2]`.
+    """
+    colours = [to_rgb(ORANGE), to_rgb(BLUE)]
+    grey = (0.6, 0.6, 0.6)
+    originals = _in_colours(layers, [colours] * len(layers))
+    chosen, captions, wrong = [], [], []
+    for column, (true, named, long) in enumerate(zip(labels, predicted, lengths, strict=True)):
+        chosen.append([colours[list(true).index(k)] if k in true else grey for k in named])
+        lines = [f"{k}  {length:.2f}" for k, length in zip(named, long, strict=True)]
+        captions.append("\n".join([f"{true[0]} + {true[1]}", *lines]))
+        if set(true) != set(named):
+            wrong.append(column)
+    drawn = _in_colours(reconstructions, chosen)
+    count, height, width, _ = originals.shape
+    tile = 0.75
+    figure = Figure((max(3, count * tile + 1.1), 2 * tile * height / width + 0.85))
+    axes = figure.subplots()
+    draw_tiles(axes, np.stack([originals, drawn]))
+    axes.set_yticks([0, 1], ["two digits", "reconstructions"])
+    axes.set_xticks(range(count), captions)
+    beside = axes.annotate(
+        "true classes\nlongest capsule\nsecond longest",
+        (0, 0),
+        (-3.5, -3.5),
+        xycoords="axes fraction",
+        textcoords="offset points",
+    )
+    beside.set(ha="right", va="top")
+    for column in wrong:
+        axes.get_xticklabels()[column].set_color(RED)
+        frame = Rectangle((column - 0.5, -0.5), 1, 2, fill=False, edgecolor=RED, clip_on=False)
+        axes.add_patch(frame)
+    if wrong:
+        axes.set_title("Framed: not both digits right")
+    return figure
+
+
+def _in_colours(
+    layers: np.ndarray, colours: Sequence[Sequence[tuple[float, float, float]]]
+) -> np.ndarray:
+    """The layers `[N, 2, H, W, 1]` laid over each other in their colours, `[N, H, W, 3]`."""
+    return np.minimum(np.einsum("nlhwk,nlc->nhwc", layers, np.array(colours)), 1)
 
 
 if __name__ == "__main__":

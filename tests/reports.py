@@ -6,7 +6,7 @@ import json
 import in_process
 from matplotlib.figure import Figure
 
-from experiments import records, report
+from experiments import files, report
 
 HOSTILE = "<script>document.title='x'</script>\"'&lt;"
 ABSENT = "\N{EN DASH}"
@@ -68,7 +68,7 @@ def write_rows(path, rows):
 def write_figure(path, name, *, size=(2, 1), folder="figures"):
     figure = Figure(size)
     figure.text(0.5, 0.5, "Here", ha="center")
-    records.save_figure(figure, path / folder / name)
+    files.save_figure(figure, path / folder / name)
 
 
 def write_experiment(path, *figures, results):

@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from experiments import cli, records
+from experiments import cli
+from experiments.training import records
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from jax.sharding import AxisType, NamedSharding
 
 import capsjax
 from capsjax.kernels.vote_passes.passes import PLATFORMS, Implementation
-from experiments import targets
+from experiments.compilers import targets
 
 KERNELS = {name: Implementation(name, interpret=True) for name in PLATFORMS}
 SIZES = {"batch": 4, "capsules": 8, "length": 2, "parents": 3, "depth": 5}

@@ -5,8 +5,9 @@ import dataclasses
 import jax
 import numpy as np
 
-from experiments import data, idx, records, train_mnist
-from experiments.checkpoints import Checkpoints
+from experiments.data import datasets, idx
+from experiments.training import mnist, records
+from experiments.training.checkpoints import Checkpoints
 
 SIDE = 17  # pixels: the least for a capsule network
 
@@ -14,7 +15,7 @@ SIDE = 17  # pixels: the least for a capsule network
 def write_digits(folder, *, size=60, side=SIDE):
     """The first digits of mnist_small, cut out, as idx files."""
     folder.mkdir(exist_ok=True)
-    whole = data.load("mnist_small")
+    whole = datasets.load("mnist_small")
     edge = (28 - side) // 2
     for split, part in (("train", whole.train), ("test", whole.test)):
         images = part.images[:size, edge : edge + side, edge : edge + side, 0]
@@ -27,10 +28,10 @@ def write_digits(folder, *, size=60, side=SIDE):
 def save_run(path, data_dir, **settings):
     """The folder of a run with a checkpoint of random parameters."""
     small = {"conv_channels": 2, "primary_types": 1, "capsule_length": 3}
-    config = train_mnist.Config(dataset="mnist", data_dir=data_dir, batch_size=8, **small)
+    config = mnist.Config(dataset="mnist", data_dir=data_dir, batch_size=8, **small)
     config = dataclasses.replace(config, **settings)
-    dataset = data.load(config.dataset, data_dir=data_dir)
-    trainer = train_mnist.build(config, dataset)
+    dataset = datasets.load(config.dataset, data_dir=data_dir)
+    trainer = mnist.build(config, dataset)
     workdir = records.open_workdir(path, config=config, data_sha256=dataset.sha256)
     state, rng = trainer.initial_state(0), np.random.default_rng(0)
     # Untrained, a network says the same of every image.

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from experiments.affine import Pose, random_affine, uniform, warped
+from experiments.data.affine import Pose, random_affine, uniform, warped
 
 
 def by_scipy(image, rotation, shift, scale, shear, *, order):

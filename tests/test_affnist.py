@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from scipy import io
 
-from experiments import affnist
-from experiments.affine import Pose, warped
-from experiments.data import Dataset, Split, centred
+from experiments.data import affnist
+from experiments.data.affine import Pose, warped
+from experiments.data.datasets import Dataset, Split, centred
 from experiments.errors import InputError
 
 

@@ -11,8 +11,9 @@ import sharded_programs
 
 from capsjax.kernels.vote_passes.cases import CASES
 from capsjax.kernels.vote_passes.passes import PLATFORMS
-from experiments import compile_report, targets
-from experiments.compiling import Program, measure
+from experiments import compile_report
+from experiments.compilers import targets
+from experiments.compilers.compiling import Program, measure
 from experiments.errors import InputError
 
 pytestmark = pytest.mark.aot

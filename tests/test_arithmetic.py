@@ -13,9 +13,9 @@ from capsjax.kernels.dispatch import Unsupported
 from capsjax.kernels.vote_passes import passes
 from capsjax.kernels.vote_passes.cases import CASES, Case
 from capsjax.kernels.vote_passes.passes import PLATFORMS, Device
-from experiments import arithmetic, targets
-from experiments.arithmetic import Operations
-from experiments.compiling import Program, platform_of, routing
+from experiments.compilers import arithmetic, targets
+from experiments.compilers.arithmetic import Operations
+from experiments.compilers.compiling import Program, platform_of, routing
 
 
 def shape(*sizes, dtype="float32"):

@@ -21,10 +21,12 @@ from capsjax.kernels.vote_passes.cases import CASES, Case
 from capsjax.kernels.vote_passes.config import CONFIGS, XlaConfig
 from capsjax.kernels.vote_passes.passes import Device, Inputs, Spec, State
 from capsjax.routing import _arguments
-from experiments import arithmetic, benchmark_figures, roofline, routing_rows, timing
 from experiments.benchmark_routing import Config, main
+from experiments.benchmarks import roofline, routing_rows, timing
+from experiments.benchmarks.routing_rows import Way
+from experiments.compilers import arithmetic
 from experiments.errors import InputError
-from experiments.routing_rows import Way
+from experiments.figures import routing_speed
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = Case(batch=3, capsules=6, length=4, parents=3, depth=5, num_iterations=2)
@@ -349,15 +351,15 @@ def rows(*names, cases=("tiny",), capsules=(8, 64, 100_000), dtypes=("float32",)
 
 ALL = ("reference", "xla", "mosaic_tpu", "triton", "torch")
 FIGURES = {
-    "time": lambda: benchmark_figures.time_over_capsules(rows(*ALL, reason="too large")),
-    "time, one point": lambda: benchmark_figures.time_over_capsules(rows("xla", capsules=(5,))),
-    "time, dtypes": lambda: benchmark_figures.time_over_capsules(
+    "time": lambda: routing_speed.time_over_capsules(rows(*ALL, reason="too large")),
+    "time, one point": lambda: routing_speed.time_over_capsules(rows("xla", capsules=(5,))),
+    "time, dtypes": lambda: routing_speed.time_over_capsules(
         rows(*ALL, dtypes=("float32", "bfloat16"))
     ),
-    "roofline": lambda: benchmark_figures.roofline(
+    "roofline": lambda: routing_speed.roofline(
         rows(*ALL, cases=[*CASES], capsules=(8,), dtypes=("float32", "bfloat16"))
     ),
-    "roofline, one": lambda: benchmark_figures.roofline(rows("xla", capsules=(5,))),
+    "roofline, one": lambda: routing_speed.roofline(rows("xla", capsules=(5,))),
 }
 
 
@@ -367,7 +369,7 @@ def test_every_text_can_be_read(name):
 
 
 def test_lines_are_the_medians_and_crosses_what_was_not_measured():
-    figure = benchmark_figures.time_over_capsules(rows("reference", "xla", reason="too large"))
+    figure = routing_speed.time_over_capsules(rows("reference", "xla", reason="too large"))
     for axes in figure.axes:
         stored, cross, fused = axes.get_lines()
         np.testing.assert_allclose(stored.get_xydata(), [(8, 0.016), (64, 0.128)])
@@ -376,7 +378,7 @@ def test_lines_are_the_medians_and_crosses_what_was_not_measured():
 
 
 def test_the_roof_bends_where_both_sides_meet():
-    (axes,) = benchmark_figures.roofline(rows("xla", capsules=(8,))).axes
+    (axes,) = routing_speed.roofline(rows("xla", capsules=(8,))).axes
     roof = axes.get_lines()[0].get_xydata()
     np.testing.assert_allclose(roof[:, 1], np.minimum(100, 20 * roof[:, 0]))
     assert roof[0, 1] < 100 == roof[-1, 1]
@@ -384,7 +386,7 @@ def test_the_roof_bends_where_both_sides_meet():
     np.testing.assert_allclose(points, [(7 * 12, 1), (7 * 14, 1)])
 
 
-@pytest.mark.parametrize("draw", [benchmark_figures.time_over_capsules, benchmark_figures.roofline])
+@pytest.mark.parametrize("draw", [routing_speed.time_over_capsules, routing_speed.roofline])
 def test_no_row_is_an_error(draw):
     with pytest.raises(ValueError, match="rows must hold one with a time, got none"):
         draw([])

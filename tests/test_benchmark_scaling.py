@@ -7,7 +7,8 @@ import in_process
 import pytest
 
 from capsjax.kernels.vote_passes.cases import Case
-from experiments import benchmark_scaling, hlo
+from experiments import benchmark_scaling
+from experiments.compilers import hlo
 
 SMALL = Case(batch=4, capsules=16, length=2, parents=3, depth=5)
 STATE = 4 * SMALL.parents * SMALL.depth  # bytes of the sums of one example

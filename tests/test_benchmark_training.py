@@ -12,10 +12,11 @@ from flax import nnx
 from matplotlib.image import imread
 
 from capsjax.models import CapsNet
-from experiments import benchmark_training, charts, plain_capsnet, programs, step_parts
+from experiments import benchmark_training
+from experiments.benchmarks import plain_capsnet, programs, step_parts
 from experiments.errors import InputError
-from experiments.objectives import CapsuleClassification
-from experiments.transforms import scaled
+from experiments.training.objectives import CapsuleClassification
+from experiments.training.transforms import scaled
 
 SMALL = partial(CapsNet, conv_channels=4, primary_types=2, hidden=(8,))
 TOLERANCE = 1e-4
@@ -77,7 +78,7 @@ def test_plain_jax_computes_what_capsjax_does(params, digits, own):
 @pytest.mark.parametrize("form", ["TorchCapsNet", "NotebookCapsNet"])
 def test_both_forms_in_pytorch_compute_what_capsjax_does(form, params, digits, own):
     torch = pytest.importorskip("torch", reason="needs torch (pip install 'capsjax[torch]')")
-    from experiments import torch_capsnet
+    from experiments.benchmarks import torch_capsnet
 
     images, labels = digits
     network = getattr(torch_capsnet, form)(params)
@@ -98,7 +99,7 @@ def test_both_forms_in_pytorch_compute_what_capsjax_does(form, params, digits, o
 @pytest.mark.parametrize("form", ["TorchCapsNet", "NotebookCapsNet"])
 def test_pytorch_trains_and_has_rows(form, params, digits):
     pytest.importorskip("torch", reason="needs torch (pip install 'capsjax[torch]')")
-    from experiments import torch_capsnet
+    from experiments.benchmarks import torch_capsnet
 
     program = torch_capsnet.program(getattr(torch_capsnet, form), params, *digits)
     first = program.train()
@@ -204,7 +205,7 @@ def test_the_chart_shows_each_speed_beside_its_name():
         for row in ("training", "inference", "routing")
         for name, speed in speeds.items()
     ]
-    figure = charts.throughput(rows)
+    figure = benchmark_training.throughput(rows)
     assert [axes.get_title() for axes in figure.axes] == [
         "training, images/s",
         "inference, images/s",

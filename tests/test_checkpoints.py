@@ -19,8 +19,8 @@ import orbax.checkpoint as ocp
 import pytest
 from runs import open_workdir
 
-from experiments.checkpoints import Checkpoints, begin_training
 from experiments.errors import InputError
+from experiments.training.checkpoints import Checkpoints, begin_training
 
 ROOT = pathlib.Path(__file__).parents[1]
 

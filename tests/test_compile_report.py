@@ -5,9 +5,10 @@ import json
 import pytest
 
 from capsjax.kernels.vote_passes.cases import CASES
-from experiments import compile_report, targets
+from experiments import compile_report
 from experiments.compile_report import Config
-from experiments.compiling import Program
+from experiments.compilers import targets
+from experiments.compilers.compiling import Program
 from experiments.errors import InputError
 
 GPU = {

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import data, idx, make_mnist_small
+from experiments import make_mnist_small
+from experiments.data import datasets, idx
 from experiments.errors import InputError
 
 TRAIN_IMAGES, TRAIN_LABELS = idx.STEMS["train"]
@@ -56,7 +57,7 @@ def home(tmp_path, monkeypatch):
 
 
 def test_mnist_small_is_the_head_of_mnist():
-    dataset = data.load("mnist_small")
+    dataset = datasets.load("mnist_small")
     assert (dataset.name, dataset.num_classes) == ("mnist_small", 10)
     assert dataset.train.images.shape == (6_000, 28, 28, 1)
     assert dataset.test.images.shape == (1_000, 28, 28, 1)
@@ -74,9 +75,9 @@ def test_mnist_small_is_the_head_of_mnist():
 
 
 def test_the_readme_of_mnist_small_names_its_digests():
-    readme = (data.MNIST_SMALL.parent / "README.md").read_text()
-    assert hashlib.sha256(data.MNIST_SMALL.read_bytes()).hexdigest() in readme
-    assert data.load("mnist_small").sha256 in readme
+    readme = (datasets.MNIST_SMALL.parent / "README.md").read_text()
+    assert hashlib.sha256(datasets.MNIST_SMALL.read_bytes()).hexdigest() in readme
+    assert datasets.load("mnist_small").sha256 in readme
 
 
 @pytest.mark.parametrize(
@@ -92,8 +93,8 @@ def test_idx_and_gzipped_idx_are_the_same_data(tmp_path, name, subfolder):
     files = fake_files()
     write(tmp_path / "plain" / subfolder, files)
     write(tmp_path / "packed" / subfolder, files, suffix=".gz")
-    plain = data.load(name, data_dir=str(tmp_path / "plain"))
-    packed = data.load(name, data_dir=str(tmp_path / "packed"))
+    plain = datasets.load(name, data_dir=str(tmp_path / "plain"))
+    packed = datasets.load(name, data_dir=str(tmp_path / "packed"))
     assert plain.sha256 == packed.sha256
     for dataset in (plain, packed):
         assert (dataset.name, dataset.num_classes) == (name, 10)
@@ -106,9 +107,9 @@ def test_idx_and_gzipped_idx_are_the_same_data(tmp_path, name, subfolder):
 @pytest.mark.parametrize("stem", [TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS])
 def test_the_digest_sees_every_array(tmp_path, stem):
     files = fake_files()
-    before = data.load("mnist", data_dir=write(tmp_path, files)).sha256
+    before = datasets.load("mnist", data_dir=write(tmp_path, files)).sha256
     files[stem] = files[stem][:-1] + bytes([(files[stem][-1] + 1) % 10])
-    assert data.load("mnist", data_dir=write(tmp_path, files)).sha256 != before
+    assert datasets.load("mnist", data_dir=write(tmp_path, files)).sha256 != before
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,7 @@ def test_the_digest_sees_every_array(tmp_path, stem):
 )
 def test_the_caches_of_other_programs_are_found(tmp_path, home, name, folder):
     write(tmp_path / folder, fake_files(), suffix=".gz")
-    assert data.load(name).train.images.shape == (30, 5, 5, 1)
+    assert datasets.load(name).train.images.shape == (30, 5, 5, 1)
 
 
 @pytest.fixture
@@ -135,8 +136,8 @@ def keras_npz(home):
 
 def test_keras_npz_is_read_if_it_is_the_published_one(keras_npz, monkeypatch):
     digest = hashlib.sha256(keras_npz.read_bytes()).hexdigest()
-    monkeypatch.setattr(data, "_KERAS_NPZ", digest)
-    dataset = data.load("mnist")
+    monkeypatch.setattr(datasets, "_KERAS_NPZ", digest)
+    dataset = datasets.load("mnist")
     assert dataset.train.labels.tolist() == [0, 1, 2, 3]
     assert dataset.test.images.shape == (2, 28, 28, 1)
 
@@ -145,20 +146,20 @@ def test_keras_npz_of_other_content_is_refused(keras_npz):
     with pytest.raises(
         InputError, match=r"mnist\.npz: the file is damaged or another: .* 731c5ac6"
     ):
-        data.load("mnist")
+        datasets.load("mnist")
 
 
 def test_data_dir_is_the_only_place_searched(tmp_path, home):
     write(tmp_path / "cwd/data/MNIST/raw", fake_files())
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"mnist was not found.*empty") as caught:
-        data.load("mnist", data_dir=str(tmp_path / "empty"))
+        datasets.load("mnist", data_dir=str(tmp_path / "empty"))
     assert str(home) not in str(caught.value)
 
 
 def test_what_is_not_found_is_named_with_the_places_and_the_flags(home):
     with pytest.raises(InputError) as caught:
-        data.load("mnist")
+        datasets.load("mnist")
     message = str(caught.value)
     assert "\n" not in message
     for part in (
@@ -187,14 +188,14 @@ def test_what_is_not_found_is_named_with_the_places_and_the_flags(home):
 )
 def test_names_and_folders_that_cannot_be_are_refused(home, name, data_dir, message):
     with pytest.raises(InputError, match=message):
-        data.load(name, data_dir=data_dir)
+        datasets.load(name, data_dir=data_dir)
 
 
 def test_mnist_does_not_pass_for_fashion_mnist(tmp_path, monkeypatch):
     data_dir = write(tmp_path, fake_files())
-    monkeypatch.setattr(data, "_MNIST", data.load("mnist", data_dir=data_dir).sha256)
+    monkeypatch.setattr(datasets, "_MNIST", datasets.load("mnist", data_dir=data_dir).sha256)
     with pytest.raises(InputError, match=r"the files are MNIST's, not Fashion-MNIST's"):
-        data.load("fashion_mnist", data_dir=data_dir)
+        datasets.load("fashion_mnist", data_dir=data_dir)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +210,7 @@ def test_mnist_does_not_pass_for_fashion_mnist(tmp_path, monkeypatch):
 def test_files_that_do_not_fit_together_are_named(tmp_path, stem, array, message):
     files = fake_files() | {stem: idx_bytes(array.astype(np.uint8))}
     with pytest.raises(InputError, match=message):
-        data.load("mnist", data_dir=write(tmp_path, files))
+        datasets.load("mnist", data_dir=write(tmp_path, files))
 
 
 # --- the script that builds mnist_small
@@ -246,14 +247,14 @@ def take(count, stream):
 
 
 def test_the_order_is_the_same_with_every_numpy():
-    stream = data.batches(10, batch_size=4, seed=7)
+    stream = datasets.batches(10, batch_size=4, seed=7)
     assert take(3, stream).tolist() == [[8, 4, 1, 6], [3, 2, 7, 5], [3, 9, 1, 6]]
 
 
 @pytest.mark.parametrize(("num_examples", "batch_size"), [(10, 3), (12, 4), (5, 5), (7, 1)])
 def test_an_epoch_uses_an_example_at_most_once(num_examples, batch_size):
     steps = num_examples // batch_size
-    epochs = take(40 * steps, data.batches(num_examples, batch_size=batch_size, seed=0))
+    epochs = take(40 * steps, datasets.batches(num_examples, batch_size=batch_size, seed=0))
     epochs = epochs.reshape(40, steps * batch_size)
     assert epochs.dtype == np.int32
     assert all(len(set(epoch)) == steps * batch_size for epoch in epochs.tolist())
@@ -263,13 +264,15 @@ def test_an_epoch_uses_an_example_at_most_once(num_examples, batch_size):
 
 @pytest.mark.parametrize("first_step", [1, 2, 3, 4, 5, 29])
 def test_a_resumed_stream_is_the_tail_of_the_unbroken_one(first_step):
-    unbroken = take(40, data.batches(11, batch_size=3, seed=5))
-    resumed = take(40 - first_step, data.batches(11, batch_size=3, seed=5, first_step=first_step))
+    unbroken = take(40, datasets.batches(11, batch_size=3, seed=5))
+    resumed = take(
+        40 - first_step, datasets.batches(11, batch_size=3, seed=5, first_step=first_step)
+    )
     np.testing.assert_array_equal(resumed, unbroken[first_step:])
 
 
 def test_another_seed_is_another_order():
-    first, second = (take(5, data.batches(100, batch_size=20, seed=seed)) for seed in (0, 1))
+    first, second = (take(5, datasets.batches(100, batch_size=20, seed=seed)) for seed in (0, 1))
     assert (first != second).any()
 
 
@@ -284,7 +287,7 @@ def test_another_seed_is_another_order():
 )
 def test_bad_batches_are_refused_before_the_first_is_asked_for(kwargs, message):
     with pytest.raises(InputError, match=message):
-        data.batches(9, **kwargs)
+        datasets.batches(9, **kwargs)
 
 
 # --- users' own images
@@ -292,7 +295,7 @@ def test_bad_batches_are_refused_before_the_first_is_asked_for(kwargs, message):
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.load("mnist_small").test.images[:20, ..., 0]
+    return datasets.load("mnist_small").test.images[:20, ..., 0]
 
 
 @pytest.mark.parametrize("inverted", [False, True], ids=["light ink", "dark ink"])
@@ -309,7 +312,7 @@ def test_a_digit_of_any_size_polarity_and_place_is_fitted_as_mnist_does(
         pixels = np.pad(np.asarray(image), ((0, side // 3), (side // 2, 0)))
         paths.append(str(tmp_path / f"{number}.png"))
         Image.fromarray(255 - pixels if inverted else pixels).save(paths[-1])
-    images = data.read_images(paths, image_size=28, channels=1)
+    images = datasets.read_images(paths, image_size=28, channels=1)
     assert images.shape == (20, 28, 28, 1)
     assert images.dtype == np.float32
     assert images.min() == 0
@@ -325,7 +328,7 @@ def test_a_noisy_photograph_is_read_as_its_digit(tmp_path, digits):
         pixels = (paper + rng.normal(0, 9, paper.shape)).clip(0, 255).astype(np.uint8)
         paths.append(str(tmp_path / f"{number}.jpg"))
         Image.fromarray(pixels).save(paths[-1])
-    images = data.read_images(paths, image_size=28, channels=1)
+    images = datasets.read_images(paths, image_size=28, channels=1)
     assert np.abs(images[..., 0] - digits / 255).mean() < 0.03
 
 
@@ -355,7 +358,7 @@ def test_the_longer_side_is_20_of_28_and_the_mass_is_in_the_middle(
 ):
     path = tmp_path / f"image.{suffix}"
     image.save(path)
-    result = data.read_images([str(path)], image_size=image_size, channels=1)[0, ..., 0]
+    result = datasets.read_images([str(path)], image_size=image_size, channels=1)[0, ..., 0]
     rows, columns = np.nonzero(result > 0.5)
     scale = image_size // 28
     assert np.ptp(rows) + 1 == 20 * scale
@@ -370,7 +373,7 @@ def test_a_digit_with_its_mass_at_one_end_stays_in_the_image(tmp_path):
     pixels[:, 20] = 90
     pixels = np.pad(pixels, 60)
     Image.fromarray(pixels).save(tmp_path / "hammer.png")
-    result = data.read_images([str(tmp_path / "hammer.png")], image_size=28, channels=1)
+    result = datasets.read_images([str(tmp_path / "hammer.png")], image_size=28, channels=1)
     assert np.ptp(np.nonzero(result[0, ..., 0])[0]) + 1 == 20
 
 
@@ -378,7 +381,7 @@ def test_photographs_are_turned_as_their_exif_says(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rows are columns
     rectangle().save(tmp_path / "turned.png", exif=exif)
-    result = data.read_images([str(tmp_path / "turned.png")], image_size=28, channels=1)
+    result = datasets.read_images([str(tmp_path / "turned.png")], image_size=28, channels=1)
     rows, columns = np.nonzero(result[0, ..., 0])
     assert (np.ptp(rows) + 1, np.ptp(columns) + 1) == (5, 20)
 
@@ -387,7 +390,7 @@ def test_colour_images_are_scaled_and_cut_to_a_square(tmp_path):
     image = Image.new("RGB", (80, 40), (255, 0, 51))
     image.paste((0, 102, 0), (40, 0, 80, 40))
     image.save(tmp_path / "colour.png")
-    result = data.read_images([str(tmp_path / "colour.png")], image_size=8, channels=3)
+    result = datasets.read_images([str(tmp_path / "colour.png")], image_size=8, channels=3)
     assert result.shape == (1, 8, 8, 3)
     assert result.dtype == np.float32
     np.testing.assert_allclose(result[0, 4, 0], [1, 0, 0.2], atol=1e-6)
@@ -422,7 +425,7 @@ def test_unusable_images_are_named(tmp_path, content, message, channels):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(InputError, match=rf"bad\.png: .*{message}") as caught:
-        data.read_images([str(path)], image_size=28, channels=channels)
+        datasets.read_images([str(path)], image_size=28, channels=channels)
     assert "\n" not in str(caught.value)
 
 
@@ -431,7 +434,7 @@ def test_images_too_large_to_be_safe_are_refused(tmp_path, monkeypatch, limit):
     rectangle().save(tmp_path / "bomb.png")  # 5,400 pixels
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with pytest.raises(InputError, match=r"bomb\.png: the image is too large: .*5400 pixels"):
-        data.read_images([str(tmp_path / "bomb.png")], image_size=28, channels=1)
+        datasets.read_images([str(tmp_path / "bomb.png")], image_size=28, channels=1)
 
 
 # --- TFDS, as far as it goes without the package
@@ -445,7 +448,7 @@ def test_without_tfds_its_extra_is_named(home, monkeypatch, name, download):
         (home / "tensorflow_datasets/mnist/3.0.1").mkdir(parents=True)
         (home / "tensorflow_datasets/mnist/3.0.1/dataset_info.json").write_text("{}")
     with pytest.raises(InputError, match=r"pip install 'capsjax\[tfds\]'"):
-        data.load(name, download=download)
+        datasets.load(name, download=download)
 
 
 @pytest.mark.parametrize("error", [ImportError, ConnectionError, ValueError, RuntimeError])
@@ -461,9 +464,9 @@ def test_only_download_asks_tfds_to_fetch_and_its_failure_is_one_line(home, monk
     )
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", tfds)
     with pytest.raises(InputError, match="was not found"):
-        data.load("fashion_mnist", data_dir=".")
+        datasets.load("fashion_mnist", data_dir=".")
     assert not asked
     message = rf"fashion_mnist: TFDS cannot fetch or prepare it: {error.__name__}: no luck"
     with pytest.raises(InputError, match=message):
-        data.load("fashion_mnist", data_dir=".", download=True)
+        datasets.load("fashion_mnist", data_dir=".", download=True)
     assert asked == [("fashion_mnist", {"data_dir": ".", "file_format": "array_record"})]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import data
+from experiments.data import datasets
 from experiments.errors import InputError
 
 tfds = pytest.importorskip(
@@ -62,7 +62,7 @@ def toy(tmp_path):
 @pytest.mark.parametrize("shape", [(6, 6, 3), (9, 9, 1)])
 def test_a_prepared_data_set_is_read_without_tensorflow(tmp_path, toy, shape):
     toy(shape=shape)
-    dataset = data.load("tfds:toy", data_dir=str(tmp_path))
+    dataset = datasets.load("tfds:toy", data_dir=str(tmp_path))
     assert (dataset.name, dataset.num_classes) == ("tfds:toy", 3)
     assert dataset.train.images.shape == (7, *shape)
     assert dataset.train.images[:, 0, 0, 0].tolist() == list(range(7))
@@ -74,8 +74,8 @@ def test_a_prepared_data_set_is_read_without_tensorflow(tmp_path, toy, shape):
 def test_the_newest_version_is_read_unless_one_is_named(tmp_path, toy):
     for version, num_test in (("1.9.0", 2), ("1.10.0", 3), ("1.2.0", 4)):
         toy(version=version, num_test=num_test)
-    assert len(data.load("tfds:toy", data_dir=str(tmp_path)).test.labels) == 3
-    assert len(data.load("tfds:toy/1.9.0", data_dir=str(tmp_path)).test.labels) == 2
+    assert len(datasets.load("tfds:toy", data_dir=str(tmp_path)).test.labels) == 3
+    assert len(datasets.load("tfds:toy/1.9.0", data_dir=str(tmp_path)).test.labels) == 2
 
 
 @pytest.mark.parametrize(
@@ -101,6 +101,6 @@ def test_unusable_prepared_data_sets_are_named(tmp_path, toy, kwargs, file, dama
         path = next(folder.glob(file))
         path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(InputError, match=message) as caught:
-        data.load("tfds:toy", data_dir=str(tmp_path))
+        datasets.load("tfds:toy", data_dir=str(tmp_path))
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)

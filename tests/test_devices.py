@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import small_runs
 
-from experiments import parallel
 from experiments.errors import InputError
+from experiments.training import parallel
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 20
@@ -36,16 +36,16 @@ from experiments import data, parallel, train_mnist, training
 training.keep_compiled(sys.argv[2])
 small = dict(conv_channels=4, primary_types=4, capsule_length=4, batch_size=8, dataset="mnist")
 for network, bias in (("capsnet", 0.1), ("pooling_cnn", 0.0)):
-    config = train_mnist.Config(
+    config = mnist.Config(
         data_dir=sys.argv[1], network=network, capsule_bias=bias, canvas=21, **small
     )
     dataset = data.load("mnist", data_dir=sys.argv[1])
-    test = train_mnist.test_split(config, dataset)
+    test = mnist.test_split(config, dataset)
     for shape in ((1, 1), (4, 1), (2, 2)):
         if network == "pooling_cnn" and shape[1] > 1:
             continue
         settings = parallel.Settings(*shape)
-        trainer = parallel.spread(train_mnist.build(config, dataset), settings, batch_size=8)
+        trainer = parallel.spread(mnist.build(config, dataset), settings, batch_size=8)
         losses = []
         progress = training.train(
             trainer, trainer.initial_state(0), dataset.train, test, batch_size=8, last_step=20,

@@ -14,25 +14,18 @@ from test_figures import assert_legible
 
 import capsjax
 from capsjax.models import CapsNet
-from experiments import (
-    data,
-    diagnostics,
-    inspection,
-    networks,
-    records,
-    routing_figures,
-    runs,
-    train_mnist,
-    training,
-    transforms,
-)
+from experiments import files, train_mnist
+from experiments.analysis import diagnostics, inspection
+from experiments.data import datasets
 from experiments.errors import InputError
-from experiments.objectives import CapsuleClassification, SoftmaxClassification
+from experiments.figures import routing
+from experiments.training import loop, mnist, networks, runs, transforms
+from experiments.training.objectives import CapsuleClassification, SoftmaxClassification
 
 
 def middles(split, size):
     """The middle 19 x 19 pixels of the first digits: 2 x 2 primary capsules a type."""
-    return data.Split(split.images[:size, 4:23, 4:23], split.labels[:size])
+    return datasets.Split(split.images[:size, 4:23, 4:23], split.labels[:size])
 
 
 def test_entropy_of_undecided_decided_and_half_decided_children():
@@ -74,7 +67,7 @@ def test_without_any_gradient_no_part_has_a_share():
 @pytest.fixture(scope="module")
 def small():
     """A network of two iterations, and the middles of 70 real digits, more than are measured."""
-    digits = middles(data.load("mnist_small").train, 70)
+    digits = middles(datasets.load("mnist_small").train, 70)
     model = CapsNet(
         digits.images.shape[1:],
         conv_channels=2,
@@ -84,7 +77,7 @@ def small():
         hidden=(16,),
         rngs=nnx.Rngs(0),
     )
-    trainer = training.Trainer(model, CapsuleClassification(10, 1, 0, 0.0005), optax.adam(0.01))
+    trainer = loop.Trainer(model, CapsuleClassification(10, 1, 0, 0.0005), optax.adam(0.01))
     params = trainer.initial_state(0).params
     params["capsules"]["weights"] *= 20  # long votes: else routing does next to nothing
     return trainer, params, digits
@@ -138,16 +131,16 @@ def test_a_row_is_what_the_parts_say_of_the_first_moved_examples(small):
 
 def test_a_network_without_capsules_is_refused(small):
     model = networks.build(networks.Settings(network="pooling_cnn"), (19, 19, 1), 10, seed=0)
-    trainer = training.Trainer(model, SoftmaxClassification(10, 1, 0), optax.adam(0.01))
+    trainer = loop.Trainer(model, SoftmaxClassification(10, 1, 0), optax.adam(0.01))
     with pytest.raises(InputError, match=r"^--diagnostics are of routing, .* no capsules$"):
         diagnostics.measurement(trainer, small[2])
 
 
 def test_training_asks_for_them_before_anything_is_written(tmp_path, monkeypatch):
-    whole = data.load("mnist_small")
+    whole = datasets.load("mnist_small")
     few = dataclasses.replace(whole, train=middles(whole.train, 24), test=middles(whole.test, 8))
     monkeypatch.setattr(runs, "prepare", lambda config: few)
-    config = train_mnist.Config(
+    config = mnist.Config(
         workdir=str(tmp_path / "run"), network="pooling_cnn", batch_size=8, diagnostics=True
     )
     with pytest.raises(InputError, match="no capsules"):
@@ -158,11 +151,11 @@ def test_training_asks_for_them_before_anything_is_written(tmp_path, monkeypatch
 def test_the_figure_is_drawn_where_there_are_rows_for_it(small, monkeypatch, tmp_path):
     trainer, params, examples = small
     drawn = []
-    monkeypatch.setattr(records, "save_figure", lambda figure, path: drawn.append(path.name))
+    monkeypatch.setattr(files, "save_figure", lambda figure, path: drawn.append(path.name))
     monkeypatch.setattr(inspection, "_capsule_figures", lambda *_: {})
     scores = np.eye(10, dtype=np.float32)[examples.labels]
     for rows in ([{"epoch": 1.0}], [{"epoch": 1.0} | ROW]):
-        evaluation = training.Evaluation(scores, 0.5)
+        evaluation = loop.Evaluation(scores, 0.5)
         inspection.draw(trainer, params, examples, evaluation, rows, tmp_path)
     assert drawn.count("routing_diagnostics.png") == 1
     assert drawn[-1] == "learning_curves.png"  # its presence says that all are drawn
@@ -170,7 +163,7 @@ def test_the_figure_is_drawn_where_there_are_rows_for_it(small, monkeypatch, tmp
 
 def test_a_figure_without_rows_to_draw_is_refused():
     with pytest.raises(ValueError, match=r"^diagnostics: rows must be .* got none$"):
-        routing_figures.diagnostics([{"step": 1, "epoch": 1.0}])
+        routing.diagnostics([{"step": 1, "epoch": 1.0}])
 
 
 ROW = {
@@ -187,9 +180,7 @@ ROW = {
 
 
 def test_the_figure_draws_every_number_of_a_row_and_is_legible():
-    figure = routing_figures.diagnostics(
-        [{"epoch": 0.5}, {"epoch": 1.0} | ROW, {"epoch": 2.0} | ROW]
-    )
+    figure = routing.diagnostics([{"epoch": 0.5}, {"epoch": 1.0} | ROW, {"epoch": 2.0} | ROW])
     drawn = [line.get_ydata()[-1] for axes in figure.axes for line in axes.lines]
     np.testing.assert_allclose(drawn, [2, 1, 2 / 3, 20, 40, 60, 25, 0, 10, 20, 30, 40], rtol=1e-6)
     assert_legible(figure)

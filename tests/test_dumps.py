@@ -1,6 +1,6 @@
 """What is read from reports that the compilers wrote."""
 
-from experiments import dumps
+from experiments.compilers import dumps
 
 PTXAS = """\
 ptxas info    : 0 bytes gmem

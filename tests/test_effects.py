@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 from test_figures import assert_legible, images
 
-from experiments import effects, inspection, moments, tweak_figures
+from experiments import tweak_dimensions
+from experiments.analysis import effects, inspection
 
 SLANT, HEIGHT, NOTHING = 0, 1, 2  # dimensions of a capsule
-MEASURES = moments.Shape._fields
+MEASURES = effects.Shape._fields
 
 
 class Bars:
@@ -115,21 +116,21 @@ def test_effects_over_more_images_than_pass_at_a_time(monkeypatch, found):
 @pytest.mark.parametrize(("D", "M"), [(16, 4), (3, 4), (40, 2)])
 def test_heat_maps_are_legible(D, M):
     sizes = abs(np.random.default_rng(0).normal(size=(D, M)))
-    assert_legible(tweak_figures.effect_sizes(sizes, measures=MEASURES[:M], title="Of\nwhat"))
+    assert_legible(tweak_dimensions.effect_sizes(sizes, measures=MEASURES[:M], title="Of\nwhat"))
 
 
 @pytest.mark.parametrize(("K", "D"), [(10, 16), (2, 3), (26, 16)])
 def test_heat_maps_by_class_are_legible(K, D):
     changes = np.random.default_rng(0).normal(size=(K, D, 4))
     changes[0] = np.nan
-    assert_legible(tweak_figures.effects_by_class(changes, measures=MEASURES, title="Of\nwhat"))
+    assert_legible(tweak_dimensions.effects_by_class(changes, measures=MEASURES, title="Of\nwhat"))
 
 
 @pytest.mark.parametrize(("D", "C"), [(16, 1), (3, 3)])
 def test_an_animation_goes_to_and_fro_and_is_small(D, C):
     values = inspection.TWEAKS
     grid = images(D, len(values), 28, 28, C)
-    animation = Image.open(io.BytesIO(tweak_figures.sweep(grid, values=values)))
+    animation = Image.open(io.BytesIO(tweak_dimensions.sweep(grid, values=values)))
     assert animation.n_frames == 20
     frames = []
     for frame in range(20):

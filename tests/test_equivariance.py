@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments import equivariance
+from experiments.analysis import equivariance
 
 S, N, D = 13, 40, 6
 VALUES = np.linspace(-60, 60, S)

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import data, evaluate, idx, inspection, records, train_mnist, training
-from experiments import trained as load_trained
-from experiments.checkpoints import Checkpoints
+from experiments import evaluate, train_mnist
+from experiments.analysis import inspection
+from experiments.data import datasets, idx
 from experiments.errors import InputError
+from experiments.training import loop, mnist, records
+from experiments.training import trained as load_trained
+from experiments.training.checkpoints import Checkpoints
 
 
 def write_idx(folder, *, seed):
@@ -30,7 +33,7 @@ def write_idx(folder, *, seed):
 def settings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     write_idx(folder, seed=0)
-    return train_mnist.Config(
+    return mnist.Config(
         dataset="mnist",
         data_dir=str(folder),
         workdir="elsewhere",
@@ -46,8 +49,8 @@ def settings(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(settings, tmp_path_factory):
     """The folder of a run with two checkpoints, and the newest one's parameters."""
-    dataset = data.load(settings.dataset, data_dir=settings.data_dir)
-    trainer = train_mnist.build(settings, dataset)
+    dataset = datasets.load(settings.dataset, data_dir=settings.data_dir)
+    trainer = mnist.build(settings, dataset)
     path = tmp_path_factory.mktemp("trained") / "run"
     workdir = records.open_workdir(path, config=settings, data_sha256=dataset.sha256)
     state = trainer.initial_state(0)
@@ -104,7 +107,7 @@ def test_the_test_set_is_told_in_full_and_nothing_is_written(program, workdir, t
 
 def test_accuracy_leaves_out_a_class_without_examples():
     lengths = np.eye(3, dtype=np.float32)[[0, 0, 2, 2]]
-    lines = inspection.accuracy(training.Evaluation(lengths, 0.0), np.array([0, 0, 0, 2]))
+    lines = inspection.accuracy(loop.Evaluation(lengths, 0.0), np.array([0, 0, 0, 2]))
     assert list(lines) == [
         "class 0: 66.67 % of 3 right",
         "class 2: 100.00 % of 1 right",
@@ -151,7 +154,7 @@ def test_images_are_classified_in_either_polarity(program, workdir, trained, ima
     assert contents(workdir) == before
     lines = stdout.splitlines()
     assert lines[0].split() == ["image", "class", "length", "|", *"0123456789"]
-    pixels = data.read_images(images, image_size=17, channels=1)
+    pixels = datasets.read_images(images, image_size=17, channels=1)
     lengths = trainer.scores(params, pixels)
     assert lengths.shape == (2, 10)
     assert np.ptp(lengths[0]) > 0.01
@@ -167,10 +170,10 @@ def test_images_are_classified_in_either_polarity(program, workdir, trained, ima
 def test_on_a_canvas_images_have_the_size_of_the_data_sets(trained, images):
     """A digit as large as those that the network learned, in the middle."""
     _, trainer, params, dataset = trained
-    settings = train_mnist.Config(canvas=25)
-    test = data.placed(dataset.test, 25)
+    settings = mnist.Config(canvas=25)
+    test = datasets.placed(dataset.test, 25)
     run = load_trained.Trained(settings, dataset, test, trainer, params, 2)
-    small = data.read_images(images, image_size=17, channels=1)
+    small = datasets.read_images(images, image_size=17, channels=1)
     on_canvas = load_trained.read_images(run, images)
     assert on_canvas.shape == (2, 25, 25, 1)
     np.testing.assert_array_equal(on_canvas[:, 4:-4, 4:-4], small)
@@ -237,7 +240,7 @@ def test_other_settings_are_refused(program, workdir, changes, message):
 def test_other_data_are_refused(program, workdir, trained, tmp_path):
     write_idx(tmp_path, seed=1)
     status, stdout, stderr = program(workdir=workdir, data_dir=tmp_path)
-    other = data.load("mnist", data_dir=str(tmp_path))
+    other = datasets.load("mnist", data_dir=str(tmp_path))
     assert (status, stdout) == (2, "")
     assert stderr == (
         f"evaluate: workdir {workdir} was trained on mnist with sha256 {trained[3].sha256}, but "
@@ -275,11 +278,11 @@ def test_what_cannot_be_used_is_one_line(program, workdir, flags, message):
 
 
 def test_a_config_comes_back_as_it_was(workdir, settings):
-    found = load_trained.config_of(train_mnist.Config, dataclasses.asdict(settings), "run")
+    found = load_trained.config_of(mnist.Config, dataclasses.asdict(settings), "run")
     assert found == settings
     lacking = dataclasses.asdict(settings)
     del lacking["diagnostics"]  # does not affect the result
-    assert load_trained.config_of(train_mnist.Config, lacking, "run") == settings
+    assert load_trained.config_of(mnist.Config, lacking, "run") == settings
     del lacking["dtype"], lacking["dataset"]
     with pytest.raises(InputError, match=r"^workdir run .* lacks dataset, dtype$"):
-        load_trained.config_of(train_mnist.Config, lacking, "run")
+        load_trained.config_of(mnist.Config, lacking, "run")

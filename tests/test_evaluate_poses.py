@@ -12,8 +12,10 @@ import pytest
 import small_runs
 from scipy import io
 
-from experiments import affnist, data, evaluate_poses, pose_results, trained
-from experiments.affine import Pose, random_affine, warped
+from experiments import evaluate_poses
+from experiments.data import affnist, datasets
+from experiments.data.affine import Pose, random_affine, warped
+from experiments.training import trained
 
 load = functools.cache(trained.load)  # a network is compiled once
 FEW = {"rotations": "0,90", "shifts": "-2,3", "scales": "0.5", "shears": "0,20", "draws": 2}
@@ -60,7 +62,7 @@ def test_accuracies_are_those_of_the_networks(program, folder, tmp_path):
     assert status == 0
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     results = json.loads((tmp_path / "out/results.json").read_text())
-    assert results[2:] == list(pose_results.PUBLISHED)
+    assert results[2:] == list(evaluate_poses.PUBLISHED)
     assert len({row["clean"] for row in results[:2]}) == 2  # networks that do not say the same
     sweeps = json.loads((tmp_path / "out/sweeps.json").read_text())
     points = {(p["run"], p["transformation"], p["value"]): p["accuracy"] for p in sweeps}
@@ -120,13 +122,13 @@ def test_seed_interpolation_and_count_reach_the_moves(program, tmp_path, monkeyp
 
 def test_networks_are_called_matched_only_within_a_tenth_of_a_point():
     rows = [{"run": "a", "clean": 99.23}, {"run": "b", "clean": 99.13}]
-    *_, last = pose_results.summary(rows)
+    *_, last = evaluate_poses.summary(rows)
     assert last == "matched: clean accuracies are 0.10 points apart"
     rows[1]["clean"] = 99.12
-    *_, verdict, warning = pose_results.summary(rows)
+    *_, verdict, warning = evaluate_poses.summary(rows)
     assert verdict == "not matched: clean accuracies are 0.11 points apart"
     assert warning.startswith("so differences in the other columns are not those of")
-    assert "matched" not in "".join(pose_results.summary(rows[:1]))
+    assert "matched" not in "".join(evaluate_poses.summary(rows[:1]))
 
 
 def test_a_set_like_affnist_is_not_called_affnist(program, folder, tmp_path):
@@ -142,7 +144,7 @@ def test_a_set_like_affnist_is_not_called_affnist(program, folder, tmp_path):
     assert "affnist" not in row
     # Sweeps move digits from the middle of the canvas.
     sweeps = json.loads((tmp_path / "out/sweeps.json").read_text())
-    still = data.centred(run.dataset.test.images, 40) / np.float32(255)
+    still = datasets.centred(run.dataset.test.images, 40) / np.float32(255)
     assert sweeps[0]["accuracy"] == pytest.approx(right(run, still))
 
 

@@ -10,7 +10,8 @@ from flax import nnx
 
 import capsjax
 from capsjax.models import CapsNet
-from experiments import evidence
+from experiments.analysis import evidence
+from experiments.figures import trees
 
 
 def test_coupling_times_agreement_by_hand():
@@ -93,7 +94,7 @@ def test_the_paper_sees_17_pixels_around_8_to_18():
     assert (where.side, where.positions) == (17, 36)
 
 
-WHERE = evidence.Fields(np.array([8.0, 10, 12]), np.array([8.0, 10]), 17)
+WHERE = trees.Fields(np.array([8.0, 10, 12]), np.array([8.0, 10]), 17)
 
 
 def test_types_of_a_position_are_added_up():

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
-from experiments import figures
+from experiments.figures import classifier
 
 GARMENTS = [
     "T-shirt/top",
@@ -57,7 +57,7 @@ def examples(N: int, K: int, H: int, C: int, *, right: bool = False) -> tuple:
 
 def reconstructed(N: int, K: int, H: int, C: int, *, right: bool = False, names=None) -> Figure:
     originals, labels, _, lengths = examples(N, K, H, C, right=right)
-    return figures.reconstructions(
+    return classifier.reconstructions(
         originals, originals[::-1], lengths, labels, class_names=names and names[:K]
     )
 
@@ -120,38 +120,40 @@ def assert_legible(figure: Figure) -> None:
 
 
 FIGURES = {
-    "curves": lambda: figures.learning_curves(metrics(12)),
-    "curves of one row": lambda: figures.learning_curves(metrics(1, rows_per_epoch=1)),
-    "curves of a part of an epoch": lambda: figures.learning_curves(metrics(1)[:2]),
-    "curves of 600 epochs": lambda: figures.learning_curves(metrics(600)),
-    "curves without zeros": lambda: figures.learning_curves(metrics(30, lowest=0.1)),
+    "curves": lambda: classifier.learning_curves(metrics(12)),
+    "curves of one row": lambda: classifier.learning_curves(metrics(1, rows_per_epoch=1)),
+    "curves of a part of an epoch": lambda: classifier.learning_curves(metrics(1)[:2]),
+    "curves of 600 epochs": lambda: classifier.learning_curves(metrics(600)),
+    "curves without zeros": lambda: classifier.learning_curves(metrics(30, lowest=0.1)),
     "reconstructions": lambda: reconstructed(12, 10, 28, 1),
     "reconstructions, one": lambda: reconstructed(1, 2, 28, 1),
     "reconstructions, right": lambda: reconstructed(10, 10, 28, 1, right=True),
     "reconstructions, named": lambda: reconstructed(10, 10, 28, 1, names=GARMENTS),
     "reconstructions, colour": lambda: reconstructed(12, 100, 64, 3, names=ODD),
-    "tweaks": lambda: figures.dimension_tweaks(images(16, 11, 28, 28, 1), values=TWEAKS),
-    "tweaks, colour": lambda: figures.dimension_tweaks(images(16, 11, 64, 64, 3), values=TWEAKS),
-    "tweaks, one": lambda: figures.dimension_tweaks(images(1, 1, 28, 28, 1), values=[1 / 3]),
-    "couplings": lambda: figures.couplings(shares(3, 1152, 10), label=3),
-    "couplings, named": lambda: figures.couplings(shares(3, 99, 10), label=3, class_names=GARMENTS),
-    "couplings, 1 iteration": lambda: figures.couplings(
+    "tweaks": lambda: classifier.dimension_tweaks(images(16, 11, 28, 28, 1), values=TWEAKS),
+    "tweaks, colour": lambda: classifier.dimension_tweaks(images(16, 11, 64, 64, 3), values=TWEAKS),
+    "tweaks, one": lambda: classifier.dimension_tweaks(images(1, 1, 28, 28, 1), values=[1 / 3]),
+    "couplings": lambda: classifier.couplings(shares(3, 1152, 10), label=3),
+    "couplings, named": lambda: classifier.couplings(
+        shares(3, 99, 10), label=3, class_names=GARMENTS
+    ),
+    "couplings, 1 iteration": lambda: classifier.couplings(
         shares(1, 5, 2), label=1, class_names=ODD[-2:]
     ),
-    "couplings, 9 iterations": lambda: figures.couplings(shares(9, 5, 30), label=1),
-    "couplings, 100": lambda: figures.couplings(shares(3, 300, 100), label=2, class_names=ODD),
-    "entropy": lambda: figures.coupling_entropy(shares(3, 20, 50, 10)),
-    "entropy, 1 iteration": lambda: figures.coupling_entropy(shares(1, 1, 5, 2)),
-    "entropy, slow": lambda: figures.coupling_entropy(shares(5, 2, 50, 100, sharpness=0.01)),
-    "confusion": lambda: figures.confusion_matrix(confusions(10)),
-    "confusion, named": lambda: figures.confusion_matrix(confusions(10), class_names=GARMENTS),
-    "confusion, 2": lambda: figures.confusion_matrix(confusions(2)),
-    "confusion, 20": lambda: figures.confusion_matrix(np.full((20, 20), 1_000_000)),
-    "confusion, 100": lambda: figures.confusion_matrix(confusions(100), class_names=ODD),
-    "misclassified": lambda: figures.misclassified(*examples(60, 10, 28, 1)),
-    "misclassified, one": lambda: figures.misclassified(*examples(1, 2, 28, 1)),
-    "misclassified, none": lambda: figures.misclassified(*examples(9, 2, 28, 1, right=True)),
-    "misclassified, colour": lambda: figures.misclassified(
+    "couplings, 9 iterations": lambda: classifier.couplings(shares(9, 5, 30), label=1),
+    "couplings, 100": lambda: classifier.couplings(shares(3, 300, 100), label=2, class_names=ODD),
+    "entropy": lambda: classifier.coupling_entropy(shares(3, 20, 50, 10)),
+    "entropy, 1 iteration": lambda: classifier.coupling_entropy(shares(1, 1, 5, 2)),
+    "entropy, slow": lambda: classifier.coupling_entropy(shares(5, 2, 50, 100, sharpness=0.01)),
+    "confusion": lambda: classifier.confusion_matrix(confusions(10)),
+    "confusion, named": lambda: classifier.confusion_matrix(confusions(10), class_names=GARMENTS),
+    "confusion, 2": lambda: classifier.confusion_matrix(confusions(2)),
+    "confusion, 20": lambda: classifier.confusion_matrix(np.full((20, 20), 1_000_000)),
+    "confusion, 100": lambda: classifier.confusion_matrix(confusions(100), class_names=ODD),
+    "misclassified": lambda: classifier.misclassified(*examples(60, 10, 28, 1)),
+    "misclassified, one": lambda: classifier.misclassified(*examples(1, 2, 28, 1)),
+    "misclassified, none": lambda: classifier.misclassified(*examples(9, 2, 28, 1, right=True)),
+    "misclassified, colour": lambda: classifier.misclassified(
         *examples(40, 100, 64, 3), class_names=ODD
     ),
 }
@@ -193,7 +195,7 @@ def test_pyplot_is_not_imported():
 
 def test_learning_curves_draw_the_rows():
     rows = [*metrics(3), {"epoch": 3.0, "test_loss": 0.5}]
-    loss, error = figures.learning_curves(rows).axes
+    loss, error = classifier.learning_curves(rows).axes
     assert [loss.get_title(loc="left"), error.get_title(loc="left")] == ["Loss", "Error (%)"]
     for axes, measure in ((loss, "loss"), (error, "error")):
         lines = {line.get_label(): line for line in axes.get_lines()}
@@ -207,7 +209,7 @@ def test_learning_curves_draw_the_rows():
 
 @pytest.mark.parametrize("errors", [[2.0, 0.625], [0.5, 0.0], [0.0]])
 def test_the_last_test_error_is_written_at_its_height(errors):
-    figure = figures.learning_curves(
+    figure = classifier.learning_curves(
         [{"epoch": 1 + n, "test_error": e} for n, e in enumerate(errors)]
     )
     (text,) = figure.axes[1].texts
@@ -228,7 +230,7 @@ def test_the_last_test_error_is_written_at_its_height(errors):
 )
 def test_the_scale_is_logarithmic_where_it_helps_and_shows_zeros(errors, scale, lowest):
     rows = [{"epoch": 1 + n, "train_error": error} for n, error in enumerate(errors)]
-    axes = figures.learning_curves(rows).axes[1]
+    axes = classifier.learning_curves(rows).axes[1]
     bottom, top = axes.get_ylim()
     assert axes.get_yscale() == scale
     assert lowest <= bottom <= np.nanmin(errors)
@@ -242,7 +244,7 @@ def test_reconstructions_stand_below_their_originals():
     decoded = images(N + 1, H, H, 1)[1:]
     lengths[1, [1, 2]] = 0.875, 0.5
     names = ["a", "b", "c", "one name too long"]
-    figure = figures.reconstructions(originals, decoded, lengths, labels, class_names=names)
+    figure = classifier.reconstructions(originals, decoded, lengths, labels, class_names=names)
     (axes,) = figure.axes
     (mosaic,) = axes.get_images()
     rows = mosaic.get_array().reshape(2, H + 2, N, H + 2)[:, 1:-1, :, 1:-1].transpose(0, 2, 1, 3)
@@ -268,7 +270,7 @@ def test_right_predictions_are_not_framed():
 
 def test_dimension_tweaks_have_a_row_a_dimension_and_a_column_a_value():
     grid = images(16, 11, 28, 28, 3)
-    figure = figures.dimension_tweaks(grid, values=np.arange(-0.25, 0.26, 0.05))
+    figure = classifier.dimension_tweaks(grid, values=np.arange(-0.25, 0.26, 0.05))
     (axes,) = figure.axes
     (mosaic,) = axes.get_images()
     tiles = mosaic.get_array().reshape(16, 30, 11, 30, 3)[:, 1:-1, :, 1:-1]
@@ -281,7 +283,7 @@ def test_dimension_tweaks_have_a_row_a_dimension_and_a_column_a_value():
 def test_couplings_show_means_ranges_and_children_by_favourite_parent():
     c = shares(3, 40, 5)
     c[0] = [0.1, 0.6, 0.1, 0.1, 0.1]
-    figure = figures.couplings(c, label=4)
+    figure = classifier.couplings(c, label=4)
     grid = np.reshape(figure.axes[:6], (2, 3))
     winner = c[-1].mean(axis=0).argmax()
     assert winner != 1
@@ -311,7 +313,7 @@ def test_couplings_show_means_ranges_and_children_by_favourite_parent():
 def test_the_highlighted_parent_is_labelled_among_many(winner):
     c = np.full((1, 3, 100), 0.005)
     c[..., winner] += 0.5
-    axes = figures.couplings(c, label=0).axes[1]
+    axes = classifier.couplings(c, label=0).axes[1]
     (bold,) = [text for text in axes.get_xticklabels() if text.get_fontweight() == "bold"]
     assert bold.get_text() == str(winner)
     assert to_rgba(bold.get_color()) != to_rgba("black")
@@ -319,7 +321,7 @@ def test_the_highlighted_parent_is_labelled_among_many(winner):
 
 def test_entropy_is_log_j_when_even_and_0_when_decided():
     c = np.stack([np.full((2, 3, 4), 0.25), np.broadcast_to(np.eye(4)[:3], (2, 3, 4))])
-    figure = figures.coupling_entropy(c)
+    figure = classifier.coupling_entropy(c)
     even, mean = figure.axes[0].get_lines()
     np.testing.assert_allclose(even.get_ydata(), np.log(4))
     np.testing.assert_allclose(mean.get_xydata(), [[1, np.log(4)], [2, 0]], rtol=1e-6)
@@ -329,7 +331,7 @@ def test_entropy_is_log_j_when_even_and_0_when_decided():
 def test_entropy_shows_quantiles_over_all_children():
     c = shares(2, 3, 20, 5)
     entropy = -(c * np.log(c)).sum(axis=-1).reshape(2, -1)
-    axes = figures.coupling_entropy(c).axes[0]
+    axes = classifier.coupling_entropy(c).axes[0]
     for lines, quantiles in zip(axes.collections, [(0.25, 0.75), (0.05, 0.95)], strict=True):
         ends = np.array(lines.get_segments())[:, :, 1].T
         np.testing.assert_allclose(ends, np.quantile(entropy, quantiles, axis=1), rtol=1e-4)
@@ -337,7 +339,7 @@ def test_entropy_shows_quantiles_over_all_children():
 
 def test_confusion_matrix_colours_the_errors_by_their_rate():
     counts = np.array([[90, 10, 0], [1, 199, 0], [0, 0, 0]])
-    figure = figures.confusion_matrix(counts, class_names=["a", "b", "c"])
+    figure = classifier.confusion_matrix(counts, class_names=["a", "b", "c"])
     axes = figure.axes[0]
     (heat,) = axes.get_images()
     np.testing.assert_allclose(heat.get_array(), [[0, 10, 0], [0.5, 0, 0], [0, 0, 0]])
@@ -350,14 +352,14 @@ def test_confusion_matrix_colours_the_errors_by_their_rate():
 
 
 def test_confusion_matrix_of_no_errors():
-    figure = figures.confusion_matrix(np.diag([7, 8]))
+    figure = classifier.confusion_matrix(np.diag([7, 8]))
     assert figure.axes[0].get_title(loc="left") == "0 of 15 wrong: 0.00 %"
     assert not figure.axes[0].get_images()[0].get_array().any()
 
 
 @pytest.mark.parametrize(("K", "written"), [(20, 400), (21, 0)])
 def test_counts_are_written_for_up_to_20_classes(K, written):
-    assert len(figures.confusion_matrix(confusions(K)).axes[0].texts) == written
+    assert len(classifier.confusion_matrix(confusions(K)).axes[0].texts) == written
 
 
 def test_counts_contrast_with_their_cells():
@@ -372,7 +374,7 @@ def test_counts_contrast_with_their_cells():
             0.0722,
         ]
 
-    axes = figures.confusion_matrix(counts).axes[0]
+    axes = classifier.confusion_matrix(counts).axes[0]
     cells = axes.get_images()[0].to_rgba(axes.get_images()[0].get_array())[..., :3]
     for text in axes.texts:
         column, row = text.get_position()
@@ -384,7 +386,7 @@ def test_counts_contrast_with_their_cells():
 def test_misclassified_shows_the_wrong_ones_only():
     pictures, labels, predictions, lengths = examples(5, 3, 28, 1)
     predictions[[0, 2, 4]] = labels[[0, 2, 4]]
-    figure = figures.misclassified(
+    figure = classifier.misclassified(
         pictures, labels, predictions, lengths, class_names=["a", "b", "c"]
     )
     drawn = [axes.get_images()[0].get_array() for axes in figure.axes]
@@ -396,13 +398,13 @@ def test_misclassified_shows_the_wrong_ones_only():
 
 @pytest.mark.parametrize(("limit", "drawn"), [(1, 1), (9, 9), (40, 13)])
 def test_misclassified_draws_at_most_the_limit(limit, drawn):
-    figure = figures.misclassified(*examples(13, 3, 28, 1), limit=limit)
+    figure = classifier.misclassified(*examples(13, 3, 28, 1), limit=limit)
     assert len(figure.axes) == drawn
     assert (f"the first {drawn} shown" in figure.get_suptitle()) == (drawn < 13)
 
 
 def test_misclassified_of_no_errors_says_so():
-    figure = figures.misclassified(*examples(9, 3, 28, 1, right=True))
+    figure = classifier.misclassified(*examples(9, 3, 28, 1, right=True))
     assert not figure.axes
     assert words(figure) == {"None of 9 images is misclassified."}
 
@@ -414,68 +416,71 @@ C = shares(3, 6, 4)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: figures.learning_curves([]), r"learning_curves: rows must be .* got \[\]"),
-        (lambda: figures.learning_curves([{"step": 7}]), r"with an epoch, got \[{'step': 7}\]"),
+        (lambda: classifier.learning_curves([]), r"learning_curves: rows must be .* got \[\]"),
+        (lambda: classifier.learning_curves([{"step": 7}]), r"with an epoch, got \[{'step': 7}\]"),
         (
-            lambda: figures.reconstructions(X[..., 0], X, L, Y),
+            lambda: classifier.reconstructions(X[..., 0], X, L, Y),
             r"reconstructions: images must have shape \[N, H, W, C\] .* got \(4, 8, 8\)",
         ),
         (
-            lambda: figures.reconstructions(X, X[:3], L, Y),
+            lambda: classifier.reconstructions(X, X[:3], L, Y),
             r"reconstructions: reconstructions .* N = 4, H = 8, W = 8, C = 1 .* \(3, 8, 8, 1\)",
         ),
         (
-            lambda: figures.reconstructions(X, X, L[:2], Y),
+            lambda: classifier.reconstructions(X, X, L[:2], Y),
             r"reconstructions: lengths must have shape \[N, K\] with N = 4 .* got \(2, 3\)",
         ),
-        (lambda: figures.reconstructions(X, X, L, Y + 1), "labels must be integers from 0 to 2"),
-        (lambda: figures.reconstructions(X, X, L, Y * 1.0), "labels must be integers .* float64"),
+        (lambda: classifier.reconstructions(X, X, L, Y + 1), "labels must be integers from 0 to 2"),
         (
-            lambda: figures.reconstructions(X, X, L, Y, class_names=["a"]),
+            lambda: classifier.reconstructions(X, X, L, Y * 1.0),
+            "labels must be integers .* float64",
+        ),
+        (
+            lambda: classifier.reconstructions(X, X, L, Y, class_names=["a"]),
             "reconstructions: class_names must be one for each of 3 classes, got 1",
         ),
         (
-            lambda: figures.reconstructions(255 * np.ones_like(X), X, L, Y),
+            lambda: classifier.reconstructions(255 * np.ones_like(X), X, L, Y),
             r"images must lie in \[0, 1\], got 255 to 255",
         ),
-        (lambda: figures.reconstructions(X * np.nan, X, L, Y), r"images must lie in \[0, 1\]"),
+        (lambda: classifier.reconstructions(X * np.nan, X, L, Y), r"images must lie in \[0, 1\]"),
         (
-            lambda: figures.dimension_tweaks(images(2, 3, 8, 8, 2), values=[0, 1, 2]),
+            lambda: classifier.dimension_tweaks(images(2, 3, 8, 8, 2), values=[0, 1, 2]),
             "dimension_tweaks: grid must have 1 or 3 channels, got 2",
         ),
         (
-            lambda: figures.dimension_tweaks(images(2, 3, 8, 8, 1), values=[0, 1]),
+            lambda: classifier.dimension_tweaks(images(2, 3, 8, 8, 1), values=[0, 1]),
             r"dimension_tweaks: values must have shape \[V\] with V = 3 .* got \(2,\)",
         ),
-        (lambda: figures.couplings(C[0], label=0), r"couplings must have shape \[T, I, J\]"),
-        (lambda: figures.couplings(C, label=4), "couplings: label must be integers from 0 to 3"),
+        (lambda: classifier.couplings(C[0], label=0), r"couplings must have shape \[T, I, J\]"),
+        (lambda: classifier.couplings(C, label=4), "couplings: label must be integers from 0 to 3"),
         (
-            lambda: figures.couplings(np.moveaxis(C, 1, 2), label=0),
+            lambda: classifier.couplings(np.moveaxis(C, 1, 2), label=0),
             "couplings: couplings must be from 0 up and add up to 1 over the parents",
         ),
-        (lambda: figures.couplings(C[..., :1], label=0), "must have at least 2 parents, got 1"),
+        (lambda: classifier.couplings(C[..., :1], label=0), "must have at least 2 parents, got 1"),
         (
-            lambda: figures.coupling_entropy(C),
+            lambda: classifier.coupling_entropy(C),
             r"coupling_entropy: couplings must have shape \[T, N, I, J\] .* got \(3, 6, 4\)",
         ),
         (
-            lambda: figures.confusion_matrix(np.ones((2, 3), int)),
+            lambda: classifier.confusion_matrix(np.ones((2, 3), int)),
             r"confusion_matrix: counts must have shape \[K, K\] with K = 2 .* got \(2, 3\)",
         ),
-        (lambda: figures.confusion_matrix(np.eye(3)), "counts must be integers .* got float64"),
-        (lambda: figures.confusion_matrix(-np.eye(3, dtype=int)), "from 0 up, .* from -1 to 0"),
-        (lambda: figures.confusion_matrix(np.zeros((3, 3), int)), "not all 0"),
-        (lambda: figures.confusion_matrix(np.ones((1, 1), int)), "2 or more classes, .* of 1"),
+        (lambda: classifier.confusion_matrix(np.eye(3)), "counts must be integers .* got float64"),
+        (lambda: classifier.confusion_matrix(-np.eye(3, dtype=int)), "from 0 up, .* from -1 to 0"),
+        (lambda: classifier.confusion_matrix(np.zeros((3, 3), int)), "not all 0"),
+        (lambda: classifier.confusion_matrix(np.ones((1, 1), int)), "2 or more classes, .* of 1"),
         (
-            lambda: figures.misclassified(X, Y, P[:2], L),
+            lambda: classifier.misclassified(X, Y, P[:2], L),
             r"misclassified: predictions must have shape \[N\] with N = 4 .* got \(2,\)",
         ),
         (
-            lambda: figures.misclassified(X[:0], Y[:0], P[:0], L[:0]),
+            lambda: classifier.misclassified(X[:0], Y[:0], P[:0], L[:0]),
             r"misclassified: images .* not be empty, got \(0, 8, 8, 1\)",
         ),
         (
-            lambda: figures.misclassified(X, Y, P, L, limit=0),
+            lambda: classifier.misclassified(X, Y, P, L, limit=0),
             "misclassified: limit must be at least 1, got 0",
         ),
     ],

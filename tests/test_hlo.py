@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from experiments import hlo
+from experiments.compilers import hlo
 
 # jax.lax.scan(lambda c, row: (tanh(c + row @ y), 2 * tanh(c + row @ y)), zeros, x) with x
 # [5, 64, 64] and y [64, 64], by jax 0.10.2, without metadata.

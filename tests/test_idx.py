@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import idx
+from experiments.data import idx
 from experiments.errors import InputError
 
 LABELS = np.arange(30, dtype=np.uint8)

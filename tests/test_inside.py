@@ -9,18 +9,11 @@ import pytest
 import test_figures
 from PIL import Image
 
-from experiments import (
-    data,
-    evidence,
-    files,
-    idx,
-    parse_tree,
-    records,
-    train_mnist,
-    tree_figures,
-    tweak_dimensions,
-)
-from experiments.checkpoints import Checkpoints
+from experiments import files, parse_tree, tweak_dimensions
+from experiments.data import datasets, idx
+from experiments.figures import trees
+from experiments.training import mnist, records
+from experiments.training.checkpoints import Checkpoints
 
 PROGRAMS = {"tweak_dimensions": tweak_dimensions, "parse_tree": parse_tree}
 
@@ -42,7 +35,7 @@ def data_dir(tmp_path_factory):
 
 def trained(folder, data_dir, *, checkpoint=True, **settings):
     """A run that has only begun."""
-    config = train_mnist.Config(
+    config = mnist.Config(
         dataset="mnist",
         data_dir=str(data_dir),
         batch_size=4,
@@ -51,10 +44,10 @@ def trained(folder, data_dir, *, checkpoint=True, **settings):
         capsule_length=3,
         **settings,
     )
-    dataset = data.load("mnist", data_dir=str(data_dir))
+    dataset = datasets.load("mnist", data_dir=str(data_dir))
     workdir = records.open_workdir(folder, config=config, data_sha256=dataset.sha256)
     if checkpoint:
-        trainer = train_mnist.build(config, dataset)
+        trainer = mnist.build(config, dataset)
         with Checkpoints(workdir) as checkpoints:
             checkpoints.save(1, trainer.initial_state(0))
     return workdir
@@ -136,13 +129,13 @@ def test_two_digits_make_one_tree(program, workdirs, tmp_path):
 
 def test_all_children_asked_for_are_drawn(program, workdirs, monkeypatch):
     """Of an odd number one more is the first digit's."""
-    drawn, tree = [], tree_figures.tree
+    drawn, tree = [], trees.tree
 
     def recorded(*arguments, **options):
         drawn.append(options["captions"])
         return tree(*arguments, **options)
 
-    monkeypatch.setattr(tree_figures, "tree", recorded)
+    monkeypatch.setattr(trees, "tree", recorded)
     flags = {"workdir": workdirs["capsnet"], "output": "out", "overlap": "3,7", "children": 3}
     assert program("parse_tree", **flags)[0] == 0
     assert [len(captions) for captions in drawn] == [3]
@@ -246,12 +239,12 @@ def test_a_full_disk_is_one_line(program, workdirs, monkeypatch):
     assert re.fullmatch("parse_tree: .*png cannot be written: No space left on device\n", stderr)
 
 
-WHERE = evidence.Fields(np.arange(8.0, 19, 2), np.arange(8.0, 19, 2), 17)
+WHERE = trees.Fields(np.arange(8.0, 19, 2), np.arange(8.0, 19, 2), 17)
 
 
 def drawn_tree(N, K, C, *, decoder=True):
     rng = np.random.default_rng(0)
-    return tree_figures.tree(
+    return trees.tree(
         test_figures.images(28, 28, C),
         rng.random((N, K)) / K,
         WHERE,
@@ -278,7 +271,7 @@ def test_trees_are_legible(figure):
 
 @pytest.mark.parametrize(("F", "T", "C"), [(2, 3, 1), (1, 1, 3), (2, 5, 1)])
 def test_evidence_is_legible(F, T, C):
-    figure = tree_figures.evidence(
+    figure = trees.evidence(
         test_figures.images(28, 28, C),
         np.random.default_rng(0).normal(size=(F, T, 6, 6)),
         WHERE,

@@ -7,8 +7,12 @@ import pytest
 import small_runs
 
 import capsjax
-from experiments import data, figures, inspection, records, train_mnist, training
-from experiments.transforms import scaled
+from experiments import files
+from experiments.analysis import inspection
+from experiments.data import datasets
+from experiments.figures import classifier
+from experiments.training import loop, mnist
+from experiments.training.transforms import scaled
 
 WITHOUT_DECODER = {
     *("learning_curves", "confusion_matrix", "misclassified", "couplings", "coupling_entropy")
@@ -22,23 +26,23 @@ def draw(tmp_path, monkeypatch):
     data_dir = small_runs.write_digits(tmp_path / "digits", size=21)
     drawn = {}
     for name in WITHOUT_DECODER | DRAWN_BY_DECODER:
-        monkeypatch.setattr(figures, name, lambda *arguments, **_: arguments)
+        monkeypatch.setattr(classifier, name, lambda *arguments, **_: arguments)
     monkeypatch.setattr(
-        records, "save_figure", lambda figure, path: drawn.update({path.stem: figure})
+        files, "save_figure", lambda figure, path: drawn.update({path.stem: figure})
     )
 
     def draw(**changes):
         small = {"conv_channels": 2, "primary_types": 3, "capsule_length": 3, "batch_size": 8}
-        config = train_mnist.Config(dataset="mnist", data_dir=data_dir, **small | changes)
-        dataset = data.load(config.dataset, data_dir=config.data_dir)
-        trainer = train_mnist.build(config, dataset)
+        config = mnist.Config(dataset="mnist", data_dir=data_dir, **small | changes)
+        dataset = datasets.load(config.dataset, data_dir=config.data_dir)
+        trainer = mnist.build(config, dataset)
         params = trainer.initial_state(0).params
         params["capsules"]["weights"] *= 100  # long capsules, so that it matters which is drawn
         model = trainer.model(params)
         lengths = np.asarray(capsjax.lengths(model(scaled(dataset.test.images))))
         wrong = (lengths.argmax(axis=1) + 1).astype(np.int32) % 10
         test = dataset.test._replace(labels=wrong)
-        evaluation = training.Evaluation(lengths, 0.5)
+        evaluation = loop.Evaluation(lengths, 0.5)
         inspection.draw(trainer, params, test, evaluation, [], pathlib.Path())
         return drawn, model, lengths
 

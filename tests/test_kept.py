@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from experiments.analysis.partial_results import Kept, sha256
 from experiments.errors import InputError
-from experiments.kept import Kept, sha256
 
 FACTS = {"settings": {"seed": 0, "rotation": 30.0, "name": "\u00fc"}, "sizes": [1, 2]}
 

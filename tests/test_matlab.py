@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import io
 
-from experiments import matlab
+from experiments.data import matlab
 
 TYPES = ["u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8"]
 

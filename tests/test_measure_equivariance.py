@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import small_runs
 
-from experiments import equivariance, measure_equivariance, trained
-from experiments.affine import Pose, warped
-from experiments.thickness import thickened
+from experiments import measure_equivariance
+from experiments.analysis import equivariance
+from experiments.data.affine import Pose, warped
+from experiments.measure_equivariance import thickened
+from experiments.training import trained
 
 load = functools.cache(trained.load)  # a network is compiled once
 FEW = {"examples_per_class": 4, "steps": 3, "workdir": "capsnet", "cnn_workdir": "cnn"}

@@ -15,15 +15,9 @@ from flax import nnx
 
 import capsjax
 from capsjax.models import CapsNet
-from experiments import (
-    ablation_figures,
-    checkpoints,
-    data,
-    mnist_ablation,
-    records,
-    runs,
-    train_mnist,
-)
+from experiments import mnist_ablation, train_mnist
+from experiments.data import datasets
+from experiments.training import checkpoints, mnist, records, runs
 
 
 def test_one_iteration_is_the_control_without_routing():
@@ -41,7 +35,7 @@ def test_one_iteration_is_the_control_without_routing():
 def test_controls_differ_from_routing_in_what_they_name_alone():
     config = mnist_ablation.Config(seed=5, learning_rate=0.01, workdir="w")
     runs = {name: mnist_ablation.run_config(config, name, 6) for name in mnist_ablation.VARIANTS}
-    usual = train_mnist.Config(learning_rate=0.01, seed=6)
+    usual = mnist.Config(learning_rate=0.01, seed=6)
     for name, run in runs.items():
         differing = {
             field: value for field, value in vars(run).items() if value != getattr(usual, field)
@@ -61,7 +55,7 @@ def test_the_figure_shows_every_seed_the_mean_and_the_control():
             "test_error_if_couplings_are_uniform": 1.25,
         },
     ]
-    figure = ablation_figures.errors_by_variant(table)
+    figure = mnist_ablation.errors_by_variant(table)
     (axes,) = figure.axes
     drawn = [line.get_xydata().tolist() for line in axes.lines]
     seeds_and_means = [
@@ -78,12 +72,12 @@ def test_the_figure_shows_every_seed_the_mean_and_the_control():
 
 def test_dots_that_lie_close_are_not_cut_by_the_figures_edge():
     table = [{"variant": "cnn", "test_error": 1.08, "test_errors": [1.03, 1.13]}]
-    (axes,) = ablation_figures.errors_by_variant(table).axes
+    (axes,) = mnist_ablation.errors_by_variant(table).axes
     left, right = axes.get_xlim()
     assert left == 0
     assert right > 1.04 * 1.13
     table = [{"variant": "cnn", "test_error": 0.0, "test_errors": [0.0]}]
-    (axes,) = ablation_figures.errors_by_variant(table).axes
+    (axes,) = mnist_ablation.errors_by_variant(table).axes
     assert axes.get_xlim() == (0, 1)
 
 
@@ -91,10 +85,12 @@ def test_dots_that_lie_close_are_not_cut_by_the_figures_edge():
 def program(tmp_path, monkeypatch, capsys):
     """Runs the program in this process, with tiny networks: exit status and stderr."""
     monkeypatch.chdir(tmp_path)
-    whole = data.load("mnist_small")
-    few = [data.Split(s.images[:40, 5:22, 5:22], s.labels[:40]) for s in (whole.train, whole.test)]
-    small = data.Dataset("mnist_small", 10, *few, "5a")
-    monkeypatch.setattr(data, "load", lambda *_, **__: small)
+    whole = datasets.load("mnist_small")
+    few = [
+        datasets.Split(s.images[:40, 5:22, 5:22], s.labels[:40]) for s in (whole.train, whole.test)
+    ]
+    small = datasets.Dataset("mnist_small", 10, *few, "5a")
+    monkeypatch.setattr(datasets, "load", lambda *_, **__: small)
 
     def program(**changes):
         settings = {
@@ -195,7 +191,7 @@ def test_a_run_that_lost_its_checkpoints_is_refused_and_keeps_its_figures(progra
 def test_runs_of_one_process_use_its_devices(program, tmp_path, monkeypatch):
     """JAX joins the processes of a cluster only once: before the first run, not before each."""
     joined = []
-    monkeypatch.setattr(runs, "prepare", lambda config: joined.append(1) or data.load("small"))
+    monkeypatch.setattr(runs, "prepare", lambda config: joined.append(1) or datasets.load("small"))
     assert program(variants="1_iteration", data_parallel=1, max_steps=1) == (0, "")
     assert joined == [1]
     monkeypatch.setattr(jax, "process_count", lambda: 2)

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import data, multimnist, objectives, records, train_multimnist
+from experiments import train_multimnist
+from experiments.data import datasets, multimnist
+from experiments.training import objectives, records
 
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.load("mnist_small").test
+    return datasets.load("mnist_small").test
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +199,7 @@ def test_what_cannot_be_used_is_one_line(program, tmp_path):
 
 
 def test_another_seed_tests_on_the_same_pairs():
-    dataset = data.load("mnist_small")
+    dataset = datasets.load("mnist_small")
     config = train_multimnist.Config(dataset="mnist_small", test_size=30)
     first, second = (
         train_multimnist.examples(dataclasses.replace(config, seed=seed), dataset)[1]

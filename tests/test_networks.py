@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from experiments import networks
 from experiments.errors import InputError
+from experiments.training import networks
 
 
 @pytest.mark.parametrize(

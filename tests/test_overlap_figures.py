@@ -5,8 +5,8 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 
-from experiments.figure_style import BLUE, ORANGE
-from experiments.overlap_figures import overlaps
+from experiments.figures.style import BLUE, ORANGE
+from experiments.train_multimnist import draw_overlaps
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def pairs():
 
 
 def draw(layers, drawn, predicted):
-    return overlaps(
+    return draw_overlaps(
         layers,
         drawn,
         labels=np.array([[3, 5], [4, 2]]),

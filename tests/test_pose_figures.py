@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from experiments import pose_figures
-from experiments.equivariance import Curve
+from experiments.analysis.equivariance import Curve
+from experiments.figures import poses
 
 STEPS = {"rotation (degrees)": [-30, 0, 30], "scale": [0.5, 1.0]}
 
@@ -35,7 +35,7 @@ def test_accuracies_are_drawn_in_a_panel_each_with_a_line_a_run():
         name: {"rotation (degrees)": [10, base, 20], "scale": [30, base]}
         for name, base in (("runs/mnist_paper", 99), ("runs/pooling_cnn", 98))
     }
-    figure = pose_figures.accuracy_sweeps(curves, STEPS)
+    figure = poses.accuracy_sweeps(curves, STEPS)
     assert [axes.get_xlabel() for axes in figure.axes] == list(STEPS)
     for axes, (label, values) in zip(figure.axes, STEPS.items(), strict=True):
         assert axes.get_ylim() == (0, 100)
@@ -49,7 +49,7 @@ def test_accuracies_are_drawn_in_a_panel_each_with_a_line_a_run():
 def test_runs_have_looks_of_their_own(count, length):
     names = [f"runs/{'W' * (length - 7)}{k:02}" for k in range(count)]
     curves = {name: {"scale": [1, 2]} for name in names}
-    figure = pose_figures.accuracy_sweeps(curves, {"scale": [0.5, 1.0]})
+    figure = poses.accuracy_sweeps(curves, {"scale": [0.5, 1.0]})
     looks = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines}
     assert len(looks) == count
     drawn = [text.removeprefix("…") for text in texts_on_page(figure)]
@@ -65,7 +65,7 @@ def test_medians_and_quartiles_of_every_network_are_drawn():
         }
         for network in ("capsnet", "pooling_cnn")
     }
-    figure = pose_figures.equivariance(curves, STEPS)
+    figure = poses.equivariance_curves(curves, STEPS)
     grid = np.array(figure.axes).reshape(3, 2)
     for column, label in zip(grid.T, STEPS, strict=True):
         assert column[2].get_xlabel() == label

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import small_runs
 
-from experiments import processes, records
 from experiments.errors import InputError
+from experiments.training import processes, records
 
 ROOT = pathlib.Path(__file__).parents[1]
 TRAIN = [sys.executable, str(ROOT / "tests/tiny_training.py")]

@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 from runs import Config, open_workdir
 from tensorboardX.proto import event_pb2
 
-from experiments import files, records
-from experiments.checkpoints import Checkpoints
+from experiments import files
 from experiments.errors import InputError
+from experiments.training import records
+from experiments.training.checkpoints import Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -305,7 +306,7 @@ def test_seconds_are_those_of_the_steps():
 
 def test_a_figure_becomes_a_png(tmp_path):
     figure = Figure(figsize=(2, 1))
-    records.save_figure(figure, tmp_path / "curve.png")
+    files.save_figure(figure, tmp_path / "curve.png")
     header = (tmp_path / "curve.png").read_bytes()[:24]
     assert header[:8] == b"\x89PNG\r\n\x1a\n"
     assert (header[16:20], header[20:24]) == ((300).to_bytes(4), (150).to_bytes(4))
@@ -316,5 +317,5 @@ def test_a_figure_that_cannot_be_written_leaves_the_old_one(tmp_path, small_disk
     (tmp_path / "curve.png").write_text("old")
     message = r"curve\.png cannot be written: File too large$"
     with small_disk(10), pytest.raises(InputError, match=message):
-        records.save_figure(Figure(), tmp_path / "curve.png")
+        files.save_figure(Figure(), tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_text() == "old"

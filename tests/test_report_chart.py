@@ -3,8 +3,8 @@
 import pytest
 from reports import parse
 
-from experiments import report_chart
-from experiments.report_chart import Curve
+from experiments.report_page import chart
+from experiments.report_page.chart import Curve
 
 
 def points(svg, tag):
@@ -18,7 +18,7 @@ def ticks(svg, *, end):
 
 def draw(*values):
     curve = Curve("a", 0, [(float(x), y) for x, y in enumerate(values)])
-    return parse(report_chart.chart([curve], across="epoch", measure="error"))
+    return parse(chart.chart([curve], across="epoch", measure="error"))
 
 
 def test_a_chart_is_linear_from_0_over_a_small_ratio():
@@ -49,14 +49,14 @@ def test_a_chart_is_logarithmic_over_a_large_ratio_and_keeps_zeros():
 def test_a_chart_of_any_numbers_stays_inside(values):
     svg = draw(*values)
     for x, y in points(svg, "polyline"):
-        assert 0 <= x <= report_chart.WIDTH
-        assert 0 <= y <= report_chart.HEIGHT
+        assert 0 <= x <= chart.WIDTH
+        assert 0 <= y <= chart.HEIGHT
     assert 1 <= len(ticks(svg, end=True)) <= 20
 
 
 def test_of_a_long_curve_some_points_are_left_out_but_not_the_last():
     values = [1.0] * 10_000 + [2.0]
     drawn = points(draw(*values), "polyline")
-    assert 200 < len(drawn) <= report_chart.DRAWN + 1
+    assert 200 < len(drawn) <= chart.DRAWN + 1
     assert drawn[-1][1] < drawn[-2][1]
     assert not list(draw(*values).all("circle"))

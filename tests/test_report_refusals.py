@@ -177,7 +177,7 @@ def test_a_folder_that_the_disk_does_not_give_is_one_line(program, run, monkeypa
 
 def test_figures_that_no_browser_would_hold_are_refused(program, run, monkeypatch):
     write_figure(run, "x.png")
-    monkeypatch.setattr("experiments.report_runs._FIGURES_LIMIT", 1000)
+    monkeypatch.setattr("experiments.report_page.workdirs._FIGURES_LIMIT", 1000)
     status, stderr = program("a")
     assert status == 2
     assert re.fullmatch(

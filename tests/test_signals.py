@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from experiments import signals
+from experiments.training import signals
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import jax
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from experiments import targets
+from experiments.compilers import targets
 from experiments.errors import InputError
 
 

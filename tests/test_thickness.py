@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from experiments.thickness import thickened
+from experiments.measure_equivariance import thickened
 
 CHANGES = (-1.5, -0.6, 0.0, 0.3, 1.0, 2.2)
 

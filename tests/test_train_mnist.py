@@ -19,10 +19,13 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments import data, idx, inspection, records, runs, train_mnist
-from experiments.checkpoints import Checkpoints, begin_training, saved_steps
-from experiments.display import Display
+from experiments import train_mnist
+from experiments.analysis import inspection
+from experiments.data import datasets, idx
 from experiments.errors import InputError
+from experiments.training import mnist, records, runs
+from experiments.training.checkpoints import Checkpoints, begin_training, saved_steps
+from experiments.training.display import Display
 
 ROOT = pathlib.Path(__file__).parents[1]
 FIGURES = {
@@ -60,7 +63,7 @@ def tiny(compiled, tmp_path_factory):
     """A Config that trains in a second once it is compiled."""
     folder = tmp_path_factory.mktemp("data")
     write_idx(folder, seed=0)
-    return train_mnist.Config(
+    return mnist.Config(
         dataset="mnist",
         data_dir=str(folder),
         workdir="run",
@@ -172,7 +175,7 @@ def what_is_loaded(config, monkeypatch, tmp_path):
     def load(*arguments, **options):
         raise InputError(f"{arguments} {options} {jax.config.jax_compilation_cache_dir}")
 
-    monkeypatch.setattr(data, "load", load)
+    monkeypatch.setattr(datasets, "load", load)
     with pytest.raises(InputError) as error:
         train_mnist.main(config)
     jax.config.update("jax_compilation_cache_dir", None)
@@ -181,10 +184,10 @@ def what_is_loaded(config, monkeypatch, tmp_path):
 
 def what_is_trained(config, monkeypatch, tmp_path):
     """The first parameters, the program of a step, and the first batch."""
-    dataset = data.load(config.dataset, data_dir=config.data_dir)
-    trainer = train_mnist.build(config, dataset)
+    dataset = datasets.load(config.dataset, data_dir=config.data_dir)
+    trainer = mnist.build(config, dataset)
     state = trainer.initial_state(config.seed)
-    order = data.batches(44, batch_size=config.batch_size, seed=config.seed)
+    order = datasets.batches(44, batch_size=config.batch_size, seed=config.seed)
     chosen = next(order)
     images, labels = dataset.train.images[chosen], dataset.train.labels[chosen]
     step = trainer.step.lower(state, images, labels).as_text()
@@ -234,7 +237,7 @@ EFFECTS = {
 
 
 def test_no_field_is_left_out():
-    fields = {field.name for field in dataclasses.fields(train_mnist.Config)}
+    fields = {field.name for field in dataclasses.fields(mnist.Config)}
     devices = {field.name for base in runs.Settings.__bases__ for field in dataclasses.fields(base)}
     assert EFFECTS.keys() == fields - devices  # for which see test_devices and test_processes
 
@@ -396,7 +399,7 @@ def test_no_moment_of_a_kill_is_refused_or_costs_a_checkpoint(
             assert_same_result(train(**often), whole)
         shutil.rmtree(tmp_path / "run")
         copies += later.seen.values()
-    template = train_mnist.build(tiny, data.load("mnist", data_dir=tiny.data_dir)).initial_state(0)
+    template = mnist.build(tiny, datasets.load("mnist", data_dir=tiny.data_dir)).initial_state(0)
     caplog.clear()
     restored = set()
     for copy in filter(records.holds_run, copies):
@@ -484,8 +487,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(
     steps, leaves = saved(tmp_path / "run")
     assert 4 <= steps[-1] < step <= LAST_STEP
     assert rows(tmp_path / "run")[-1]["step"] < step
-    dataset = data.load(tiny.dataset, data_dir=tiny.data_dir)
-    trainer = train_mnist.build(dataclasses.replace(tiny, **config), dataset)
+    dataset = datasets.load(tiny.dataset, data_dir=tiny.data_dir)
+    trainer = mnist.build(dataclasses.replace(tiny, **config), dataset)
     with Checkpoints(tmp_path / "run") as checkpoints:
         _, state = checkpoints.restore(trainer.initial_state(0))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))

@@ -14,15 +14,16 @@ from flax import nnx
 
 import capsjax
 from capsjax.models import CapsNet
-from experiments import data, training
+from experiments.data import datasets
 from experiments.errors import InputError
-from experiments.objectives import CapsuleClassification
-from experiments.transforms import scaled, shifted
+from experiments.training import loop
+from experiments.training.objectives import CapsuleClassification
+from experiments.training.transforms import scaled, shifted
 
 BATCH, EPOCH_STEPS, LAST_STEP = 64, 50, 80
 
 
-class Counted(training.Trainer):
+class Counted(loop.Trainer):
     """A Trainer that counts how often its step is traced."""
 
     def __init__(self, *arguments):
@@ -37,9 +38,9 @@ class Counted(training.Trainer):
 @pytest.fixture(scope="module")
 def dataset():
     """Real digits: 50 batches and a part of one to train on, 2 and a part to test."""
-    whole = data.load("mnist_small")
+    whole = datasets.load("mnist_small")
     train, test = (
-        data.Split(split.images[:size], split.labels[:size])
+        datasets.Split(split.images[:size], split.labels[:size])
         for split, size in ((whole.train, BATCH * EPOCH_STEPS + 9), (whole.test, 2 * BATCH + 21))
     )
     return dataclasses.replace(whole, train=train, test=test)
@@ -55,13 +56,13 @@ def trainer():
         hidden=(16,),
         rngs=nnx.Rngs(0),
     )
-    optimizer = training.adam(0.01, final_learning_rate=0.003, num_steps=LAST_STEP)
+    optimizer = loop.adam(0.01, final_learning_rate=0.003, num_steps=LAST_STEP)
     return Counted(model, CapsuleClassification(10, 1, 0, 0.0005), optimizer)
 
 
 def run(trainer, state, dataset, *, last_step=LAST_STEP, log_every_steps=10, stopped=lambda: 0):
     """Every step's progress; its state is on the host, since the next step takes the buffers."""
-    progress = training.train(
+    progress = loop.train(
         trainer,
         state,
         dataset.train,
@@ -140,7 +141,7 @@ def test_bytes_become_0_to_1():
 
 
 def test_the_rate_falls_by_one_factor_a_step_from_the_first_to_the_final():
-    optimizer = training.adam(1e-2, final_learning_rate=1e-4, num_steps=20)
+    optimizer = loop.adam(1e-2, final_learning_rate=1e-4, num_steps=20)
     params = jnp.zeros(())
     state, rates = optimizer.init(params), []
     for _ in range(21):
@@ -192,7 +193,7 @@ def test_without_weight_there_is_no_decoder(drawings):
 
 def test_a_step_and_an_evaluation_use_these_masks(trainer, dataset, unbroken):
     """The labels are wrong for nearly all images, so that the two masks differ."""
-    state = restored(unbroken[LAST_STEP - 1][1])._replace(window=training.empty_window())
+    state = restored(unbroken[LAST_STEP - 1][1])._replace(window=loop.empty_window())
     model = trainer.model(unbroken[LAST_STEP - 1][1].params)  # the step takes those of the state
     key = jax.random.wrap_key_data(np.array(state.key))
     images, labels = dataset.test.images[:BATCH], (dataset.test.labels[:BATCH] + 1) % 10
@@ -203,7 +204,7 @@ def test_a_step_and_an_evaluation_use_these_masks(trainer, dataset, unbroken):
         losses, _ = trainer.objective.loss(model, shown, labels, key if is_training else None)
         return pytest.approx(float(losses.mean()), rel=1e-5)
 
-    split = data.Split(images, labels)
+    split = datasets.Split(images, labels)
     evaluated = trainer.evaluate(state.params, split, batch_size=BATCH).loss
     assert evaluated == mean_loss(whole, False)
     assert evaluated != mean_loss(whole, True)
@@ -226,7 +227,7 @@ def test_the_last_smaller_batch_counts(trainer, unbroken, dataset):
 
 
 def test_a_split_smaller_than_a_batch_is_no_special_case(trainer, unbroken, dataset):
-    params, few = unbroken[-1][1].params, data.Split(*(x[:BATCH] for x in dataset.test))
+    params, few = unbroken[-1][1].params, datasets.Split(*(x[:BATCH] for x in dataset.test))
     found = trainer.evaluate(params, few, batch_size=10 * BATCH)
     wanted = trainer.evaluate(params, few, batch_size=BATCH)
     np.testing.assert_array_equal(found.scores, wanted.scores)
@@ -289,11 +290,11 @@ def test_the_loop_ends_when_it_is_told_to(trainer, dataset):
 
 
 def test_a_bad_step_is_named():
-    good = training.empty_window()
-    training.check_finite(good)
+    good = loop.empty_window()
+    loop.check_finite(good)
     message = r"^the loss or its gradient is not finite at step 17; try a lower --learning_rate$"
     with pytest.raises(InputError, match=message):
-        training.check_finite(good._replace(bad_step=jnp.int32(17)))
+        loop.check_finite(good._replace(bad_step=jnp.int32(17)))
 
 
 def test_a_step_notes_the_first_loss_that_is_not_finite(trainer, dataset, unbroken):
@@ -311,16 +312,16 @@ def test_a_step_notes_the_first_loss_that_is_not_finite(trainer, dataset, unbrok
 
 def test_a_test_loss_that_is_not_finite_is_named(dataset):
     """The last update of an epoch may spoil a network whose training loss was still good."""
-    window = training.empty_window()._replace(steps=jnp.int32(1))
-    bad = training.Evaluation(np.zeros((len(dataset.test.labels), 10)), float("nan"))
+    window = loop.empty_window()._replace(steps=jnp.int32(1))
+    bad = loop.Evaluation(np.zeros((len(dataset.test.labels), 10)), float("nan"))
     stub = types.SimpleNamespace(
         batch=lambda examples, indices: examples.take(indices),
-        empty_window=training.empty_window,
+        empty_window=loop.empty_window,
         step=lambda state, images, labels: state,
         compile_step=lambda state, images, labels: None,
         evaluate=lambda *_, batch_size: bad,
     )
-    state = training.State({}, optax.EmptyState(), jnp.int32(4), jnp.zeros(2), window)
+    state = loop.State({}, optax.EmptyState(), jnp.int32(4), jnp.zeros(2), window)
     message = r"^the loss on the test data is not finite at step 5; try a lower --learning_rate$"
     with pytest.raises(InputError, match=message):
         run(stub, state, dataset, last_step=5)

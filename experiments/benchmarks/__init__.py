@@ -1,0 +1,1 @@
+"""The programs that are timed, and how they are timed."""

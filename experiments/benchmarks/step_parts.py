@@ -1,0 +1,93 @@
+"""capsjax's own training step, inference, and the parts of a step, each as a function to time."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import capsjax
+from capsjax.models import CapsNet
+from experiments.benchmarks import programs
+from experiments.training import loop, objectives
+from experiments.training.transforms import scaled
+
+MATRIX = 2048
+
+
+def program(params: loop.Params, images: np.ndarray, labels: np.ndarray) -> programs.Program:
+    """What there is to measure; training starts from parameters of its own making."""
+    trainer = loop.Trainer(
+        CapsNet(images.shape[1:], rngs=nnx.Rngs(0)),
+        objectives.CapsuleClassification(
+            num_classes=10,
+            shift=2,
+            canvas=0,
+            reconstruction_weight=programs.RECONSTRUCTION_WEIGHT,
+        ),
+        loop.adam(1e-3, final_learning_rate=1e-4, num_steps=1000),
+    )
+    state = trainer.initial_state(0)
+    trainer.compile_step(state, images, labels)
+
+    def train() -> None:
+        nonlocal state
+        state = trainer.step(state, images, labels)
+        jax.block_until_ready(state)
+
+    return programs.Program(
+        train,
+        lambda images: trainer.model(params)(scaled(jnp.asarray(images))),
+        # A copy, since every step gives the parameters before it away.
+        lambda: parts(trainer, jax.tree.map(jnp.copy, state.params), images),
+    )
+
+
+def parts(
+    trainer: loop.Trainer, params: loop.Params, images: np.ndarray
+) -> dict[str, Callable[[], Any]]:
+    """Inference and the parts of a step, compiled; gradients are of all that the row computes."""
+    model = trainer.model(params)
+    pixels = scaled(jnp.asarray(images))
+    features = jax.nn.relu(model.convolution(pixels))
+    poses = model.primary(features)
+    weights = model.capsules.weights[...]
+    capsules = model.capsules(poses)
+    chosen = jnp.argmax(capsjax.lengths(capsules), axis=1)
+    matrix = jnp.ones((MATRIX, MATRIX))
+
+    def bind(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+        compiled = jax.jit(function).lower(*arguments).compile()
+        return lambda: jax.block_until_ready(compiled(*arguments))
+
+    # Inputs have no gradient, but are arguments all the same: of constants XLA computes in advance.
+    def gradients(
+        function: Callable[..., Any], *arguments: Any, inputs: tuple[Any, ...] = ()
+    ) -> Callable[[], Any]:
+        def run(arguments: tuple[Any, ...], inputs: tuple[Any, ...]) -> Any:
+            outputs, vjp = jax.vjp(lambda *arguments: function(*arguments, *inputs), *arguments)
+            return outputs, vjp(outputs)
+
+        return bind(run, arguments, inputs)
+
+    def layer(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda params, *inputs: function(trainer.model(params), *inputs)
+
+    first = layer(lambda model, x: model.convolution(x))
+    return {
+        "inference": bind(
+            layer(lambda model, x: capsjax.lengths(model(scaled(x)))), params, images
+        ),
+        "routing": bind(capsjax.dynamic_routing, poses, weights),
+        "routing, with gradients": gradients(capsjax.dynamic_routing, poses, weights),
+        "first convolution, with gradients": gradients(first, params, inputs=(pixels,)),
+        "primary capsules, with gradients": gradients(
+            layer(lambda model, x: model.primary(x)), params, features
+        ),
+        "decoder, with gradients": gradients(
+            layer(lambda model, c: model.reconstruct(c, chosen)), params, capsules
+        ),
+        "matrix product": bind(jnp.matmul, matrix, matrix),
+    }

@@ -1,0 +1,181 @@
+"""The paper's network in PyTorch, in two forms, to be measured beside this project's.
+
+`TorchCapsNet` is how one would write it today: one convolution for all primary capsules, votes
+and routing as einsum. `NotebookCapsNet` has the form of the notebooks it is usually learnt from:
+a convolution for each dimension of the primary capsules, and logits as large as the votes.
+Both compute what `capsjax.models.CapsNet` computes, from the same parameters. PyTorch is needed
+here only, and no dependency of the project.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from experiments.benchmarks import programs
+
+Parameters = Mapping[str, Any]
+
+
+class TorchCapsNet(nn.Module):
+    """One convolution a layer, einsum routing."""
+
+    def __init__(self, params: Parameters, *, num_iterations: int = 3) -> None:
+        """Takes the parameters of a `CapsNet`, as nested dicts of arrays."""
+        super().__init__()
+        self.convolution = _convolution(params["convolution"])
+        self.weights = nn.Parameter(_tensor(params["capsules"]["weights"]))  # [I, P, J, D]
+        self.decoder = _decoder(params["decoder"])
+        self.num_iterations = num_iterations
+        self._set_primary(params["primary"]["convolution"])
+
+    def _set_primary(self, params: Parameters) -> None:
+        self.primary: nn.Module = _convolution(params, stride=2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps images `[B, C, H, W]` to class capsules `[B, J, D]`."""
+        return self.route(self.primary_poses(functional.relu(self.convolution(images))))
+
+    def primary_poses(self, features: Tensor) -> Tensor:
+        """Maps `[B, C, H, W]` to poses `[B, I, P]`, I counting rows, columns, then types."""
+        maps = self.primary(features).permute(0, 2, 3, 1)
+        return squash(maps.reshape(len(maps), -1, self.weights.shape[1]))
+
+    def route(self, poses: Tensor) -> Tensor:
+        """Routes poses `[B, I, P]` to class capsules `[B, J, D]`."""
+        votes = torch.einsum("bip,ipjd->bijd", poses, self.weights)
+        logits = votes.new_zeros(votes.shape[:3])
+        for iteration in range(self.num_iterations):
+            couplings = torch.softmax(logits, dim=2)
+            outputs = squash(torch.einsum("bij,bijd->bjd", couplings, votes))
+            if iteration + 1 < self.num_iterations:
+                logits = logits + torch.einsum("bijd,bjd->bij", votes, outputs)
+        return outputs
+
+    def reconstruct(self, capsules: Tensor, labels: Tensor) -> Tensor:
+        """Draws the images `[B, H * W * C]` of one class each."""
+        chosen = functional.one_hot(labels, capsules.shape[1]).to(capsules.dtype)
+        return self.decoder((capsules * chosen[:, :, None]).flatten(1))
+
+
+class NotebookCapsNet(TorchCapsNet):
+    """Eight convolutions for the primary capsules, and logits of the votes' size."""
+
+    def _set_primary(self, params: Parameters) -> None:
+        kernel, bias = np.asarray(params["kernel"]), np.asarray(params["bias"])
+        length = self.weights.shape[1]
+        self.numbers = nn.ModuleList(
+            _convolution({"kernel": kernel[..., p::length], "bias": bias[p::length]}, stride=2)
+            for p in range(length)
+        )
+
+    def primary_poses(self, features: Tensor) -> Tensor:
+        """As in the other form; each convolution gives one number of every pose."""
+        numbers = [layer(features).permute(0, 2, 3, 1).flatten(1) for layer in self.numbers]
+        return squash(torch.stack(numbers, dim=2))
+
+    def route(self, poses: Tensor) -> Tensor:
+        """As in the other form, with an axis for every letter in every array."""
+        weights = self.weights.permute(2, 0, 1, 3)[:, None]  # [J, 1, I, P, D]
+        votes = poses[None, :, :, None] @ weights  # [J, B, I, 1, D]
+        logits = torch.zeros_like(votes)
+        for iteration in range(self.num_iterations):
+            couplings = torch.softmax(logits, dim=0)
+            outputs = squash((couplings * votes).sum(dim=2, keepdim=True))
+            if iteration + 1 < self.num_iterations:
+                logits = logits + (votes * outputs).sum(dim=-1, keepdim=True)
+        return outputs[:, :, 0, 0].transpose(0, 1)
+
+
+class TorchTrainer:
+    """Adam on the paper's loss, images being moved by no one: that work is capsjax's alone."""
+
+    def __init__(self, network: TorchCapsNet, *, reconstruction_weight: float) -> None:
+        """Takes over the network's parameters."""
+        self.network = network
+        self.reconstruction_weight = reconstruction_weight
+        self.optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
+
+    def step(self, images: np.ndarray, labels: np.ndarray) -> float:
+        """Trains on bytes `[B, H, W, C]` and their classes, and returns the loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(pixels(images), torch.from_numpy(labels).long())
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The mean of margin and reconstruction loss."""
+        capsules = self.network(images)
+        lengths = torch.linalg.vector_norm(capsules, dim=2)
+        present = functional.one_hot(labels, lengths.shape[1]).to(lengths.dtype)
+        missing, surplus = functional.relu(0.9 - lengths) ** 2, functional.relu(lengths - 0.1) ** 2
+        margin = (present * missing + 0.5 * (1 - present) * surplus).sum(dim=1)
+        drawn = self.network.reconstruct(capsules, labels)
+        squares = ((drawn - images.permute(0, 2, 3, 1).flatten(1)) ** 2).sum(dim=1)
+        return (margin + self.reconstruction_weight * squares).mean()
+
+
+def program(
+    network: type[TorchCapsNet], params: Parameters, images: np.ndarray, labels: np.ndarray
+) -> programs.Program:
+    """What there is to measure of one form."""
+    trainer = TorchTrainer(network(params), reconstruction_weight=programs.RECONSTRUCTION_WEIGHT)
+
+    @torch.inference_mode()
+    def lengths() -> Tensor:
+        return torch.linalg.vector_norm(trainer.network(pixels(images)), dim=2)
+
+    def rows() -> programs.Rows:
+        with torch.no_grad():
+            features = functional.relu(trainer.network.convolution(pixels(images)))
+            poses = trainer.network.primary_poses(features).requires_grad_()
+
+        def routing() -> tuple[Tensor, ...]:
+            capsules = trainer.network.route(poses)
+            inputs = (poses, trainer.network.weights)
+            return torch.autograd.grad(capsules, inputs, capsules.detach())
+
+        return {"inference": lengths, "routing, with gradients": routing}
+
+    @torch.inference_mode()
+    def class_capsules(images: np.ndarray) -> np.ndarray:
+        return network(params)(pixels(images)).numpy()
+
+    return programs.Program(lambda: trainer.step(images, labels), class_capsules, rows)
+
+
+def squash(x: Tensor) -> Tensor:
+    """`|x|²/(1 + |x|²) · x/|x|` along the last axis."""
+    squares = (x * x).sum(dim=-1, keepdim=True)
+    return x * torch.sqrt(squares + 1e-12) / (1 + squares)
+
+
+def pixels(images: np.ndarray) -> Tensor:
+    """Bytes `[B, H, W, C]` to float32 `[B, C, H, W]` in 0 … 1."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32) / 255
+
+
+def _tensor(array: Any) -> Tensor:
+    return torch.from_numpy(np.array(array))
+
+
+def _convolution(params: Parameters, *, stride: int = 1) -> nn.Conv2d:
+    height, width, channels, outputs = params["kernel"].shape
+    layer = nn.Conv2d(channels, outputs, (height, width), stride)
+    layer.weight = nn.Parameter(_tensor(params["kernel"]).permute(3, 2, 0, 1).contiguous())
+    layer.bias = nn.Parameter(_tensor(params["bias"]))
+    return layer
+
+
+def _decoder(params: Parameters) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for _, weights in sorted(params["layers"].items()):
+        layer = nn.Linear(*weights["kernel"].shape)
+        layer.weight = nn.Parameter(_tensor(weights["kernel"]).T.contiguous())
+        layer.bias = nn.Parameter(_tensor(weights["bias"]))
+        layers += [layer, nn.ReLU()]
+    return nn.Sequential(*layers[:-1], nn.Sigmoid())

@@ -1,0 +1,351 @@
+"""The checkpoints of a run."""
+
+import functools
+import hashlib
+import json
+import pathlib
+import shutil
+import zlib
+from typing import Any, Self
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+
+from experiments import files
+from experiments.errors import InputError
+from experiments.training import processes, records
+
+_RECORD, _LAST = "record.json", "last_checkpoint.json"
+_NONE_YET = -1  # in _LAST, until the first checkpoint is complete
+
+
+class Checkpoints:
+    """The newest three checkpoints of a run, written by Orbax.
+
+    Orbax does not notice a flipped bit among the values, and other damage makes it raise anything
+    from KeyError to AttributeError after a page of complaints. So each checkpoint gets a
+    record.json, written last: a SHA-256 for each of its files, checked before Orbax opens them,
+    and dtype, shape and CRC-32 of every leaf, checked afterwards.
+
+    A checkpoint without a record.json is a save that did not finish, or one whose record was lost.
+    last_checkpoint.json in the workdir tells them apart: it holds the step of the last complete
+    checkpoint, and is written after that checkpoint's record. What was complete once is never
+    removed to start again.
+
+    Of many processes each writes and reads its part of every array, on a disk that they share, and
+    all must call the same functions.
+    """
+
+    def __init__(self, workdir: files.StrPath):
+        """Finds the checkpoints of the run in `workdir`; nothing is written before `save`."""
+        run = records.read_config(workdir)
+        self._run = {"config": run["config"], "data_sha256": run["data_sha256"]}
+        self._workdir = workdir
+        # Orbax wants an absolute path.
+        self._folder = pathlib.Path(workdir).absolute() / "checkpoints"
+        self._damaged: set[int] = set()
+        self._manager: ocp.CheckpointManager | None = None
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, oldest first."""
+        return saved_steps(self._workdir)
+
+    def save(self, step: int, state: Any) -> None:
+        """Writes the checkpoint of one step; it is on disk when this returns.
+
+        Args:
+          step: above every step saved so far; a step that has its checkpoint is left alone.
+          state: a tree of JAX arrays.
+
+        Raises:
+          InputError: the disk is full, or the like; the checkpoints before it are intact.
+        """
+        if self._manager is None:
+            self._manager = self._open_manager()
+        if processes.from_lead(step in self.steps()):
+            return
+        folder = self._folder / str(step)
+        # Checked first, since Orbax fills the screen when the disk fills up under its writes.
+        processes.on_lead(lambda: self._check_space(folder, state))
+        try:
+            if not self._manager.save(step, args=ocp.args.StandardSave(state)):
+                newest = self.steps()[-1]
+                raise RuntimeError(f"Checkpoints.save: step must be above {newest}, got {step}")
+            leaves = {name: _describe(leaf) for name, leaf in _named(state)}
+            processes.on_lead(lambda: self._seal(folder, leaves))
+        except (OSError, ValueError) as error:
+            reason = files.system_error(error)
+            if reason is None:
+                raise
+            for left in (folder, *self._folder.glob(f"{step}.orbax-checkpoint-tmp*")):
+                shutil.rmtree(left, ignore_errors=True)
+            self._manager.reload()
+            raise InputError(
+                f"checkpoint {folder} cannot be written: {reason}; those before it are intact"
+            ) from error
+        processes.on_lead(lambda: _write_last(self._workdir, step))
+
+    def restore(self, template: Any) -> tuple[int, Any] | None:
+        """Reads the newest good checkpoint, with a warning for each newer one that is damaged.
+
+        Args:
+          template: a state with the structure, dtypes, shapes and shardings to restore.
+
+        Returns:
+          Its step and state, or None when no checkpoint was completed yet.
+
+        Raises:
+          InputError: all are damaged or lost, or one was written by another program or run.
+        """
+        damaged: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            try:
+                state = self._read(step, template)
+            except _DamagedError as error:
+                damaged[step] = str(error)
+                continue
+            damaged |= processes.on_lead(functools.partial(self._lost_since, step)) or {}
+            for bad, reason in sorted(damaged.items()) if processes.is_lead() else ():
+                logging.warning(
+                    "checkpoint %s is damaged (%s): going on from step %d",
+                    *(self._folder / str(bad), reason, step),
+                )
+            self._damaged = set(damaged)
+            return step, state
+        if damaged:
+            listed = ", ".join(f"{step} ({reason})" for step, reason in damaged.items())
+            raise InputError(
+                f"every checkpoint in {self._folder} is damaged: {listed}; to start again, remove "
+                f"{self._workdir} or use another --workdir"
+            )
+        processes.on_lead(lambda: check_not_lost(self._workdir))
+        return None
+
+    def close(self) -> None:
+        """Ends Orbax's threads; everything saved is on disk already."""
+        if self._manager is not None:
+            self._manager.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _read(self, step: int, template: Any) -> Any:
+        folder = self._folder / str(step)
+        record = _intact(folder)
+        if {key: record[key] for key in self._run} != self._run:
+            raise InputError(f"checkpoint {folder} belongs to a run with other settings or data")
+        found = {name: (leaf["dtype"], leaf["shape"]) for name, leaf in record["leaves"].items()}
+        wanted = {name: (str(leaf.dtype), list(leaf.shape)) for name, leaf in _named(template)}
+        for name in sorted(found | wanted):
+            if found.get(name) != wanted.get(name):
+                raise InputError(
+                    f"checkpoint {folder} does not fit this program: {name} is "
+                    f"{found.get(name, 'absent')} there, {wanted.get(name, 'absent')} here"
+                )
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+        reason = ""
+        try:
+            with ocp.StandardCheckpointer() as reader:
+                state = reader.restore(folder / "default", abstract)
+        except (OSError, ValueError) as error:
+            if (said := files.system_error(error)) is None:
+                raise
+            reason = said
+        if reason := processes.first_reason(reason):  # or some would go on to what is older
+            raise _DamagedError(reason)
+        for name, leaf in _named(state):
+            if _describe(leaf) != record["leaves"][name]:
+                raise _DamagedError(f"{name} was not restored as it was saved")
+        return state
+
+    def _open_manager(self) -> ocp.CheckpointManager:
+        """Makes room for new checkpoints: not sooner, since a run may be read while it trains."""
+        processes.on_lead(self._clear)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=3,
+            create=False,
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=False,
+        )
+        with files.writing(self._folder):
+            return ocp.CheckpointManager(self._folder, options=options)
+
+    def _lost_since(self, step: int) -> dict[int, str]:
+        """Checkpoints after `step` that were complete, and are no more: why, by step."""
+        last = _read_last(self._workdir)
+        if last is None or last <= step:
+            return {}
+        found = {
+            other: f"it has no {_RECORD}"
+            for other in _unsealed_steps(self._workdir)
+            if step < other <= last
+        }
+        gone = {} if (self._folder / str(last)).exists() else {last: "its folder is missing"}
+        return gone | found
+
+    def _clear(self) -> None:
+        with files.writing(self._folder):
+            begin_training(self._workdir)
+            steps, last = self.steps(), _read_last(self._workdir)
+            damaged = set(self._damaged)
+            for step in _unsealed_steps(self._workdir):
+                # One before all others is what Orbax, too, was removing.
+                if steps and last is not None and steps[0] < step <= last:
+                    damaged.add(step)
+                    continue
+                entry = self._folder / str(step)
+                logging.warning("checkpoint %s has no %s: removed as unfinished", entry, _RECORD)
+                shutil.rmtree(entry)
+            for step in damaged:
+                source, target = self._folder / str(step), self._folder / f"damaged_{step}"
+                if source.exists():
+                    if target.exists():
+                        shutil.rmtree(target)
+                    source.rename(target)
+            if damaged:
+                _write_last(self._workdir, self.steps()[-1])
+
+    def _check_space(self, folder: pathlib.Path, state: Any) -> None:
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + 2**20
+        free = shutil.disk_usage(self._folder).free
+        if free < needed:
+            raise InputError(
+                f"checkpoint {folder} cannot be written: it needs {needed / 2**20:.1f} MiB and the "
+                f"disk has {free / 2**20:.1f} MiB free; those before it are intact"
+            )
+
+    def _seal(self, folder: pathlib.Path, leaves: dict[str, Any]) -> None:
+        digests = {name: _sha256(folder / name) for name in _sync(folder)}
+        text = json.dumps({**self._run, "leaves": leaves, "files": digests})
+        sealed = json.dumps({"crc32": zlib.crc32(text.encode()), "record": json.loads(text)})
+        files.write(folder / _RECORD, sealed.encode())
+
+
+def saved_steps(workdir: files.StrPath) -> list[int]:
+    """The steps of a run that have a checkpoint, oldest first."""
+    found = {entry.parent.name for entry in pathlib.Path(workdir).glob(f"checkpoints/*/{_RECORD}")}
+    return sorted(int(name) for name in found if name.isdecimal())
+
+
+def begin_training(workdir: files.StrPath) -> None:
+    """Prepares a run's folder for training, before its first row of metrics is written.
+
+    Raises:
+      InputError: its checkpoints are lost, or it cannot be written.
+    """
+    check_not_lost(workdir)
+    newest, last = max(saved_steps(workdir), default=_NONE_YET), _read_last(workdir)
+    if last is None or last < newest:  # killed between a checkpoint's record and this file
+        _write_last(workdir, newest)
+
+
+def check_not_lost(workdir: files.StrPath) -> None:
+    """Checks that a run without complete checkpoints never had one.
+
+    A kill before the first one is complete leaves `begin`'s file, rows of metrics and at most one
+    checkpoint folder without a record; all else is a run whose checkpoints were removed or spoilt.
+
+    Raises:
+      InputError: the run had a checkpoint, and there is none.
+    """
+    last = _read_last(workdir)  # before the others, which a process that trains may add to
+    if saved_steps(workdir):
+        return
+    left, rows_end = _unsealed_steps(workdir), records.last_step(workdir)
+    if not (left or rows_end) if last is None else last == _NONE_YET and len(left) < 2:
+        return
+    folder = pathlib.Path(workdir) / "checkpoints"
+    found = f"{', '.join(map(str, left))} without {_RECORD}" if left else "none"
+    raise InputError(
+        f"workdir {workdir} was trained to step {max([last or 0, rows_end, *left])}, but "
+        f"{folder} has no complete checkpoint (found {found}); put them back, or to start again "
+        f"remove {workdir} or use another --workdir"
+    )
+
+
+def _unsealed_steps(workdir: files.StrPath) -> list[int]:
+    """The steps that have a folder without a record."""
+    folders = pathlib.Path(workdir).glob("checkpoints/*/")
+    found = {int(folder.name) for folder in folders if folder.name.isdecimal()}
+    return sorted(found - set(saved_steps(workdir)))
+
+
+def _read_last(workdir: files.StrPath) -> int | None:
+    """The step of the last complete checkpoint; None if the file is absent or damaged."""
+    path = pathlib.Path(workdir) / _LAST
+    try:
+        step = json.loads(path.read_bytes())["step"]
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return step if type(step) is int else None
+
+
+def _write_last(workdir: files.StrPath, step: int) -> None:
+    path = pathlib.Path(workdir) / _LAST
+    with files.writing(path):
+        files.write(path, json.dumps({"step": step}).encode())
+
+
+class _DamagedError(Exception):
+    """A checkpoint is not what was written."""
+
+
+def _intact(folder: pathlib.Path) -> dict[str, Any]:
+    """The record of a checkpoint whose files are what was written; each process reads its share."""
+    reason = ""
+    try:
+        record = _unsealed(folder / _RECORD)
+        share = list(record["files"].items())[jax.process_index() :: jax.process_count()]
+        for name, digest in share:
+            if _sha256(folder / name) != digest:
+                raise _DamagedError(f"{name} is not what was written")
+    except (_DamagedError, OSError) as error:
+        reason = str(error)
+    if reason := processes.first_reason(reason):
+        raise _DamagedError(reason)
+    return record
+
+
+def _named(tree: Any) -> list[tuple[str, Any]]:
+    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
+
+
+def _describe(leaf: Any) -> dict[str, Any]:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    array = np.asarray(leaf)
+    checksum = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return {"dtype": str(array.dtype), "shape": list(array.shape), "crc32": checksum}
+
+
+def _unsealed(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        sealed = json.loads(path.read_bytes())
+        if zlib.crc32(json.dumps(sealed["record"]).encode()) == sealed["crc32"]:
+            return sealed["record"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise _DamagedError(f"{path.name} is damaged: {error!r}") from error
+    raise _DamagedError(f"{path.name} is damaged: its checksum does not match")
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(folder: pathlib.Path) -> list[str]:
+    """Waits until a folder is on disk with all it holds; returns the names of its files."""
+    entries = [folder.parent, folder, *folder.rglob("*")]
+    for entry in entries:
+        files.fsync(entry)
+    return sorted(e.relative_to(folder).as_posix() for e in entries if e.is_file())

@@ -1,0 +1,62 @@
+"""The classifiers of MNIST and data sets like it: their settings, and a trainer made from these."""
+
+import dataclasses
+
+from experiments.cli import flag
+from experiments.data import datasets
+from experiments.errors import InputError
+from experiments.training import loop, networks, objectives, runs
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(networks.Settings, runs.Settings):
+    """All settings of train_mnist; the defaults are the paper's network, recipe and data."""
+
+    reconstruction_weight: float = flag(
+        5e-4, "Weight of the decoder's sum of squared errors; 0: no decoder.", minimum=0
+    )
+    shift: int = flag(2, "Largest random shift of training images, pixels.", minimum=0)
+    canvas: int = flag(
+        0, "Side of a black square with the image at a random place, pixels; 0: none.", minimum=0
+    )
+    diagnostics: bool = flag(
+        False, "Measure the routing after each epoch, and draw it.", affects_result=False
+    )
+
+
+def build(config: Config, dataset: datasets.Dataset) -> loop.Trainer:
+    """Builds the network of a Config for a data set, ready to train.
+
+    Raises:
+      InputError: The images are too small for the network or the shift or too large for the canvas,
+        or the batch is larger than the data.
+    """
+    num_steps = runs.num_steps(config, dataset.train)
+    side, _, channels = dataset.train.images.shape[1:]
+    if config.shift >= side:
+        raise InputError(
+            f"--shift must be less than the {side} pixels of the images, got {config.shift}"
+        )
+    if config.canvas and config.canvas < side:
+        raise InputError(
+            f"--canvas must be 0 or at least the {side} pixels of the images, got {config.canvas}"
+        )
+    side = config.canvas or side
+    model = networks.build(config, (side, side, channels), dataset.num_classes, seed=config.seed)
+    moves = (dataset.num_classes, config.shift, config.canvas)
+    objective: objectives.Objective = (
+        objectives.CapsuleClassification(*moves, config.reconstruction_weight)
+        if config.network == "capsnet"
+        else objectives.SoftmaxClassification(*moves)
+    )
+    optimizer = loop.adam(
+        config.learning_rate,
+        final_learning_rate=config.final_learning_rate,
+        num_steps=num_steps,
+    )
+    return loop.Trainer(model, objective, optimizer)
+
+
+def test_split(config: Config, dataset: datasets.Dataset) -> datasets.Split:
+    """Returns the test images as the network sees them: on the canvas, if there is one."""
+    return datasets.placed(dataset.test, config.canvas) if config.canvas else dataset.test

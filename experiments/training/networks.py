@@ -1,0 +1,178 @@
+"""The networks that the programs train, by name: the capsule network and its controls."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+from capsjax import nn
+from capsjax.models import CapsNet
+from experiments.cli import flag
+from experiments.errors import InputError
+from experiments.training.transforms import AxisName, draw
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Which network, and its sizes; the defaults are the paper's capsule network."""
+
+    network: str = flag(
+        "capsnet",
+        "capsnet; cnn: the paper's baseline for MNIST; pooling_cnn: a small one with max-pooling.",
+        choices=("capsnet", "cnn", "pooling_cnn"),
+    )
+    num_iterations: int = flag(3, "Routing iterations; with 1, couplings are uniform.", minimum=1)
+    gradient: str = flag("full", "Through all iterations, or the last.", choices=("full", "last"))
+    conv_channels: int = flag(256, "Channels of the first convolution.", minimum=1)
+    primary_types: int = flag(32, "Primary capsules at one position.", minimum=1)
+    primary_scale: float = flag(1.0, "Factor on the primary capsules' convolution.", above=0)
+    capsule_length: int = flag(16, "Dimensions of a class capsule.", minimum=1)
+    capsule_bias: float = flag(0.0, "Start of the capsules' biases; 0: class capsules have none.")
+    dtype: str = flag("float32", "Of the computation.", choices=("float32", "bfloat16"))
+    implementation: str = flag(
+        "auto", "Of the routing; auto: the platform's best.", choices=("auto", "xla", "reference")
+    )
+
+
+class Cnn(nnx.Module):
+    """Convolutions with ReLU, dense layers, and dropout before the logits.
+
+    Source: Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules", section 5,
+    https://arxiv.org/abs/1710.09829: the defaults are its baseline for MNIST, without pooling. That
+    its convolutions are padded follows from its 35.4 million parameters; the paper does not name
+    the rate of dropout.
+
+    Args:
+      image_shape: H, W, C of the images.
+      num_classes: Logits.
+      channels: Of each convolution.
+      kernel_size: Rows and columns of each window.
+      pooling: Whether the maximum of 2 x 2 pixels follows each convolution, which is then without
+        padding; an odd last row or column is left out.
+      hidden: Sizes of the dense layers before the logits.
+      dropout: Share of the last hidden units that training drops.
+      dtype: Of the computation; parameters stay float32.
+      rngs: For all parameters.
+
+    Raises:
+      ValueError: The images are too small for the convolutions.
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+        *,
+        channels: Sequence[int] = (256, 256, 128),
+        kernel_size: int = 5,
+        pooling: bool = False,
+        hidden: Sequence[int] = (328, 192),
+        dropout: float = 0.5,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        height, width, inputs = image_shape
+        convolutions = []
+        for outputs in channels:
+            convolutions.append(
+                nn.Convolution(inputs, outputs, kernel_size=kernel_size, dtype=dtype, rngs=rngs)
+            )
+            if pooling:
+                height, width = ((n - kernel_size + 1) // 2 for n in (height, width))
+            inputs = outputs
+        if min(height, width) < 1:
+            raise ValueError(
+                f"Cnn: image_shape must leave pixels after {len(channels)} convolutions, "
+                f"got {image_shape}"
+            )
+        self.convolutions = nnx.List(convolutions)
+        sizes = (height * width * inputs, *hidden, num_classes)
+        self.layers = nnx.List(
+            nnx.Linear(before, after, dtype=dtype, rngs=rngs)
+            for before, after in itertools.pairwise(sizes)
+        )
+        self.pooling = pooling
+        self.dropout = dropout
+
+    def features(self, images: Array) -> Array:
+        """Maps images `[B, H, W, C]` to the last hidden units `[B, hidden]`."""
+        x = images
+        for convolution in self.convolutions:
+            x = x if self.pooling else _padded(x, convolution.kernel.shape[0])
+            x = jax.nn.relu(convolution(x))
+            x = _pooled(x) if self.pooling else x
+        x = x.reshape(len(x), -1)
+        for layer in list(self.layers)[:-1]:
+            x = jax.nn.relu(layer(x))
+        return x
+
+    def __call__(
+        self, images: Array, *, dropout_key: Array | None = None, axis_name: AxisName = None
+    ) -> Array:
+        """Maps images `[B, H, W, C]` to logits `[B, K]`; a key of None drops nothing."""
+        x = self.features(images)
+        if dropout_key is not None:
+            share = 1 - self.dropout
+            kept = draw(
+                lambda shape: jax.random.bernoulli(dropout_key, share, shape), x.shape, axis_name
+            )
+            x = jnp.where(kept, x / share, 0)
+        return self.layers[-1](x)
+
+
+def build(
+    settings: Settings, image_shape: tuple[int, int, int], num_classes: int, *, seed: int
+) -> CapsNet | Cnn:
+    """The network of the settings, for images of that shape.
+
+    Raises:
+      InputError: The images are too small.
+    """
+    rngs, dtype = nnx.Rngs(seed), jnp.dtype(settings.dtype)
+    try:
+        if settings.network == "cnn":
+            return Cnn(image_shape, num_classes, dtype=dtype, rngs=rngs)
+        if settings.network == "pooling_cnn":
+            return Cnn(
+                image_shape,
+                num_classes,
+                channels=(32, 64),
+                pooling=True,
+                hidden=(256,),
+                dtype=dtype,
+                rngs=rngs,
+            )
+        return CapsNet(
+            image_shape,
+            num_classes,
+            conv_channels=settings.conv_channels,
+            primary_types=settings.primary_types,
+            primary_scale=settings.primary_scale,
+            capsule_length=settings.capsule_length,
+            capsule_bias=settings.capsule_bias or None,
+            num_iterations=settings.num_iterations,
+            gradient=settings.gradient,
+            implementation=None if settings.implementation == "auto" else settings.implementation,
+            dtype=dtype,
+            rngs=rngs,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _padded(x: Array, kernel_size: int) -> Array:
+    """Zeros around `[B, H, W, C]`, so that a convolution leaves H and W as they are."""
+    room = ((kernel_size - 1) // 2, kernel_size // 2)
+    return jnp.pad(x, ((0, 0), room, room, (0, 0)))
+
+
+def _pooled(x: Array) -> Array:
+    """The maximum of each 2 x 2 pixels of `[B, H, W, C]`."""
+    batch, height, width, channels = x.shape
+    x = x[:, : height // 2 * 2, : width // 2 * 2]
+    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))

@@ -1,0 +1,184 @@
+"""A training run in its folder: settings that all programs share, and the way from start to end."""
+
+import contextlib
+import dataclasses
+import pathlib
+import signal
+from collections.abc import Callable
+
+import jax
+from absl import logging
+
+from experiments.cli import flag
+from experiments.data import datasets
+from experiments.errors import InputError
+from experiments.training import loop, parallel, processes, records, signals
+from experiments.training.checkpoints import Checkpoints, begin_training, saved_steps
+from experiments.training.display import Display
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(parallel.Settings, processes.Settings):
+    """Settings of every training program; its own Config adds what is to be trained."""
+
+    dataset: str = flag("mnist", "mnist_small, mnist, fashion_mnist or tfds:<name>.")
+    data_dir: str = flag("", "Folder of its files; empty: the usual caches.", affects_result=False)
+    download: bool = flag(False, "Fetch a missing data set with TFDS.", affects_result=False)
+    workdir: str = flag("runs/mnist", "Folder of all that is written.", affects_result=False)
+    batch_size: int = flag(128, "Examples in one step.", minimum=1)
+    num_epochs: int = flag(50, "Passes over the training data.", minimum=1)
+    max_steps: int = flag(0, "Stop after these; 0: at the end.", minimum=0, affects_result=False)
+    learning_rate: float = flag(1e-3, "Adam's step size at the start.", above=0)
+    final_learning_rate: float = flag(1e-4, "Adam's step size after num_epochs.", above=0)
+    seed: int = flag(0, "Of parameters, order and moves.", minimum=0, maximum=2**32 - 1)
+    log_every_steps: int = flag(50, "Steps between rows of metrics.", minimum=1)
+    checkpoint_every_steps: int = flag(
+        500, "Steps between checkpoints.", minimum=1, affects_result=False
+    )
+    tensorboard: bool = flag(False, "Write TensorBoard files too.", affects_result=False)
+    compilation_cache: str = flag("", "Folder of compiled programs.", affects_result=False)
+
+
+def prepare(settings: Settings) -> datasets.Dataset:
+    """Joins the other processes, turns the compilation cache on, and loads the data set.
+
+    Raises:
+      InputError: There is no such data set, or another process has other settings or data.
+    """
+    spread = (settings.data_parallel, settings.capsule_parallel) != (1, 1)
+    processes.start(settings, may_be_cluster=spread)
+    if settings.compilation_cache:
+        loop.keep_compiled(settings.compilation_cache)
+    dataset = processes.together(
+        lambda: datasets.load(
+            settings.dataset, data_dir=settings.data_dir, download=settings.download
+        )
+    )
+    own = {field.name for field in dataclasses.fields(processes.Settings)}
+    facts = {name: value for name, value in dataclasses.asdict(settings).items() if name not in own}
+    del facts["data_dir"], facts["compilation_cache"]
+    processes.check_same({**facts, "data_sha256": dataset.sha256})
+    return dataset
+
+
+def num_steps(settings: Settings, examples: datasets.Examples) -> int:
+    """The steps of all epochs.
+
+    Raises:
+      InputError: The batch is larger than the data, or the steps do not fit into an int32.
+    """
+    if settings.batch_size > examples.size:
+        raise InputError(
+            f"--batch_size must be at most the {examples.size} training examples of "
+            f"{settings.dataset}, got {settings.batch_size}"
+        )
+    steps = settings.num_epochs * (examples.size // settings.batch_size)
+    if steps >= 2**31:
+        raise InputError(
+            f"--num_epochs={settings.num_epochs} are {steps} steps, more than can be counted: "
+            f"at most {2**31 - 1}"
+        )
+    return steps
+
+
+def train(
+    settings: Settings,
+    trainer: loop.Trainer,
+    train_examples: datasets.Examples,
+    test_examples: datasets.Examples,
+    *,
+    data_sha256: str,
+    extra_metrics: Callable[[loop.Params], dict[str, float]] | None = None,
+) -> tuple[int, loop.Params]:
+    """Trains from the workdir's newest checkpoint to the end; `extra_metrics` as in `training`.
+
+    Returns:
+      The exit status (128 + the signal's number if the run was stopped) and the parameters.
+
+    Raises:
+      InputError: The workdir holds another run, has lost its checkpoints or cannot be written, or
+        the loss is not finite.
+    """
+    trainer = parallel.spread(trainer, settings, batch_size=settings.batch_size)
+    workdir = pathlib.Path(settings.workdir)
+    last_step = num_steps(settings, train_examples)
+    if settings.max_steps:
+        last_step = min(last_step, settings.max_steps)
+    with contextlib.ExitStack() as stack:
+        finish = stack.enter_context(processes.watched(lambda: _last_checkpoint(workdir)))
+
+        def opened() -> None:
+            records.open_workdir(workdir, config=settings, data_sha256=data_sha256)
+            stack.enter_context(records.exclusive(workdir))
+            begin_training(workdir)
+
+        def save(step: int, state: loop.State) -> None:
+            loop.check_finite(state.window)
+            checkpoints.save(step, state)
+
+        processes.on_lead(opened)
+        # Each process writes its part of every checkpoint: the disk must be the same one.
+        processes.check_same(
+            {"a run there:": records.holds_run(workdir), "checkpoints": saved_steps(workdir)},
+            f"workdir {workdir} must be on a disk that all processes share",
+        )
+        checkpoints = stack.enter_context(processes.together(lambda: Checkpoints(workdir)))
+        stopped = processes.agreed(stack.enter_context(signals.stop_requests()))
+        start = trainer.initial_state(settings.seed)
+        step, state = checkpoints.restore(start) or (0, start)
+        if step > last_step:
+            raise InputError(
+                f"workdir {workdir} is at step {step} already, past --max_steps={last_step}"
+            )
+        first_step = step
+        if step and processes.is_lead():
+            logging.info("going on from step %d of %d in %s", step, last_step, workdir)
+        elif processes.is_lead() and (stopped_at := records.last_step(workdir)):
+            logging.warning(
+                "workdir %s was stopped at step %d or later, before its first checkpoint: training "
+                "starts again at step 0; save sooner with --checkpoint_every_steps",
+                *(workdir, stopped_at),
+            )
+        metrics = processes.on_lead(
+            lambda: stack.enter_context(
+                records.Metrics(workdir, step=first_step, tensorboard=settings.tensorboard)
+            )
+        )
+        display = processes.on_lead(
+            lambda: stack.enter_context(Display(first_step=first_step, last_step=last_step))
+        )
+        progress = loop.train(
+            trainer,
+            state,
+            train_examples,
+            test_examples,
+            batch_size=settings.batch_size,
+            last_step=last_step,
+            log_every_steps=settings.log_every_steps,
+            seed=settings.seed,
+            stopped=stopped,
+            extra_metrics=extra_metrics,
+        )
+        for step, state, row in progress:
+            if metrics and row is not None:
+                metrics.write(row)
+            if display:
+                display.update(step, row)
+            if step % settings.checkpoint_every_steps == 0:
+                save(step, state)
+        save(step, state)
+        params = jax.device_put(trainer.whole(state.params), jax.local_devices()[0])
+        number = stopped()
+        if number and processes.is_lead():
+            name = signal.Signals(number).name
+            logging.info("%s: saved at step %d; the same --workdir goes on from there", name, step)
+        status = 128 + number if number else 0
+        finish(status)
+        return status, params
+
+
+def _last_checkpoint(workdir: pathlib.Path) -> str:
+    steps = saved_steps(workdir)
+    if not steps:
+        return f"there is no checkpoint yet in {workdir}"
+    return f"the last good checkpoint is that of step {steps[-1]} in {workdir}"

@@ -1,0 +1,133 @@
+"""A network that train_mnist has trained, as it lies in the folder of its run."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from experiments import cli
+from experiments.data import datasets
+from experiments.errors import InputError
+from experiments.training import loop, mnist, records, runs
+from experiments.training.checkpoints import Checkpoints
+
+C = TypeVar("C", bound=runs.Settings)
+
+
+class Trained(NamedTuple):
+    """A run's settings, data and network."""
+
+    config: mnist.Config
+    dataset: datasets.Dataset
+    test: datasets.Split  # as the network sees it: on the canvas, if there is one
+    trainer: loop.Trainer
+    params: loop.Params
+    step: int
+
+    @property
+    def model(self) -> Any:
+        """The network: a `CapsNet` or a `networks.Cnn`."""
+        return self.trainer.model(self.params)
+
+
+def load(workdir: str, *, data_dir: str = "") -> Trained:
+    """Restores the newest checkpoint of a run of train_mnist.
+
+    Args:
+      workdir: The folder of the run; nothing is written to it.
+      data_dir: Folder of the data set's files; empty: where the run had them.
+
+    Raises:
+      InputError: It holds no such run, no checkpoint, or one trained on other data than are found.
+    """
+    run = records.read_config(workdir)
+    config = config_of(mnist.Config, run["config"], workdir)
+    dataset = datasets.load(config.dataset, data_dir=data_dir or config.data_dir)
+    check_data(config, dataset, run["data_sha256"], workdir)
+    trainer = mnist.build(config, dataset)
+    step, params = restored(trainer, config, workdir)
+    test = mnist.test_split(config, dataset)
+    return Trained(config, dataset, test, trainer, params, step)
+
+
+def read_images(run: Trained, paths: Sequence[str]) -> np.ndarray:
+    """A user's own images as the run's network takes them, `[N, H, W, C]` in 0 … 1.
+
+    They get the size of the data set's; on a canvas they lie in its middle.
+
+    Raises:
+      InputError: As `datasets.read_images`.
+    """
+    size, _, channels = run.dataset.test.images.shape[1:]
+    images = datasets.read_images(paths, image_size=size, channels=channels)
+    return datasets.centred(images, run.test.images.shape[1])
+
+
+def load_all(workdirs: Sequence[str], *, data_dir: str = "") -> dict[str, Trained]:
+    """Restores runs that can be compared, by their folders.
+
+    Raises:
+      InputError: As `load`; or one is named twice, or data sets or image sizes differ.
+    """
+    found: dict[str, Trained] = {}
+    for workdir in workdirs:
+        if any(os.path.realpath(workdir) == os.path.realpath(other) for other in found):
+            raise InputError(f"workdir {workdir} is named twice")
+        found[workdir] = load(workdir, data_dir=data_dir)
+    sizes = ["x".join(map(str, run.test.images.shape[1:])) for run in found.values()]
+    sets = [f"{run.dataset.name} {run.dataset.sha256[:8]}" for run in found.values()]
+    for what, values in (("image size", sizes), ("data set", sets)):
+        if len(set(values)) > 1:
+            named = [f"{value} in {workdir}" for value, workdir in zip(values, found, strict=True)]
+            raise InputError(f"the runs must have one {what}, got {', '.join(named)}")
+    return found
+
+
+def config_of(kind: type[C], settings: dict[str, Any], workdir: str) -> C:
+    """The Config of a run, from the settings in its config.json.
+
+    One that does not affect the result may be absent: a program may have got it since.
+
+    Raises:
+      InputError: They are not those of the program, or one has a value that is not allowed.
+    """
+    affects = {f.name: f.metadata["affects_result"] for f in dataclasses.fields(kind)}
+    for names, problem in (
+        ({name for name in affects if affects[name]} - settings.keys(), "lacks"),
+        (settings.keys() - affects.keys(), "has the unknown"),
+    ):
+        if names:
+            raise InputError(
+                f"workdir {workdir} holds a run of another program or version: its config.json "
+                f"{problem} {', '.join(sorted(names))}"
+            )
+    config = kind(**settings)
+    try:
+        cli.validate(config)
+    except InputError as error:
+        raise InputError(f"workdir {workdir} has a damaged config.json: {error}") from error
+    return config
+
+
+def check_data(config: runs.Settings, dataset: datasets.Dataset, sha256: str, workdir: str) -> None:
+    """Raises InputError unless a run was trained on this data set."""
+    if dataset.sha256 != sha256:
+        raise InputError(
+            f"workdir {workdir} was trained on {config.dataset} with sha256 {sha256}, but the data "
+            f"found have {dataset.sha256}; name the folder of the run's data with --data_dir"
+        )
+
+
+def restored(trainer: loop.Trainer, config: runs.Settings, workdir: str) -> tuple[int, loop.Params]:
+    """The newest checkpoint's step and parameters.
+
+    Raises:
+      InputError: There is none.
+    """
+    with Checkpoints(workdir) as checkpoints:
+        found = checkpoints.restore(trainer.initial_state(config.seed))
+    if found is None:
+        raise InputError(f"workdir {workdir} has no checkpoint yet; let it train further")
+    return found[0], found[1].params
