@@ -43,7 +43,7 @@ def main(config: Config) -> int:
         raise InputError(f"--output: {output.parent} is not a folder; make it first")
     runs, folders = workdirs.read(named)
     files.write_bytes(output, page.page(runs, folders).encode())
-    logging.info("%s shows %s", output, page.what(runs))
+    logging.info("%s shows %s", output, page.contents(runs))
     return 0
 
 

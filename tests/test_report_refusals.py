@@ -1,4 +1,4 @@
-"""The report: what cannot be read or written is one line, and nothing is trusted."""
+"""The report: files that are missing, damaged or too large are refused in one line."""
 
 import errno
 import io
@@ -79,7 +79,7 @@ Image.new("1", (10_000, 3_001)).save(GIGANTIC, "PNG")
     ],
     ids=lambda value: value if isinstance(value, str) and len(value) < 20 else "",
 )  # fmt: skip
-def test_a_file_that_cannot_be_used_is_one_line(program, run, tmp_path, name, content, message):
+def test_an_unusable_file_is_refused_in_one_line(program, run, tmp_path, name, content, message):
     damage(run / name, content)
     status, stderr = program("a")
     assert status == 2
@@ -88,7 +88,7 @@ def test_a_file_that_cannot_be_used_is_one_line(program, run, tmp_path, name, co
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "results.json", "figures/x.png"])
-def test_what_is_no_file_is_not_read(program, run, name):
+def test_a_pipe_in_place_of_a_file_is_not_read(program, run, name):
     (run / name).unlink(missing_ok=True)
     (run / name).parent.mkdir(exist_ok=True)
     os.mkfifo(run / name)
@@ -96,7 +96,7 @@ def test_what_is_no_file_is_not_read(program, run, name):
 
 
 @pytest.mark.parametrize("name", ["results.json", "sweeps.png", "figures/x.gif"])
-def test_an_experiment_is_trusted_no_more_than_a_run(program, tmp_path, name):
+def test_files_of_an_experiment_are_checked_like_those_of_a_run(program, tmp_path, name):
     path = write_experiment(tmp_path / "affine", results={"x": 1})
     damage(path / name, b"{")
     status, stderr = program("affine")
@@ -132,7 +132,7 @@ def test_an_experiment_is_trusted_no_more_than_a_run(program, tmp_path, name):
         (["affine", "affine_link"], "--workdirs names the folder affine_link twice"),
     ],
 )
-def test_workdirs_that_cannot_be_used_are_one_line(program, run, tmp_path, workdirs, message):
+def test_unusable_workdirs_are_refused_in_one_line(program, run, tmp_path, workdirs, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("a")
     write_experiment(tmp_path / "affine", results={"x": 1})
@@ -154,19 +154,19 @@ def test_workdirs_that_cannot_be_used_are_one_line(program, run, tmp_path, workd
         ("/proc/r.html", "/proc/r.html cannot be written: No such file or directory"),
     ],
 )
-def test_an_output_that_cannot_be_written_is_one_line(program, run, tmp_path, output, message):
+def test_an_unusable_output_is_refused_in_one_line(program, run, tmp_path, output, message):
     (tmp_path / "folder.html").mkdir()
     assert program("a", output=output) == (2, f"report: {message}\n")
 
 
 @pytest.mark.parametrize("name", ["results.json", "figures/x.png"])
-def test_a_file_that_the_disk_does_not_give_is_one_line(program, run, name):
+def test_a_file_that_fails_to_read_is_refused_in_one_line(program, run, name):
     (run / "figures").mkdir()
     (run / name).symlink_to("/proc/self/mem")
     assert program("a") == (2, f"report: a/{name} cannot be read: Input/output error\n")
 
 
-def test_a_folder_that_the_disk_does_not_give_is_one_line(program, run, monkeypatch):
+def test_a_folder_that_fails_to_list_is_refused_in_one_line(program, run, monkeypatch):
     def refuse(path):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
@@ -175,7 +175,7 @@ def test_a_folder_that_the_disk_does_not_give_is_one_line(program, run, monkeypa
     assert program("a") == (2, "report: a/figures cannot be read: Permission denied\n")
 
 
-def test_figures_that_no_browser_would_hold_are_refused(program, run, monkeypatch):
+def test_too_many_megabytes_of_figures_are_refused(program, run, monkeypatch):
     write_figure(run, "x.png")
     monkeypatch.setattr("experiments.report_page.workdirs._FIGURES_LIMIT", 1000)
     status, stderr = program("a")

@@ -42,7 +42,7 @@ class Run(NamedTuple):
         return re.sub(r"/seed_\d+$", "", self.label)
 
 
-class Table(NamedTuple):
+class Results(NamedTuple):
     """Rows of JSON values; where one is absent there is None."""
 
     columns: list[str]
@@ -62,7 +62,7 @@ class Folder(NamedTuple):
     """What a run, a folder of runs or an experiment left: results.json and figures."""
 
     label: str
-    results: Table | None
+    results: Results | None
     pictures: list[Picture]
 
 
@@ -111,7 +111,7 @@ def measures(runs: Iterable[Run]) -> list[str]:
     return list(dict.fromkeys(name for run in runs for row in run.rows for name in row))
 
 
-def _as_table(value: Any) -> Table:
+def _as_table(value: Any) -> Results:
     """The rows of a list of objects or an object of objects, or the names and values of an object.
 
     Raises:
@@ -128,11 +128,13 @@ def _as_table(value: Any) -> Table:
             raise ValueError(f"its table would have more than {_CELLS} cells")
         cells = [[row.get(key) for key in columns] for row in rows]
         if isinstance(value, list):
-            return Table(columns, cells)
-        return Table(["", *columns], [[name, *own] for name, own in zip(value, cells, strict=True)])
+            return Results(columns, cells)
+        return Results(
+            ["", *columns], [[name, *own] for name, own in zip(value, cells, strict=True)]
+        )
     if isinstance(value, list):
         raise ValueError("it must hold an object or a list of objects, not of anything else")
-    return Table(["name", "value"], [list(item) for item in _flat(value).items()])
+    return Results(["name", "value"], [list(item) for item in _flat(value).items()])
 
 
 def _label(path: pathlib.Path, base: str) -> str:
@@ -220,7 +222,7 @@ def _pictures(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(named, key=_natural)
 
 
-def _read_results(path: pathlib.Path) -> Table:
+def _read_results(path: pathlib.Path) -> Results:
     content = _read_bytes(path, _LIMITS[_RESULTS])
     try:
         return _as_table(json.loads(content, parse_constant=_refuse))
