@@ -217,7 +217,7 @@ def headings(part):
 
 
 def captions(part):
-    """The folders of the figures in each row."""
+    """Returns the captions of the figures in each row."""
     rows = [row for row in part.all("div") if row.attributes.get("class") == "row"]
     return [[caption.text for caption in row.all("figcaption")] for row in rows]
 

@@ -14,7 +14,7 @@ def points(svg):
 
 
 def ticks(svg, axis):
-    """Where the labels of an axis stand, with the axis's own label after those of x."""
+    """Returns the position of each label of an axis; the title of x comes last."""
     return {
         label.text: float(label.attributes[axis])
         for label in svg.all("text")
