@@ -1,6 +1,6 @@
-"""Writes one HTML page about runs and experiments: errors, settings, curves, results, figures.
+"""Writes one HTML page that compares runs: test errors, settings, curves, results and figures.
 
-The page is whole by itself: it opens from disk, needs no network and holds no script.
+The page is a single file without scripts; it opens from disk and needs no network.
 """
 
 import dataclasses
@@ -17,33 +17,32 @@ from experiments.report_page import page, workdirs
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Which runs and results, and where to."""
+    """Settings of the report."""
 
     workdirs: str = flag(
         "",
-        "Folders of runs, or of an experiment's results.json and figures, separated by commas; one "
-        "that has no config.json stands for the runs in its subfolders, or in those of them. "
-        "Nothing is written there.",
+        "Folders to show, separated by commas: the workdir of a run, a folder with runs one or two "
+        "levels below it, or the output of an experiment (results.json and figures). They are "
+        "only read.",
     )
-    output: str = flag("report.html", "The page, .html; one that is there is replaced.")
+    output: str = flag("report.html", "The .html file to write; an existing file is replaced.")
 
 
 def main(config: Config) -> int:
-    """Reads the runs and results, and writes the page."""
+    """Reads the folders and writes the page."""
     named = config.workdirs.split(",")
     if not all(named):
         raise InputError(
-            "--workdirs must be folders of runs or results, separated by commas, "
-            f"got {config.workdirs!r}"
+            f"--workdirs must be one or more folders, separated by commas, got {config.workdirs!r}"
         )
     output = pathlib.Path(config.output)
     if output.suffix != ".html" or os.path.isdir(output):
         raise InputError(f"--output must be a file that ends in .html, got {config.output!r}")
     if not os.path.isdir(output.parent):
-        raise InputError(f"--output: {output.parent} is not a folder; make it first")
+        raise InputError(f"--output: {output.parent} is not a folder; create it first")
     runs, folders = workdirs.read(named)
     files.write_bytes(output, page.page(runs, folders).encode())
-    logging.info("%s shows %s", output, page.what(runs))
+    logging.info("%s shows %s", output, page.contents(runs))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The report: what cannot be read or written is one line, and nothing is trusted."""
+"""The report: files that are missing, damaged or too large are refused in one line."""
 
 import errno
 import io
@@ -45,7 +45,7 @@ Image.new("1", (10_000, 3_001)).save(GIGANTIC, "PNG")
             b" " * 200_000,
             "a/config.json is too large for a report: 0.2 MiB, more than 0.125",
         ),
-        ("metrics.jsonl", b"", "workdir a has no metrics yet; let it train further"),
+        ("metrics.jsonl", b"", "workdir a has no metrics yet: metrics.jsonl is empty"),
         ("metrics.jsonl", b'{"step": 1}\n{]\n', r"a/metrics.jsonl is damaged at line 2 \(.*\)"),
         ("metrics.jsonl", b"[" * 10**5 + b"\n", r"a/metrics.jsonl is damaged at line 1 \(.*\)"),
         (
@@ -60,26 +60,30 @@ Image.new("1", (10_000, 3_001)).save(GIGANTIC, "PNG")
             json.dumps({"step": 1} | dict.fromkeys(map(str, range(100)), 1.0)).encode() + b"\n",
             "a/metrics.jsonl has 101 measures, more than 100",
         ),
-        ("results.json", b"", "a/results.json is damaged or of another form: .*"),
-        ("results.json", b"[]", ".*: it must hold an object or a list of objects, .* not be empty"),
-        ("results.json", b"7", ".*: it must hold an object or a list of objects, .* not be empty"),
-        ("results.json", b"[1]", ".*: it must hold an object or a list of objects, not of .*"),
+        ("results.json", b"", "a/results.json is damaged or has another format: .*"),
+        ("results.json", b"[]", ".*: it must hold a non-empty object or list of objects"),
+        ("results.json", b"7", ".*: it must hold a non-empty object or list of objects"),
+        ("results.json", b"[1]", ".*: every item of its list must be an object"),
         ("results.json", b'{"x": NaN}', ".*: NaN is not JSON"),
-        ("results.json", b"[" * 10**5, "a/results.json is damaged or of another form: .*"),
+        ("results.json", b"[" * 10**5, "a/results.json is damaged or has another format: .*"),
         (
             "results.json",
             json.dumps([{"x": 0}] + [{str(k): 0} for k in range(300)]).encode(),
             ".*: its table would have more than 50000 cells",
         ),
         ("results.json", b" " * 2**20 + b"{}", "a/results.json is too large for a report: .*"),
-        ("figures/x.png", b"no image", "a/figures/x.png is no PNG or GIF that can be shown: .*"),
-        ("figures/x.png", PNG.getvalue()[:-30], "a/figures/x.png is no PNG or GIF .*"),
-        ("figures/x.png", GIGANTIC.getvalue(), ".*: 10000 x 3001 pixels are more than 30000000"),
+        ("figures/x.png", b"no image", "a/figures/x.png is not a valid PNG or GIF: .*"),
+        ("figures/x.png", PNG.getvalue()[:-30], "a/figures/x.png is not a valid PNG or GIF: .*"),
+        (
+            "figures/x.png",
+            GIGANTIC.getvalue(),
+            ".*: 10000 x 3001 pixels exceed the limit of 30000000",
+        ),
         ("figures/x.gif", bytes(17 * 2**20), "a/figures/x.gif is too large for a report: 17.0 .*"),
     ],
     ids=lambda value: value if isinstance(value, str) and len(value) < 20 else "",
 )  # fmt: skip
-def test_a_file_that_cannot_be_used_is_one_line(program, run, tmp_path, name, content, message):
+def test_an_unusable_file_is_refused_in_one_line(program, run, tmp_path, name, content, message):
     damage(run / name, content)
     status, stderr = program("a")
     assert status == 2
@@ -88,7 +92,7 @@ def test_a_file_that_cannot_be_used_is_one_line(program, run, tmp_path, name, co
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "results.json", "figures/x.png"])
-def test_what_is_no_file_is_not_read(program, run, name):
+def test_a_pipe_in_place_of_a_file_is_not_read(program, run, name):
     (run / name).unlink(missing_ok=True)
     (run / name).parent.mkdir(exist_ok=True)
     os.mkfifo(run / name)
@@ -96,12 +100,12 @@ def test_what_is_no_file_is_not_read(program, run, name):
 
 
 @pytest.mark.parametrize("name", ["results.json", "sweeps.png", "figures/x.gif"])
-def test_an_experiment_is_trusted_no_more_than_a_run(program, tmp_path, name):
+def test_files_of_an_experiment_are_checked_like_those_of_a_run(program, tmp_path, name):
     path = write_experiment(tmp_path / "affine", results={"x": 1})
     damage(path / name, b"{")
     status, stderr = program("affine")
     assert status == 2
-    assert re.fullmatch(f"report: affine/{name} is (damaged|no PNG or GIF).*\n", stderr)
+    assert re.fullmatch(f"report: affine/{name} is (damaged|not a valid PNG or GIF).*\n", stderr)
     (path / name).unlink()
     os.mkfifo(path / name)
     assert program("affine") == (2, f"report: affine/{name} is not a file\n")
@@ -110,10 +114,10 @@ def test_an_experiment_is_trusted_no_more_than_a_run(program, tmp_path, name):
 @pytest.mark.parametrize(
     ("workdirs", "message"),
     [
-        ([], "--workdirs must be folders of runs or results, separated by commas, got ''"),
+        ([], "--workdirs must be one or more folders, separated by commas, got ''"),
         (
             ["a", "", "a"],
-            "--workdirs must be folders of runs or results, separated by commas, got 'a,,a'",
+            "--workdirs must be one or more folders, separated by commas, got 'a,,a'",
         ),
         (["none"], "workdir none does not exist"),
         (["a/config.json"], "workdir a/config.json is a file, not a folder"),
@@ -132,7 +136,7 @@ def test_an_experiment_is_trusted_no_more_than_a_run(program, tmp_path, name):
         (["affine", "affine_link"], "--workdirs names the folder affine_link twice"),
     ],
 )
-def test_workdirs_that_cannot_be_used_are_one_line(program, run, tmp_path, workdirs, message):
+def test_unusable_workdirs_are_refused_in_one_line(program, run, tmp_path, workdirs, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("a")
     write_experiment(tmp_path / "affine", results={"x": 1})
@@ -148,25 +152,25 @@ def test_workdirs_that_cannot_be_used_are_one_line(program, run, tmp_path, workd
         ("", "--output must be a file that ends in .html, got ''"),
         ("a/metrics.jsonl", "--output must be a file that ends in .html, got 'a/metrics.jsonl'"),
         ("folder.html", "--output must be a file that ends in .html, got 'folder.html'"),
-        ("none/r.html", "--output: none is not a folder; make it first"),
-        ("a/config.json/r.html", "--output: a/config.json is not a folder; make it first"),
+        ("none/r.html", "--output: none is not a folder; create it first"),
+        ("a/config.json/r.html", "--output: a/config.json is not a folder; create it first"),
         (f"{'x' * 300}.html", f"{'x' * 300}.html cannot be written: File name too long"),
         ("/proc/r.html", "/proc/r.html cannot be written: No such file or directory"),
     ],
 )
-def test_an_output_that_cannot_be_written_is_one_line(program, run, tmp_path, output, message):
+def test_an_unusable_output_is_refused_in_one_line(program, run, tmp_path, output, message):
     (tmp_path / "folder.html").mkdir()
     assert program("a", output=output) == (2, f"report: {message}\n")
 
 
 @pytest.mark.parametrize("name", ["results.json", "figures/x.png"])
-def test_a_file_that_the_disk_does_not_give_is_one_line(program, run, name):
+def test_a_file_that_fails_to_read_is_refused_in_one_line(program, run, name):
     (run / "figures").mkdir()
     (run / name).symlink_to("/proc/self/mem")
     assert program("a") == (2, f"report: a/{name} cannot be read: Input/output error\n")
 
 
-def test_a_folder_that_the_disk_does_not_give_is_one_line(program, run, monkeypatch):
+def test_a_folder_that_fails_to_list_is_refused_in_one_line(program, run, monkeypatch):
     def refuse(path):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
@@ -175,11 +179,11 @@ def test_a_folder_that_the_disk_does_not_give_is_one_line(program, run, monkeypa
     assert program("a") == (2, "report: a/figures cannot be read: Permission denied\n")
 
 
-def test_figures_that_no_browser_would_hold_are_refused(program, run, monkeypatch):
+def test_too_many_megabytes_of_figures_are_refused(program, run, monkeypatch):
     write_figure(run, "x.png")
     monkeypatch.setattr("experiments.report_page.workdirs._FIGURES_LIMIT", 1000)
     status, stderr = program("a")
     assert status == 2
     assert re.fullmatch(
-        "report: the figures would make a page of .*; name fewer --workdirs\n", stderr
+        "report: the figures would make a page of .*; pass fewer --workdirs\n", stderr
     )

@@ -1,1 +1,1 @@
-"""The HTML page that shows runs side by side."""
+"""The HTML page of `experiments.report`: its input, its charts, its template and its style."""

@@ -1,7 +1,7 @@
-"""Reads what a report shows: runs, and the results and figures of runs and of experiments.
+"""Reads the input of a report: runs, and the results and figures of runs and of experiments.
 
-Nothing in these folders is trusted: each file has a largest size, and what is not of the form that
-the programs write is an InputError that names it.
+The files may come from somebody else. Each kind of file has a size limit, and a file that is not
+in the format that the programs write raises an InputError that names it.
 """
 
 import base64
@@ -24,33 +24,33 @@ _MIB = 2**20
 _CONFIG, _METRICS, _RESULTS = "config.json", "metrics.jsonl", "results.json"
 _LIMITS = {_CONFIG: _MIB // 8, _METRICS: 64 * _MIB, _RESULTS: _MIB}
 _FIGURE_LIMIT, _FIGURES_LIMIT = 16 * _MIB, 128 * _MIB
-_PIXELS = 30_000_000  # a browser holds four bytes for each
+_PIXELS = 30_000_000  # of one figure; a browser needs four bytes for each
 _MEASURES, _CELLS = 100, 50_000
 _FORMATS = ("PNG", "GIF")
 
 
 class Run(NamedTuple):
-    """One run."""
+    """The settings and metrics of one run."""
 
-    label: str  # the shortest path that tells the folders of a report apart
-    facts: dict[str, Any]  # the settings, then what else config.json says, "versions.jax" for one
-    rows: list[dict[str, float]]  # of metrics.jsonl, at least one
+    label: str  # the path of its folder, relative to the parent of all folders in the report
+    facts: dict[str, Any]  # settings and the rest of config.json, flattened: "versions.jax"
+    rows: list[dict[str, float]]  # the rows of metrics.jsonl, at least one
 
     @property
     def group(self) -> str:
-        """The label without a seed at its end: runs that differ in nothing else share it."""
+        """The label without a seed at its end, which runs of different seeds share."""
         return re.sub(r"/seed_\d+$", "", self.label)
 
 
-class Table(NamedTuple):
-    """Rows of JSON values; where one is absent there is None."""
+class Results(NamedTuple):
+    """A results.json as a table of JSON values, with None for absent ones."""
 
     columns: list[str]
     rows: list[list[Any]]
 
 
 class Picture(NamedTuple):
-    """A figure as a data URI, with its size in pixels."""
+    """An image file as a data URI, with its size in pixels."""
 
     name: str
     uri: str
@@ -59,23 +59,26 @@ class Picture(NamedTuple):
 
 
 class Folder(NamedTuple):
-    """What a run, a folder of runs or an experiment left: results.json and figures."""
+    """Results and figures in the folder of a run, of several runs or of an experiment."""
 
     label: str
-    results: Table | None
+    results: Results | None
     pictures: list[Picture]
 
 
 def read(workdirs: Sequence[str]) -> tuple[list[Run], list[Folder]]:
-    """Reads the runs of some folders, and all folders in which results or figures may lie.
+    """Reads runs, and every folder that may hold their results or figures.
 
     Args:
-      workdirs: Folders of a run each, or of several: in their subfolders, or in those of them; or
-        of no run, but of results.json.
+      workdirs: folders. Each holds a run, or runs one or two levels below it, or no run but a
+        results.json.
+
+    Returns:
+      The runs, and the folders: those of the runs and those between them and `workdirs`.
 
     Raises:
-      InputError: A folder is missing, holds no run and no results, a run without metrics or what
-        was named before, or a file is damaged, too large or unreadable.
+      InputError: a folder is missing, is named twice, or holds neither runs nor results; a run has
+        no metrics yet; a file is damaged, too large or unreadable.
     """
     runs: list[Run] = []
     folders: dict[pathlib.Path, Folder] = {}
@@ -101,24 +104,27 @@ def read(workdirs: Sequence[str]) -> tuple[list[Run], list[Folder]]:
     if total > _FIGURES_LIMIT:
         raise InputError(
             f"the figures would make a page of {total // _MIB} MiB, more than "
-            f"{_FIGURES_LIMIT // _MIB}; name fewer --workdirs"
+            f"{_FIGURES_LIMIT // _MIB}; pass fewer --workdirs"
         )
     return runs, list(folders.values())
 
 
 def measures(runs: Iterable[Run]) -> list[str]:
-    """The names in all rows of all runs, in the order in which they come."""
+    """Returns the names of all logged measures, in order of first appearance."""
     return list(dict.fromkeys(name for run in runs for row in run.rows for name in row))
 
 
-def _as_table(value: Any) -> Table:
-    """The rows of a list of objects or an object of objects, or the names and values of an object.
+def _as_table(value: Any) -> Results:
+    """Converts parsed JSON to a table.
+
+    A list of objects gives a row per object, an object of objects a row per object with its name,
+    and any other object a row per name and value.
 
     Raises:
-      ValueError: If it is none of them, or too large.
+      ValueError: the value has another form, or is too large.
     """
     if not (value and isinstance(value, dict | list)):
-        raise ValueError("it must hold an object or a list of objects, and not be empty")
+        raise ValueError("it must hold a non-empty object or list of objects")
     _check_depth(value)
     rows = list(value.values()) if isinstance(value, dict) else value
     if all(isinstance(row, dict) for row in rows):
@@ -128,11 +134,13 @@ def _as_table(value: Any) -> Table:
             raise ValueError(f"its table would have more than {_CELLS} cells")
         cells = [[row.get(key) for key in columns] for row in rows]
         if isinstance(value, list):
-            return Table(columns, cells)
-        return Table(["", *columns], [[name, *own] for name, own in zip(value, cells, strict=True)])
+            return Results(columns, cells)
+        return Results(
+            ["", *columns], [[name, *own] for name, own in zip(value, cells, strict=True)]
+        )
     if isinstance(value, list):
-        raise ValueError("it must hold an object or a list of objects, not of anything else")
-    return Table(["name", "value"], [list(item) for item in _flat(value).items()])
+        raise ValueError("every item of its list must be an object")
+    return Results(["name", "value"], [list(item) for item in _flat(value).items()])
 
 
 def _label(path: pathlib.Path, base: str) -> str:
@@ -141,7 +149,7 @@ def _label(path: pathlib.Path, base: str) -> str:
 
 
 def _find(root: pathlib.Path) -> list[pathlib.Path]:
-    """The folders of the runs in a folder, seed_10 after seed_9; none if it has results alone."""
+    """Returns the folders of the runs in `root`, in natural order; none if it only has results."""
     if not os.path.isdir(root):
         what = "is a file, not a folder" if os.path.exists(root) else "does not exist"
         raise InputError(f"workdir {root} {what}")
@@ -157,7 +165,7 @@ def _find(root: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _flat(value: dict[str, Any]) -> dict[str, Any]:
-    """What is in an object's objects becomes its own, as "versions.jax"."""
+    """Flattens one level of nesting: {"versions": {"jax": 1}} becomes {"versions.jax": 1}."""
     flat: dict[str, Any] = {}
     for name, own in value.items():
         flat |= (
@@ -167,7 +175,7 @@ def _flat(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_depth(value: Any, deepest: int = 10) -> None:
-    """Raises ValueError for what would overflow a stack when it is written."""
+    """Raises ValueError for nesting that could overflow the stack in `json.dumps`."""
     if isinstance(value, dict | list):
         if not deepest:
             raise ValueError("it is nested more than 10 deep")
@@ -176,6 +184,7 @@ def _check_depth(value: Any, deepest: int = 10) -> None:
 
 
 def _natural(path: pathlib.Path) -> list[tuple[int, str]]:
+    """Sorts seed_10 after seed_9."""
     pieces = re.findall(r"[0-9]+|[^0-9]+", str(path))
     return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in pieces]
 
@@ -192,7 +201,7 @@ def _read_run(path: pathlib.Path, label: str) -> Run:
         _check_size(path / _METRICS, _LIMITS[_METRICS])
     rows = records.read_metrics(path)
     if not rows:
-        raise InputError(f"workdir {path} has no metrics yet; let it train further")
+        raise InputError(f"workdir {path} has no metrics yet: metrics.jsonl is empty")
     for number, row in enumerate(rows, 1):
         for name, value in row.items():
             if type(value) not in (int, float) or abs(value) > 1e100:
@@ -215,17 +224,17 @@ def _read_folder(folder: pathlib.Path, label: str) -> Folder:
 
 
 def _pictures(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The figures that lie in a folder itself, tweaks_10 after tweaks_9."""
+    """Returns the image files directly in a folder, in natural order."""
     named = [path for path in folder.iterdir() if path.suffix.lower() in (".png", ".gif")]
     return sorted(named, key=_natural)
 
 
-def _read_results(path: pathlib.Path) -> Table:
+def _read_results(path: pathlib.Path) -> Results:
     content = _read_bytes(path, _LIMITS[_RESULTS])
     try:
         return _as_table(json.loads(content, parse_constant=_refuse))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged or of another form: {error}") from error
+        raise InputError(f"{path} is damaged or has another format: {error}") from error
 
 
 def _refuse(constant: str) -> None:
@@ -240,10 +249,10 @@ def _read_picture(path: pathlib.Path) -> Picture:
             with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
                 kind, (width, height) = str(image.format).lower(), image.size
                 if width * height > _PIXELS:
-                    raise ValueError(f"{width} x {height} pixels are more than {_PIXELS}")
+                    raise ValueError(f"{width} x {height} pixels exceed the limit of {_PIXELS}")
                 image.load()
     except (OSError, SyntaxError, ValueError, Warning, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} is no PNG or GIF that can be shown: {error}") from error
+        raise InputError(f"{path} is not a valid PNG or GIF: {error}") from error
     uri = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
     return Picture(path.name, uri, width, height)
 
@@ -267,6 +276,7 @@ def _check_size(path: pathlib.Path, limit: int) -> None:
 
 @contextlib.contextmanager
 def _reading() -> Iterator[None]:
+    """Converts operating system errors to an InputError that names the file."""
     try:
         yield
     except OSError as error:
