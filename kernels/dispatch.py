@@ -33,9 +33,6 @@ def dispatch(
       *arrays: The operation's arrays; None for an absent one.
       **settings: The operation's static settings.
 
-    Returns:
-      The result of the implementation.
-
     Raises:
       ValueError: No implementation has the name.
       Unsupported: The named implementation, or every one of a platform, refuses the arguments.

@@ -34,7 +34,7 @@ def check_settings(
 def check_implementation(
     function: str, implementation: str | Implementation | None
 ) -> Implementation | None:
-    """Return the implementation with a name; None, to select one at lowering, stays None."""
+    """Return the `Implementation` of a name; None, which selects one at lowering, stays None."""
     if implementation is None:
         return None
     if not isinstance(implementation, Implementation):
@@ -73,7 +73,7 @@ def check_inputs(
     parents = prior.shape[-1] if weights.ndim == 2 else weights.shape[-2]
     kept = _check_mask(function, "mask", mask, "I", (*leading, children))
     if kept is not None:
-        # A child with a zero pose adds nothing to sums of votes. A gate of 0 would let NaN through.
+        # Zero poses add nothing to sums of votes, and unlike gates of 0 they remove NaN.
         poses = jnp.where(jnp.broadcast_to(kept, poses.shape[:-1])[..., None], poses, 0)
     poses = _merge_leading(poses, leading, children, 1, length)
     return _add_logits(function, Inputs(poses, weights), leading, parents, prior, parent_mask)

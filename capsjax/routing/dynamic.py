@@ -40,7 +40,7 @@ def dynamic_routing(
     Implementations: `"reference"` stores the votes, and is differentiable in every mode. `"xla"`
     (plain JAX, any platform), `"triton"` (NVIDIA GPUs, sm_80 and newer) and `"mosaic_tpu"` (TPUs)
     store no votes, forward or backward, and have no forward-mode derivative. None selects the
-    platform's kernel, or `"xla"` if that refuses the arguments. The kernels accept float32 and
+    platform's kernel if it accepts the arguments, else `"xla"`. The kernels accept float32 and
     bfloat16, weights `[I, P, J, D]` and a prior `[I, J]`; they refuse `parent_mask`, `leaky` and
     batches of symbolic size. `"triton"` needs P up to 128 and D up to 256; `"mosaic_tpu"` needs
     the weights of 128 capsules in vector memory (P·J·D up to about 80,000 on a v5e or v6e).
@@ -66,9 +66,9 @@ def dynamic_routing(
       parent_mask: Booleans `[J]` or `[..., J]`; output capsules at False have couplings and
         outputs 0.
       leaky: Whether each softmax has one more logit, fixed at 0, which stands for no parent.
-      gradient: `"full"` differentiates every iteration, as the authors' code does. `"last"` holds
-        the last couplings constant: cheaper, but 2 % to 44 % of the full gradient is missing
-        (T = 3, weights of standard deviation 0.02 to 0.1).
+      gradient: `"full"`, as the authors' code; or `"last"`, with the last couplings constant (in
+        second derivatives with `"reference"` only): cheaper, but 2 % to 44 % of the full gradient
+        is missing (T = 3, weights of standard deviation 0.02 to 0.1).
       implementation: A name above, an `Implementation` of `capsjax.kernels.vote_passes.passes`
         (name and tile sizes), or None to select when the program is lowered.
       axis_name: Axis, or tuple of axes, of the enclosing `jax.shard_map` over which input capsules

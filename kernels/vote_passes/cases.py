@@ -24,7 +24,7 @@ CASES = {
     "capsnet_affnist": Case(batch=128, capsules=4608, length=8, parents=10, depth=16),
     # On 32 x 32 images in colour (CIFAR-10, SVHN): 8 x 8 positions.
     "capsnet_colour": Case(batch=128, capsules=2048, length=8, parents=10, depth=16),
-    # As many parents as child positions; a copy of the votes takes 6.2 GB.
+    # Many parents; a copy of the votes takes 6.2 GB.
     "many_parents": Case(batch=128, capsules=3872, length=8, parents=196, depth=16),
     # Convolutional capsules: 3 x 3 windows of 32 types with 4 x 4 poses, at 6 x 6 positions of
     # 128 images. Children compete within a window only, so each window is an example.

@@ -38,7 +38,7 @@ def xla_config_for(case: Case, *, devices: int = 1) -> XlaConfig:
     if is_tiled and examples >= VECTOR // 2:
         examples = min(-(-examples // VECTOR) * VECTOR, MAX_EXAMPLES)
     fitting = max(1, TILE_VOTES // (case.parents * case.depth * examples))
-    # A power of two, because sums over children add halves as long as the number is even.
+    # A power of two, because sums over children repeatedly add one half to the other.
     fitting = 2 ** (fitting.bit_length() - 1)
     return XlaConfig(children=min(case.capsules, fitting), examples=examples if is_tiled else batch)
 
@@ -48,7 +48,7 @@ class MosaicTpuConfig:
     """Tile sizes and memory of the Pallas-Mosaic kernels for TPUs."""
 
     examples: int  # of a tile: the rows of its logits, a multiple of 8
-    panel: int  # most tiles of examples whose states are in vector memory together
+    panel: int  # most tiles of examples with their states in vector memory at once
     weight_buffers: int  # 2: weights of the next tile are copied during the work on this one
     memory: int  # bytes, the kernel's limit of vector memory
 
@@ -111,7 +111,7 @@ class TritonTile(NamedTuple):
 
     examples: int  # at least 16, the rows of a matrix instruction
     parents: int  # parents x depth, the columns, is at least 16
-    capsules: int  # a group, for which the states of the examples are loaded together
+    capsules: int  # input capsules of a group, which loads the examples' states once
     num_warps: int  # of 32 threads, for each program
     programs: int  # of a launch; more if there are more tiles of examples
 

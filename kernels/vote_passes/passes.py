@@ -111,7 +111,7 @@ class Device(NamedTuple):
     num_devices: int = 1  # over which XLA's partitioner may shard the arrays
 
 
-# Modules of this package, each imported when a program is lowered for it.
+# Names of implementations: modules of this package, which `_backend` imports at lowering.
 IMPLEMENTATIONS = ("reference", "xla", "triton", "mosaic_tpu")
 # The only platform of each kernel implementation.
 PLATFORMS = {"triton": "cuda", "mosaic_tpu": "tpu"}
@@ -141,10 +141,7 @@ def input_gradients(
     constant_couplings: bool = False,
     implementation: Implementation | None = None,
 ) -> Inputs:
-    """Compute the gradients of the inputs, summed over `terms`; None for the parent mask.
-
-    `constant_couplings` excludes the gradient through the couplings.
-    """
+    """Compute the input gradients summed over `terms`, at constant couplings or through them."""
     static = {"spec": spec, "constant_couplings": constant_couplings}
     return _bind(_input_gradients, implementation, inputs, tuple(terms), **static)
 
@@ -220,18 +217,9 @@ def select(
     spec: Spec,
     **settings: Any,
 ) -> Program:
-    """Select the backend of a pass for a platform.
+    """Select the backend of a pass for a platform; None is any platform without kernels.
 
-    Args:
-      name: The pass.
-      platform: The lowering platform; None for any without kernels.
-      device: The devices that the program is lowered for.
-      shapes: Arrays or avals, the leaves of the pass's arguments, with the axes of `mapped`.
-      implementation: None tries those of `PREFERENCE`.
-      structure: Tree structure of the arguments.
-      mapped: As in `Program`.
-      spec: The algorithm's.
-      **settings: Other static arguments of the pass.
+    `shapes` are those of the leaves of the pass's arguments, with the axes of `mapped`.
 
     Raises:
       ValueError: The named implementation runs on another platform only.

@@ -45,7 +45,7 @@ class Routing:
     """Static settings of a routing algorithm."""
 
     spec: Spec
-    step: Step  # a module-level function: a new closure would miss JAX's caches
+    step: Step  # a key of JAX's caches: the same function each time, no new closure
     num_iterations: int  # T
     gradient: str = "full"  # or "last", which holds the couplings of the last pass constant
     implementation: Implementation | None = None  # None: selected at lowering
@@ -53,7 +53,7 @@ class Routing:
 
 
 class Residuals(NamedTuple):
-    """Residuals of one iteration."""
+    """Residuals of one iteration, for the VJP."""
 
     carry: Any  # input of the step
     state: State  # input of the pass
@@ -177,7 +177,7 @@ def _is_reference(routing: Routing) -> bool:
 
 
 def _over_devices(routing: Routing, moments: Moments) -> Moments:
-    """Merge the moments of all devices, each of its own children."""
+    """Merge the moments of each device's children into those of all children."""
     axis_name = routing.axis_name
     if axis_name is None or routing.spec.moments == "sums":
         return sum_over(axis_name, moments)
@@ -240,7 +240,7 @@ class _Projected:
     def __call__(
         self, t: int, carry: Any, moments: Moments, params: tuple[Array, Any]
     ) -> tuple[Any, State, Any]:
-        """Map moments of the poses to a state that agrees with poses."""
+        """Run the step on moments of votes, and return a state for passes over poses."""
         weights, params = params
         first = _multiply(weights, moments.first, self.rows, "bjrp,pje->bjre")
         carry, state, outputs = self.step(t, carry, moments._replace(first=first), params)

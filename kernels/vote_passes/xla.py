@@ -3,7 +3,7 @@
 There are M tiles of m examples and N tiles of n children; the votes of a tile are `[n, J, D, m]`.
 Examples are the last axis, because a CPU vectorises along it. Along D, columns of a matrix pose
 vary slowest and rows fastest, so that one matrix product computes a tile. If the caller gives the
-votes, or all parents fraction them, the passes are those of `reference`.
+votes, or all parents share them, the passes are those of `reference`.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,9 +36,9 @@ class Tile(NamedTuple):
     """The inputs of a tile, some of them, or their gradients."""
 
     poses: MaybeArray = None  # [n, P, R·m]
-    weights: MaybeArray = None  # [n, P, J·E], or [P, J·E] if all children fraction them
-    gates: MaybeArray = None  # [n, 1, m], or [n, 1, 1] if all examples fraction them
-    prior: MaybeArray = None  # [n, J, m], or [n, J, 1] if all examples fraction it
+    weights: MaybeArray = None  # [n, P, J·E], or [P, J·E] if all children share them
+    gates: MaybeArray = None  # [n, 1, m], or [n, 1, 1] if all examples share them
+    prior: MaybeArray = None  # [n, J, m], or [n, J, 1] if all examples share it
     coordinates: MaybeArray = None  # [n, 1, D, 1]
 
 
@@ -240,7 +240,7 @@ def _votes(spec: Spec, inputs: Inputs, tile: Tile) -> Array:
 
 
 def _through_product(tile: Tile, d_votes: Array) -> tuple[Array, Array]:
-    """Compute the gradients of a tile's poses and weights."""
+    """Compute the gradients of a tile's poses and weights from those of its votes."""
     d_votes = d_votes.reshape(len(d_votes), tile.weights.shape[-1], -1)
     own = "n" if tile.weights.ndim == 3 else ""
     weights, poses = (x.astype(d_votes.dtype) for x in (tile.weights, tile.poses))

@@ -92,12 +92,9 @@ def _weighted_sums(
     poses: Array,
     weights: Array,
     prior: Array | None,
-    states: tuple[Array, ...],
+    states: tuple[Array, ...],  # V; or V and the cotangent of the sums
 ) -> Array:
-    """Sum votes over I, times couplings, or if there are two states, times logit gradients.
-
-    The states are V, of the logits, and the cotangent of the weighted sums.
-    """
+    """Sum votes over I, times couplings, or with two states times gradients of logits."""
     problem = tiles.Problem(config, *poses.shape, *weights.shape[2:])
     m, n, panel = config.examples, problem.n, problem.panel
     uniform = prior is None and not states
@@ -163,7 +160,7 @@ def _input_gradients(
     weights: Array,
     prior: Array | None,
     iterations: Sequence[tuple[Array | None, Array]],  # V, cotangent of the sums
-    full: bool,  # whether through the couplings too
+    full: bool,  # False: at constant couplings
 ) -> tuple[Array, Array, Array | None]:
     """Compute the gradients of poses, weights and prior.
 

@@ -35,7 +35,7 @@ class Problem(NamedTuple):
 
     @property
     def panel(self) -> int:
-        """Tiles of examples in a panel; all panels are full."""
+        """Number of tiles of examples in a panel; all panels are full."""
         return next(k for k in range(self.config.panel, 0, -1) if self.example_tiles % k == 0)
 
     @property
@@ -45,7 +45,7 @@ class Problem(NamedTuple):
 
     @property
     def n(self) -> int:
-        """Input capsules of a tile."""
+        """Number of input capsules in a tile."""
         return min(self.I, TPU_LANES)
 
     @property
@@ -185,7 +185,7 @@ def write_factors(
 
         agreements = loop(inputs.problem.P, add_component, [zeros] * len(states))
         if d_sums is not None:
-            d_logits_ref[j] = agreements[-1]  # holds the couplings' gradients until the last loop
+            d_logits_ref[j] = agreements[-1]  # gradients of the couplings, until the last loop
         logits = inputs.with_prior(zeros if total is None else agreements[0], j)
         couplings_ref[j] = logits
         return jnp.maximum(largest, logits)

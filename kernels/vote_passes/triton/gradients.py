@@ -41,7 +41,7 @@ from capsjax.kernels.vote_passes.triton.tiles import (
 
 
 class Schedule(NamedTuple):
-    """Input capsules and tiles of examples of each program in the grid (programs, splits)."""
+    """Distribution of input capsules and tiles of examples over a grid (programs, splits)."""
 
     programs: int  # along the input capsules
     groups: int  # of input capsules, one after the other in a program
@@ -105,12 +105,7 @@ def gradients(
         interpret=interpret,
         compiler_params=pltriton.CompilerParams(num_warps=tiling.config.num_warps, num_stages=1),
         name="routing_input_gradients",
-    )(
-        poses,
-        flat(weights),
-        prior,
-        [Iteration(*jax.tree.map(flat, iteration)) for iteration in iterations],
-    )
+    )(poses, flat(weights), prior, [Iteration(*jax.tree.map(flat, x)) for x in iterations])
     return (
         d_poses,
         jnp.sum(d_weights, 0, dtype=jnp.float32).astype(weights.dtype).reshape(weights.shape)
@@ -123,9 +118,9 @@ def gradients(
 class Accumulators(NamedTuple):
     """Float32 accumulators of all programs; each has a slot for each capsule of a group."""
 
-    d_poses: Any  # [slots, b, P], over chunks of parents; None for one chunk
-    d_weights: Any  # [slots, P, J·D], over tiles of examples; None for one tile
-    statistics: Any  # [slots · iterations, 3, b], softmax statistics; None for one chunk
+    d_poses: Any  # [slots, b, P], summed over chunks of parents; None if there is one
+    d_weights: Any  # [slots, P, J·D], summed over tiles of examples; None if there is one
+    statistics: Any  # [slots·iterations, 3, b], of softmaxes; None for one chunk of parents
 
 
 def _kernel(

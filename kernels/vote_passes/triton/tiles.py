@@ -196,8 +196,8 @@ class Statistics(NamedTuple):
     """Sums over parents for a softmax over J and its gradient, `[b]` each."""
 
     largest: Array  # the largest logit
-    total: Array  # the sum over J of e = exp(logit - largest)
-    weighted: Array  # the sum over J of e times the coupling's gradient
+    total: Array  # Σ_j exp(logit - largest)
+    weighted: Array  # Σ_j exp(logit - largest) · gradient of the coupling
 
 
 # Initial values of the accumulators: the largest logit stays finite even if all are -infinity.
@@ -238,7 +238,7 @@ def store_statistics(tiling: Tiling, ref: Any, slot: Array, statistics: Statisti
 
 
 def statistics_blocks(tiling: Tiling, slot: Array) -> list[Block]:
-    """Return the blocks of the three statistics in an array `[slots, 3, b]`."""
+    """Return the blocks of largest, total and weighted in an array `[slots, 3, b]`."""
     row = jnp.arange(tiling.config.examples, dtype=jnp.int32)
     return [Block((slot, jnp.int32(kind), row), row >= 0) for kind in range(3)]
 
