@@ -1,4 +1,7 @@
-"""Capsule networks in JAX: exact routing by agreement that never stores the votes."""
+"""Capsule networks in JAX: exact routing by agreement that never stores the votes.
+
+`capsjax.shapes` declares the shape letters of the docstrings.
+"""
 
 from capsjax.conv import strided_conv as strided_conv
 from capsjax.kernels.dispatch import Unsupported as Unsupported

@@ -1,4 +1,4 @@
-"""The strided convolution in front of capsules."""
+"""Strided convolution, with gradients that are fast on a CPU too."""
 
 import jax.numpy as jnp
 from jax import Array
@@ -11,16 +11,18 @@ from capsjax.kernels.dispatch import dispatch
 def strided_conv(
     images: Array, kernel: Array, *, stride: int = 1, implementation: str | None = None
 ) -> Array:
-    """Convolves without padding (in truth correlates, as every neural network does).
+    """Convolve images without padding (a cross-correlation, as in other neural-network libraries).
+
+    `"xla"` is XLA's convolution. On a CPU the gradients of a strided one take tens of times as long
+    as its values, so None selects there `"spectral"` (matrix products in Fourier space, without
+    forward-mode derivative), or `"patches"` (one matrix product) if its cost estimate is lower.
 
     Args:
       images: `[..., H, W, C]`, floating.
-      kernel: `[h, w, C, O]`, in the dtype of `images`.
+      kernel: `[h, w, C, O]` for windows of h x w pixels, in the dtype of `images`.
       stride: Pixels from one window to the next, along both axes.
-      implementation: None chooses when the program is lowered: XLA's own convolution (`"xla"`),
-        but on a CPU, where XLA's gradients of a strided one are tens of times slower than its
-        values, `"spectral"` (matrix products in Fourier space; no forward-mode derivative) or
-        `"patches"` (one matrix product).
+      implementation: `"xla"`, `"spectral"` or `"patches"`; None selects by platform, when the
+        program is lowered.
 
     Returns:
       `[..., (H - h) // stride + 1, (W - w) // stride + 1, O]`, in the dtype of `images`.
@@ -28,7 +30,8 @@ def strided_conv(
     Raises:
       ValueError: A shape or setting is wrong.
       TypeError: A dtype is wrong.
-      Unsupported: `"spectral"` was asked for where it would cost more than the direct sum.
+      Unsupported: `"spectral"` is named, and the batch size is symbolic or the cost estimate of
+        `"patches"` is lower.
 
     Example:
       >>> strided_conv(jnp.ones((2, 20, 20, 3)), jnp.ones((9, 9, 3, 4)), stride=2).shape
@@ -47,7 +50,7 @@ def strided_conv(
             f"{name}: kernel must fit into the images, {height} x {width}, "
             f"got {kernel.shape[0]} x {kernel.shape[1]}"
         )
-    if 0 in leading:  # no example: nothing to sum
+    if 0 in leading:  # empty batch: return early
         rows, columns = (height - kernel.shape[0]) // stride, (width - kernel.shape[1]) // stride
         return jnp.zeros((*leading, rows + 1, columns + 1, kernel.shape[3]), images.dtype)
     convolved = dispatch(

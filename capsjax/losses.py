@@ -1,4 +1,4 @@
-"""The losses of "Dynamic Routing Between Capsules"."""
+"""Margin and reconstruction losses of "Dynamic Routing Between Capsules"."""
 
 import jax.numpy as jnp
 from jax import Array
@@ -14,17 +14,18 @@ def margin_loss(
     negative_margin: float = 0.1,
     negative_weight: float = 0.5,
 ) -> Array:
-    """Squared hinges on capsule lengths: long for the classes present, short for the others.
+    """Compute the margin loss: a squared hinge on the capsule length of each class.
 
     Source: Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules", section 3, equation 4,
     https://arxiv.org/abs/1710.09829.
 
     Args:
       lengths: `[..., J]`, floating, in [0, 1].
-      targets: `[..., J]`, 1 (or True) for each class present, of which there may be several.
-      positive_margin: A present class costs nothing from this length on.
-      negative_margin: An absent class costs nothing up to this length.
-      negative_weight: Down-weighting of absent classes, which would shrink all lengths early on.
+      targets: `[..., J]`, 1 or True for each class in the image, of which there may be several.
+      positive_margin: Length at which the loss of a present class reaches 0.
+      negative_margin: Length below which the loss of an absent class is 0.
+      negative_weight: Factor on the loss of absent classes; at 1 they shrink all capsules early in
+        training.
 
     Returns:
       `[...]`, the sum over classes, in the dtype of `lengths`.
@@ -46,15 +47,15 @@ def margin_loss(
 
 
 def reconstruction_loss(reconstructions: Array, images: Array, *, weight: float = 0.0005) -> Array:
-    """Sum of squared differences over an image's pixels, scaled down beside the margin loss.
+    """Compute the reconstruction loss: the sum of squared differences over pixels, scaled down.
 
     Source: Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules", section 4.1,
     https://arxiv.org/abs/1710.09829. For 28x28 pixels 0.0005 times the sum is 0.392 times the mean.
 
     Args:
       reconstructions: `[..., H, W, C]`, floating.
-      images: `[..., H, W, C]`, in 0 … 1.
-      weight: Factor on the sum.
+      images: `[..., H, W, C]`, in [0, 1].
+      weight: Factor on the sum, which keeps it small beside the margin loss.
 
     Returns:
       `[...]`, in the dtype of the difference: float32 if either is float32.

@@ -1,4 +1,4 @@
-"""What capsules and their routing tell."""
+"""Capsule lengths and coupling entropy."""
 
 import jax.numpy as jnp
 from jax import Array
@@ -8,17 +8,17 @@ from capsjax.kernels.dtypes import accumulation_dtype
 
 
 def lengths(capsules: Array, *, axis: int = -1) -> Array:
-    """The length of each capsule's vector: how sure it is that its entity is there.
+    """Compute the Euclidean length of each capsule, used as class score.
 
     Source: Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules", section 2,
     https://arxiv.org/abs/1710.09829.
 
     Args:
-      capsules: `[..., D]`, floating; half precision is summed in float32.
-      axis: The axis along which the components of a vector lie.
+      capsules: `[..., D]`, floating; squares are summed in float32 at least.
+      axis: The axis of a capsule's components.
 
     Returns:
-      `[...]`, in the dtype of `capsules`; the gradient at the zero vector is 0.
+      `[...]`, in the dtype of `capsules`; the gradient at a zero vector is 0.
 
     Raises:
       TypeError: `capsules` is not floating.
@@ -36,13 +36,14 @@ def lengths(capsules: Array, *, axis: int = -1) -> Array:
 
 
 def coupling_entropy(couplings: Array) -> Array:
-    """The entropy of each child's couplings over its parents, in nats: log(J) when undecided.
+    """Compute the entropy, in nats, of each input capsule's couplings.
 
     Args:
-      couplings: `[..., J]`, summing to 1 over J, or all 0 for a masked child.
+      couplings: `[..., J]`, floating, with sum 1 over the output capsules, or all 0 for a masked
+        input capsule.
 
     Returns:
-      `[...]`, between 0 and log(J).
+      `[...]`, from 0 (one output capsule) to log(J) (all equally), in the dtype of `couplings`.
 
     Example:
       >>> coupling_entropy(jnp.array([[0.5, 0.5], [1.0, 0.0]]))

@@ -1,4 +1,4 @@
-"""Flax NNX modules: they own the parameters and call the functions of `capsjax`."""
+"""Capsule layers as Flax NNX modules, which hold parameters and call functions of `capsjax`."""
 
 import itertools
 import math
@@ -17,23 +17,23 @@ from capsjax.kernels.dtypes import accumulation_dtype
 from capsjax.kernels.squash import squash
 from capsjax.routing.dynamic import dynamic_routing, routing_couplings
 
-# Votes of length well under 1: with deviation 1 routing saturates at once and does not train,
-# with 0.01 it starts too slowly.
+# Votes start much shorter than 1: with standard deviation 1 routing saturates at once and does not
+# train, with 0.01 training starts too slowly.
 votes_init = jax.nn.initializers.truncated_normal(0.1)
 
 
 class Convolution(nnx.Module):
-    """A convolution without padding, whose gradients are usable on a CPU too.
+    """A convolution without padding, by `capsjax.strided_conv`.
 
     Args:
       in_channels: C.
-      out_channels: Channels of the result.
-      kernel_size: Rows and columns of the window.
-      stride: Pixels from one window to the next.
+      out_channels: O.
+      kernel_size: Height and width of the window.
+      stride: Pixels from one window to the next, along both axes.
       scale: Factor on the convolution, before the bias is added.
-      bias: What the bias starts at.
-      dtype: Of the computation; parameters stay float32.
-      rngs: For the kernel (Lecun normal).
+      bias: Initial value of the bias.
+      dtype: Of the computation; parameters are float32.
+      rngs: Random streams; `params` initialises the kernel (Lecun normal).
 
     Example:
       >>> Convolution(1, 4, kernel_size=9, rngs=nnx.Rngs(0))(jnp.ones((2, 28, 28, 1))).shape
@@ -60,7 +60,7 @@ class Convolution(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, images: Array) -> Array:
-        """Maps images `[..., H, W, C]` to feature maps `[..., H', W', out_channels]`."""
+        """Map images `[..., H, W, C]` to feature maps with O channels, in the dtype `dtype`."""
         kernel = self.kernel[...].astype(self.dtype)
         convolved = strided_conv(images.astype(self.dtype), kernel, stride=self.stride)
         bias = self.bias[...].astype(self.dtype)
@@ -68,22 +68,22 @@ class Convolution(nnx.Module):
 
 
 class PrimaryCapsules(nnx.Module):
-    """A convolution whose channels are capsules: `length` channels at one position are one capsule.
+    """Primary capsules: a convolution of which every `length` channels form a capsule, squashed.
 
     Source: Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules", section 4,
-    https://arxiv.org/abs/1710.09829. With `scale=1/types` and `bias=0.1` it is the layer of the
-    authors' code, which routes from one capsule with uniform couplings.
+    https://arxiv.org/abs/1710.09829. With `scale=1/types` and `bias=0.1` the layer equals that
+    of the authors' code, where uniform couplings divide the convolution by `types`.
 
     Args:
-      in_channels: Channels of the feature maps.
-      types: Capsules at one position.
-      length: P, channels of a capsule.
-      kernel_size: Rows and columns of the window.
-      stride: Pixels from one window to the next.
-      scale: Factor on the convolution, before its bias is added.
-      bias: What the bias starts at.
-      dtype: Of the computation; parameters stay float32.
-      rngs: For the kernel.
+      in_channels: C of the feature maps.
+      types: Capsules at each position.
+      length: P, the length of a capsule.
+      kernel_size: Height and width of the window.
+      stride: Pixels from one window to the next, along both axes.
+      scale: Factor on the convolution, before the bias is added.
+      bias: Initial value of the bias.
+      dtype: Of the computation; parameters are float32.
+      rngs: Random streams; `params` initialises the kernel.
 
     Example:
       >>> layer = PrimaryCapsules(4, types=3, length=8, rngs=nnx.Rngs(0))
@@ -117,14 +117,14 @@ class PrimaryCapsules(nnx.Module):
         self.length = length
 
     def __call__(self, features: Array) -> Array:
-        """Maps `[..., H, W, C]` to poses `[..., I, P]`, I counting rows, columns, then types."""
+        """Map `[..., H, W, C]` to poses `[..., I, P]`; along I types vary fastest, rows slowest."""
         maps = self.convolution(features)
         capsules = math.prod(maps.shape[-3:]) // self.length
         return squash(maps.reshape(*maps.shape[:-3], capsules, self.length))
 
 
 class Capsules(nnx.Module):
-    """A layer of capsules, each fed by all capsules below through routing by agreement.
+    """A fully connected capsule layer, by `dynamic_routing`.
 
     Source: Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules", sections 2 and 4,
     https://arxiv.org/abs/1710.09829.
@@ -136,13 +136,13 @@ class Capsules(nnx.Module):
       out_length: D.
       num_iterations: T.
       gradient: `"full"` or `"last"`, as in `dynamic_routing`.
-      bias: What the bias starts at; None for no bias, as in the paper.
-      weights_init: Makes the weights; truncated normal of deviation 0.1 if not given.
+      bias: Initial value of the bias; None for no bias, as in the paper.
+      weights_init: Initializer of the weights `[I, P, J, D]`.
       implementation: As in `dynamic_routing`.
-      axis_name: Inside `jax.shard_map`, the axis over which examples are split, and the weights by
-        their input capsules: each device routes its capsules for the examples of all along it.
-      dtype: Of the computation; parameters stay float32.
-      rngs: For the weights.
+      axis_name: Axis of the enclosing `jax.shard_map` over which both the batch and the weights (by
+        input capsule) are sharded; each device then routes its input capsules for the whole batch.
+      dtype: Of the computation; parameters are float32.
+      rngs: Random streams; `params` initialises the weights.
 
     Example:
       >>> layer = Capsules(6, 4, 3, 5, rngs=nnx.Rngs(0))
@@ -176,7 +176,7 @@ class Capsules(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, poses: Array) -> Array:
-        """Maps poses `[..., I, P]` to poses `[..., J, D]`; with an axis, `[B, I, P]` only."""
+        """Map poses `[..., I, P]`, with `axis_name` only `[B, I, P]`, to poses `[..., J, D]`."""
         if self.axis_name is None:
             return self._route(poses)
         axis = self.axis_name
@@ -197,12 +197,10 @@ class Capsules(nnx.Module):
         )
 
     def couplings(self, poses: Array) -> Array:
-        """Maps poses `[..., I, P]` to the couplings of every iteration `[T, ..., I, J]`.
-
-        For a look inside: unlike the layer itself, it stores the votes.
+        """Compute the couplings of every iteration, `[T, ..., I, J]`, from poses `[..., I, P]`.
 
         Raises:
-          ValueError: The layer has an axis, so its weights are a part of all.
+          ValueError: The layer has an `axis_name`, so a device holds only a shard of the weights.
         """
         if self.axis_name is not None:
             raise ValueError(
@@ -217,14 +215,14 @@ class Capsules(nnx.Module):
         )
 
     def _bias(self) -> Array | None:
-        """The bias in a dtype that routing takes beside poses of `dtype`."""
+        """Return the bias in the accumulation dtype, so that half precision does not round it."""
         if self.bias is None:
             return None
         return self.bias[...].astype(accumulation_dtype(jnp.dtype(self.dtype)))
 
 
 class Decoder(nnx.Module):
-    """Draws an image from capsules, all but the chosen ones masked with 0.
+    """A fully connected decoder from masked capsules to images.
 
     Source: Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules", section 4.1 and
     figure 2, https://arxiv.org/abs/1710.09829.
@@ -232,10 +230,10 @@ class Decoder(nnx.Module):
     Args:
       num_capsules: J.
       length: D.
-      image_shape: H, W, C.
-      hidden: Sizes of the layers in between.
-      dtype: Of the computation; parameters stay float32.
-      rngs: For the kernels.
+      image_shape: (H, W, C) of the images.
+      hidden: Sizes of the hidden layers.
+      dtype: Of the computation; parameters are float32.
+      rngs: Random streams; `params` initialises all layers.
 
     Example:
       >>> decoder = Decoder(10, 16, (28, 28, 1), rngs=nnx.Rngs(0))
@@ -262,7 +260,7 @@ class Decoder(nnx.Module):
         self.image_shape = image_shape
 
     def __call__(self, capsules: Array, chosen: Array) -> Array:
-        """Maps capsules `[..., J, D]` and a mask `[..., J]` of 0 and 1 to images in 0 … 1."""
+        """Map capsules `[..., J, D]`, times a 0/1 mask `[..., J]`, to images in [0, 1]."""
         shapes.check_shape("Decoder", "chosen", chosen, "[..., J]", capsules.shape[:-1])
         leading = capsules.shape[:-2]
         x = capsules * chosen[..., None].astype(capsules.dtype)

@@ -1,12 +1,15 @@
-"""The shape letters, and the checks of arguments that every public function shares.
+"""Shape letters of the docstrings, and argument checks that the public functions share.
 
-- B: batch; where `...` is written, any number of leading axes
+- B: batch; `...` in a shape is any number of batch axes
 - I: input capsules (children)
 - J: output capsules (parents)
-- P: length of an input pose
-- D: length of an output pose
+- P: length of an input pose; of a matrix pose, its columns
+- D: length of an output pose, D = R·E
+- R: rows of a matrix pose; 1 for vectors
+- E: columns of an output matrix pose; D for vectors
 - T: routing iterations
 - H, W, C: height, width and channels of an image
+- O: output channels of a convolution
 """
 
 import operator
@@ -19,7 +22,7 @@ from jax.sharding import AxisType
 
 
 def as_array(function: str, name: str, value: object) -> Array:
-    """Returns a number, a nested list or an array as an array; TypeError for anything else."""
+    """Convert a number, nested list or array to an array; raise TypeError for anything else."""
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError):
@@ -31,7 +34,7 @@ def as_array(function: str, name: str, value: object) -> Array:
 
 
 def check_floating(function: str, **arrays: Array) -> None:
-    """Raises TypeError unless all arrays are floating and of one dtype."""
+    """Raise TypeError unless all arrays have the same floating-point dtype."""
     first, *_ = arrays
     for name, array in arrays.items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
@@ -46,7 +49,7 @@ def check_floating(function: str, **arrays: Array) -> None:
 def check_shape(
     function: str, name: str, array: Array, letters: str, shape: Sequence[int | None]
 ) -> None:
-    """Raises ValueError unless the array has the shape; None stands for any positive size."""
+    """Raise ValueError unless the array has the shape, in which None is any positive size."""
     fits = len(array.shape) == len(shape) and all(
         size == wanted or (wanted is None and size > 0)
         for size, wanted in zip(array.shape, shape, strict=True)
@@ -59,7 +62,7 @@ def check_shape(
 
 
 def check_positive(function: str, name: str, value: int) -> int:
-    """The value as an int; ValueError unless it is an integer of at least 1."""
+    """Return the value as an int; raise ValueError unless it is an integer of at least 1."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -72,14 +75,14 @@ def check_positive(function: str, name: str, value: int) -> int:
 def check_choice(
     function: str, name: str, value: object, choices: Sequence[str], *, optional: bool = False
 ) -> None:
-    """Raises ValueError unless the value is one of the choices."""
+    """Raise ValueError unless the value is one of the choices."""
     if value not in choices:
         rule = "None or one of" if optional else "one of"
         raise ValueError(f"{function}: {name} must be {rule} {', '.join(choices)}, got {value!r}")
 
 
 def check_axis_name(function: str, axis_name: object) -> None:
-    """Raises ValueError unless the name is None or that of an axis, or axes, of a shard_map."""
+    """Raise ValueError unless `axis_name` is None or names axes of the enclosing shard_map."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
     manual = {name for name, kind in axes if kind == AxisType.Manual}

@@ -1,1 +1,1 @@
-"""Operations with several implementations; import them as `capsjax.kernels`."""
+"""Operations with an implementation for each platform; imported as `capsjax.kernels`."""

@@ -1,4 +1,4 @@
-"""Selects an implementation of an operation by name, or by the platform of the program."""
+"""Selection of an implementation by name or by lowering platform."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ Implementation = Callable[..., Any]
 
 
 class Unsupported(NotImplementedError):
-    """This implementation cannot take these arguments; another one may."""
+    """An implementation does not accept the arguments; another one may."""
 
 
 def dispatch(
@@ -20,21 +20,22 @@ def dispatch(
     *arrays: Any,
     **settings: Any,
 ) -> Any:
-    """Calls the implementation of a name, or the platform's first that takes the arguments.
+    """Call a named implementation, or the platform's first that accepts the arguments.
 
     Args:
-      op: The operation's name, for messages.
-      implementations: Function by name; all take `(*arrays, **settings)` and return the same.
-      preference: For a platform of `jax.lax.platform_dependent` (`"cpu"`, `"cuda"`, `"tpu"` …)
-        the names to try in order; `"default"` stands for every other platform.
-      implementation: A name, or None to choose when the program is lowered, which is right
-        under `jit`, `vmap`, `grad` and `jax.export`, whatever devices are at hand.
-      *arrays: The operation's arrays; None stands for an absent one.
+      op: The operation's name, for error messages.
+      implementations: Functions by name, which accept `(*arrays, **settings)` and agree in the
+        shapes and dtypes of their results.
+      preference: For each platform of `jax.lax.platform_dependent` (`"cpu"`, `"cuda"`, `"tpu"` …),
+        the names to try in order; `"default"` is any other platform.
+      implementation: A name, or None to select at lowering: unlike a selection by available
+        devices, this is correct under `jit`, `vmap`, `grad` and `jax.export`.
+      *arrays: The operation's arrays; None for an absent one.
       **settings: The operation's static settings.
 
     Raises:
-      ValueError: `implementation` is not in the table.
-      Unsupported: The named implementation, or each of a platform's, refused the arguments.
+      ValueError: No implementation has the name.
+      Unsupported: The named implementation, or every one of a platform, refuses the arguments.
     """
     if implementation is not None:
         if implementation not in implementations:

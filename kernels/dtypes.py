@@ -1,8 +1,8 @@
-"""The dtype in which sums are kept."""
+"""The accumulation dtype."""
 
 import jax.numpy as jnp
 
 
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """Returns the dtype for sums over values of `dtype`: float32 at least."""
+    """Return the dtype in which values of `dtype` are summed: float32 at least."""
     return jnp.promote_types(dtype, jnp.float32)

@@ -1,4 +1,4 @@
-"""The squashing nonlinearity, shared by every routing implementation."""
+"""The squashing nonlinearity of capsules."""
 
 from functools import partial
 
@@ -10,23 +10,22 @@ from capsjax.kernels.dtypes import accumulation_dtype
 
 
 def squash(x: Array, *, axis: int = -1) -> Array:
-    """Shrinks vectors to a length in [0, 1), keeping their direction: `|x|²/(1 + |x|²) · x/|x|`.
+    """Shrink vectors to a length in [0, 1) and keep their direction: `|x|²/(1 + |x|²) · x/|x|`.
 
     Source: Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules", section 2, equation 1,
     https://arxiv.org/abs/1710.09829.
 
-    Values and derivatives are finite for every input but NaN: lengths are taken of the vector
-    divided by its largest component, so nothing overflows or vanishes, and the derivative at 0
-    is 0, its limit. An infinite component counts as the dtype's largest number, as `tanh(inf)`
-    is 1. The result's length stays below 1 by at least a rounding error, so `log(1 - length)`
-    is finite too.
+    Values and derivatives are finite for every input but NaN. Vectors are divided by their largest
+    component before their length is computed, so it neither overflows nor underflows; the
+    derivative at 0 is its limit, 0; an infinite component counts as the dtype's largest number.
+    The result's length is below 1 by at least a rounding error, so `log(1 - length)` is finite.
 
     Args:
-      x: `[..., D]`, floating; half precision is computed in float32 and rounded once.
-      axis: The axis along which the components of a vector lie.
+      x: `[..., D]`, floating; computed in float32 at least, and rounded once.
+      axis: The axis of a vector's components.
 
     Returns:
-      As `x` in shape and dtype.
+      An array of the shape and dtype of `x`.
 
     Raises:
       TypeError: `x` is not floating.
@@ -46,7 +45,7 @@ def _squash(x: Array, axis: int) -> Array:
     unit, length = _unit_and_length(x, axis)
     factor, _ = _factor_and_slope(length)
     eps = jnp.finfo(length.dtype).eps
-    # The longest vectors' factor is too small to be normal, and their length is 1 long before.
+    # Beyond 1 / eps the length rounds to 1; the factor of even longer vectors is subnormal.
     shrunk = jnp.where(length < 1 / eps, length * factor, 1)
     below_one = 1 - max(4 * eps, jnp.finfo(x.dtype).eps)
     return (unit * jnp.minimum(shrunk, below_one)).astype(x.dtype)
@@ -64,7 +63,7 @@ def _squash_jvp(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> tup
 
 
 def _factor_and_slope(n: Array) -> tuple[Array, Array]:
-    """`f = n/(1 + n²)` and `n f' = f (1 - n²)/(1 + n²)`, with no n² that could overflow."""
+    """Compute `f = n/(1 + n²)` and `n f' = f (1 - n²)/(1 + n²)` without overflow of n²."""
     short = n < 1
     small, large = jnp.where(short, n, 0), jnp.where(short, 1, n)
     square, inverse = small * small, 1 / large
@@ -74,15 +73,16 @@ def _factor_and_slope(n: Array) -> tuple[Array, Array]:
 
 
 def _unit_and_length(x: Array, axis: int) -> tuple[Array, Array]:
-    """Direction (0 for the zero vector) and length of `x`, in the accumulation dtype."""
+    """Compute direction (0 for a zero vector) and length of `x`, in the accumulation dtype."""
     largest = jnp.finfo(x.dtype).max
     x = jnp.clip(x, -largest, largest).astype(accumulation_dtype(x.dtype))
     largest = jnp.finfo(x.dtype).max
-    # The result does not depend on the scale, so neither do its derivatives.
+    # Direction and length do not depend on the scale, so its derivative is not needed.
     scale = lax.stop_gradient(jnp.max(jnp.abs(x), axis, keepdims=True))
-    # A quarter of long vectors: XLA divides by multiplying with 1 / scale, which must be normal.
-    part = jnp.where(scale > 1, jnp.asarray(0.25, x.dtype), 1)
-    scaled = (part * x) / jnp.maximum(part * scale, jnp.finfo(x.dtype).tiny)
+    # XLA may divide by multiplying with 1 / scale, which is subnormal for the longest vectors: a
+    # quarter of numerator and denominator keeps it normal.
+    shrink = jnp.where(scale > 1, jnp.asarray(0.25, x.dtype), 1)
+    scaled = (shrink * x) / jnp.maximum(shrink * scale, jnp.finfo(x.dtype).tiny)
     squares = jnp.sum(scaled * scaled, axis, keepdims=True)
     nonzero = squares > 0
     relative = jnp.sqrt(jnp.where(nonzero, squares, 1))

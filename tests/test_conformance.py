@@ -284,7 +284,7 @@ def test_small_tiles_of_the_plain_form_match_the_oracle(name):
     ],
 )
 def test_kernels_say_which_options_they_do_not_take(implementation, name, reason):
-    with pytest.raises(capsjax.Unsupported, match=f"routing: poses of this kernel {reason}"):
+    with pytest.raises(capsjax.Unsupported, match=f"routing: inputs of this kernel {reason}"):
         route(implementation, PLAIN_ROUTING[name], "float32")
 
 

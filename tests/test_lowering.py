@@ -101,7 +101,7 @@ def test_each_case_is_lowered_for_every_tpu(device_kind, name):
         )
     else:
         assert LOOP in text
-        with pytest.raises(Unsupported, match=r"weights \[I, P, J, D\] = .* exceed its vector mem"):
+        with pytest.raises(Unsupported, match=r"weights \[I, P, J, D\] = .* exceed the TPU's"):
             lowered("tpu", CASES[name], "mosaic_tpu", device_kind=device_kind)
 
 
@@ -400,7 +400,7 @@ def test_options_that_kernels_do_not_take_are_left_to_the_plain_form(name, platf
             return program.lower(lowering_platforms=(platform,)).as_text()
 
     assert KERNEL[platform] not in lower(None)
-    with pytest.raises(Unsupported, match="routing: poses of this kernel must have"):
+    with pytest.raises(Unsupported, match="routing: inputs of this kernel must have"):
         lower(name)
 
 
@@ -425,8 +425,8 @@ def test_odd_sizes_are_lowered_for_a_gpu_under_vmap_too(name, mapped):
     [
         ({"length": 129}, "P must be at most 128 and D at most 256, got 129 and 16"),
         ({"depth": 257}, "P must be at most 128 and D at most 256, got 8 and 257"),
-        ({"dtype": "float64"}, "poses of this kernel must be float32 or bfloat16, got float64"),
-        ({"dtype": "float16"}, "poses of this kernel must be float32 or bfloat16, got float16"),
+        ({"dtype": "float64"}, "inputs of this kernel must be float32 or bfloat16, got float64"),
+        ({"dtype": "float16"}, "inputs of this kernel must be float32 or bfloat16, got float16"),
     ],
 )
 def test_what_triton_kernels_do_not_take_is_left_to_the_plain_form(changes, reason):

@@ -286,7 +286,7 @@ OK = {"poses": (2, 6, 4), "weights": (6, 4, 3, 5)}
             r"P = 4, got \(6, 4, 3\)",
         ),
         ({"weights": (5, 6)}, r"weights must have shape .* or \[P, D\] with I = 6 and P = 4, got"),
-        ({"weights": (4, 5)}, "prior must tell parents apart that share their weights .* got None"),
+        ({"weights": (4, 5)}, "prior must distinguish output capsules .* got None"),
         ({"weights": (4,)}, r"weights must have shape \[I, P, J, D\]"),
         ({"weights": (6, 4, 0, 5)}, r"weights must have shape"),
         ({"weights": (4, 3, 0)}, r"weights must have shape"),

@@ -218,7 +218,7 @@ OK = {"poses": (2, 6, 4), "weights": (6, 4, 3, 5)}
         (
             {"weights": np.ones((4, 5), np.float32)},
             ValueError,
-            "prior must tell parents apart that share their weights",
+            "prior must distinguish output capsules that share weights",
         ),
         (
             {"weights": np.ones((5, 3, 5), np.float32)},

@@ -1,3 +1,3 @@
-"""Published networks, one file each."""
+"""Published capsule networks, one module each."""
 
 from capsjax.models.capsnet import CapsNet as CapsNet

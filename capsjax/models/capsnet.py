@@ -1,4 +1,4 @@
-"""The network of "Dynamic Routing Between Capsules"."""
+"""CapsNet, the network of "Dynamic Routing Between Capsules"."""
 
 import jax
 import jax.numpy as jnp
@@ -11,30 +11,30 @@ from capsjax.metrics import lengths
 
 
 class CapsNet(nnx.Module):
-    """A convolution, primary capsules, one capsule a class, and a decoder that draws the image.
+    """CapsNet: a convolution, primary capsules, class capsules, and an image decoder.
 
     Source: Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules", section 4 and
     figure 1, https://arxiv.org/abs/1710.09829. The defaults are the paper's for MNIST:
     8,215,568 parameters, of which the decoder has 1,411,344.
 
     Args:
-      image_shape: H, W, C of the images.
-      num_classes: J.
-      conv_channels: Channels of the first convolution.
-      kernel_size: Rows and columns of both windows.
-      primary_types: Primary capsules at one position.
-      primary_length: P.
-      primary_stride: Pixels between primary capsules.
-      primary_scale: Factor on the primary capsules' convolution.
-      capsule_length: D.
-      capsule_bias: What the biases of both capsule layers start at; None for the paper's 0 in
-        the primary and no bias in the class capsules.
-      num_iterations: T.
+      image_shape: (H, W, C) of the images.
+      num_classes: J, one class capsule for each class.
+      conv_channels: Output channels of the first convolution.
+      kernel_size: Height and width of the windows of both convolutions.
+      primary_types: Primary capsules at each position.
+      primary_length: P, the length of a primary capsule.
+      primary_stride: Stride of the primary capsules' convolution.
+      primary_scale: Factor on the output of that convolution, before its bias is added.
+      capsule_length: D, the length of a class capsule.
+      capsule_bias: Initial value of the biases of both capsule layers. None, as in the paper: 0 in
+        the primary capsules, and class capsules without bias.
+      num_iterations: T, routing iterations.
       gradient: As in `dynamic_routing`.
       hidden: Sizes of the decoder's hidden layers.
       implementation: As in `dynamic_routing`.
-      dtype: Of the computation; parameters stay float32.
-      rngs: For all parameters.
+      dtype: Of the computation; parameters are float32.
+      rngs: Random streams; `params` initialises all parameters.
 
     Raises:
       ValueError: The images are too small for the two convolutions.
@@ -106,24 +106,23 @@ class CapsNet(nnx.Module):
         )
 
     def __call__(self, images: Array) -> Array:
-        """Maps images `[..., H, W, C]` in 0 … 1 to class capsules `[..., J, D]`."""
+        """Map images `[..., H, W, C]` in [0, 1] to class capsules `[..., J, D]`."""
         return self.capsules(self.primary_poses(images))
 
     def primary_poses(self, images: Array) -> Array:
-        """Maps images `[..., H, W, C]` to the primary capsules' poses `[..., I, P]`."""
+        """Map images `[..., H, W, C]` to the poses of the primary capsules, `[..., I, P]`."""
         return self.primary(jax.nn.relu(self.convolution(images)))
 
     def reconstruct(self, capsules: Array, labels: Array | None = None) -> Array:
-        """Draws the image of one class.
+        """Reconstruct each image from the capsule of one class.
 
         Args:
-          capsules: `[..., J, D]`.
-          labels: The class to draw, integers `[...]`; None for the one of the longest capsule.
-            In training these are the true labels, so that the decoder learns before the
-            classes do.
+          capsules: Class capsules `[..., J, D]`.
+          labels: Class of each image, integers `[...]`; None for the longest capsule. Training
+            passes the true labels, so that the decoder learns before the classification does.
 
         Returns:
-          Images `[..., H, W, C]` in 0 … 1.
+          Images `[..., H, W, C]` in [0, 1].
         """
         if labels is None:
             labels = jnp.argmax(lengths(capsules), axis=-1)

@@ -1,1 +1,1 @@
-"""Routing algorithms, one file each."""
+"""Routing algorithms, one module each."""

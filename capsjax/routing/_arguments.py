@@ -1,4 +1,4 @@
-"""Checks of the arguments that routing functions share; they end in the engine's inputs."""
+"""Checks of routing arguments, and their conversion to the engine's `Inputs`."""
 
 import math
 from typing import Any, NamedTuple
@@ -15,17 +15,17 @@ GRADIENTS = ("full", "last")
 
 
 class Checked(NamedTuple):
-    """Arguments that fit each other."""
+    """Checked arguments, with the batch axes merged into one."""
 
-    inputs: Inputs  # with one leading axis
-    leading: tuple[int, ...]  # the axes in its place
+    inputs: Inputs
+    leading: tuple[int, ...]  # batch axes of the caller's arrays, for the result
     num_parents: int  # J
 
 
 def check_settings(
     function: str, num_iterations: int, gradient: str, axis_name: AxisName | None
 ) -> int:
-    """Checks the settings, and returns the number of iterations as an int."""
+    """Check the static settings, and return the number of iterations as an int."""
     shapes.check_choice(function, "gradient", gradient, GRADIENTS)
     shapes.check_axis_name(function, axis_name)
     return shapes.check_positive(function, "num_iterations", num_iterations)
@@ -34,7 +34,7 @@ def check_settings(
 def check_implementation(
     function: str, implementation: str | Implementation | None
 ) -> Implementation | None:
-    """Returns the implementation of a name; None for the choice when a program is lowered."""
+    """Return the `Implementation` of a name; None, which selects one at lowering, stays None."""
     if implementation is None:
         return None
     if not isinstance(implementation, Implementation):
@@ -48,7 +48,7 @@ def check_implementation(
 def check_inputs(
     function: str, poses: Any, weights: Any, *, prior: Any, mask: Any, parent_mask: Any
 ) -> Checked:
-    """Checks poses `[..., I, P]`, their weights, and what belongs to both."""
+    """Check poses `[..., I, P]`, weights, prior and masks, and return the engine's inputs."""
     poses = shapes.as_array(function, "poses", poses)
     weights = shapes.as_array(function, "weights", weights)
     shapes.check_floating(function, poses=poses, weights=weights)
@@ -56,7 +56,7 @@ def check_inputs(
     shapes.check_shape(function, "poses", poses, "[..., I, P]", (*leading, None, None))
     children, length = poses.shape[-2:]
     prior = _check_prior(function, prior, (*leading, children), poses)
-    if weights.ndim in (2, 3):  # shared by the children
+    if weights.ndim in (2, 3):  # shared by all children
         if weights.shape[0] != length or 0 in weights.shape:
             raise ValueError(
                 f"{function}: weights must have shape [I, P, J, D], [P, J, D] or [P, D] with "
@@ -64,8 +64,8 @@ def check_inputs(
             )
         if weights.ndim == 2 and prior is None:
             raise ValueError(
-                f"{function}: prior must tell parents apart that share their weights [P, D], for "
-                "they would stay equal for ever, got None"
+                f"{function}: prior must distinguish output capsules that share weights [P, D], "
+                "which are equal without it, got None"
             )
     else:
         wanted = children, length, None, None
@@ -73,14 +73,14 @@ def check_inputs(
     parents = prior.shape[-1] if weights.ndim == 2 else weights.shape[-2]
     kept = _check_mask(function, "mask", mask, "I", (*leading, children))
     if kept is not None:
-        # A zero pose does what a gate of 0 does to sums of votes, and stops what is not finite.
+        # Zero poses add nothing to sums of votes, and unlike gates of 0 they remove NaN.
         poses = jnp.where(jnp.broadcast_to(kept, poses.shape[:-1])[..., None], poses, 0)
-    poses = _one_leading(poses, leading, children, 1, length)
-    return _with_logits(function, Inputs(poses, weights), leading, parents, prior, parent_mask)
+    poses = _merge_leading(poses, leading, children, 1, length)
+    return _add_logits(function, Inputs(poses, weights), leading, parents, prior, parent_mask)
 
 
 def check_votes(function: str, votes: Any, *, prior: Any, mask: Any, parent_mask: Any) -> Checked:
-    """Checks votes `[..., I, J, D]`, and what belongs to them."""
+    """Check votes `[..., I, J, D]`, prior and masks, and return the engine's inputs."""
     votes = shapes.as_array(function, "votes", votes)
     shapes.check_floating(function, votes=votes)
     leading = votes.shape[:-3]
@@ -90,14 +90,14 @@ def check_votes(function: str, votes: Any, *, prior: Any, mask: Any, parent_mask
     kept = _check_mask(function, "mask", mask, "I", (*leading, children))
     if kept is not None:
         votes = jnp.where(jnp.broadcast_to(kept, votes.shape[:-2])[..., None, None], votes, 0)
-    votes = _one_leading(votes, leading, *votes.shape[-3:])
-    return _with_logits(function, Inputs(votes, None), leading, parents, prior, parent_mask)
+    votes = _merge_leading(votes, leading, *votes.shape[-3:])
+    return _add_logits(function, Inputs(votes, None), leading, parents, prior, parent_mask)
 
 
 def check_parameter(
     function: str, name: str, array: Any, letters: str, shape: tuple[int, ...], like: Array
 ) -> Array | None:
-    """Checks an optional parameter in the dtype of `like`, or that in which its sums are kept."""
+    """Check an optional parameter, in the dtype of `like` or in its accumulation dtype."""
     if array is None:
         return None
     array = shapes.as_array(function, name, array)
@@ -107,16 +107,16 @@ def check_parameter(
 
 
 def check_same_along(function: str, name: str, array: Array | None, axis_name: Any) -> None:
-    """Raises ValueError if devices along the axis have different arrays."""
-    apart = varying_axes(array) & names_of(axis_name)
-    if apart:
+    """Raise ValueError if the array varies over an axis in `axis_name`."""
+    varying = varying_axes(array) & names_of(axis_name)
+    if varying:
         raise ValueError(
             f"{function}: {name} must be the same all along axis_name, got one that varies over "
-            f"{', '.join(sorted(apart))}"
+            f"{', '.join(sorted(varying))}"
         )
 
 
-def _with_logits(
+def _add_logits(
     function: str,
     inputs: Inputs,
     leading: tuple[int, ...],
@@ -124,7 +124,7 @@ def _with_logits(
     prior: Array | None,
     parent_mask: Any,
 ) -> Checked:
-    """Adds prior and parent mask, in the shapes of the engine."""
+    """Add the prior and the parent mask, with merged batch axes, to the inputs."""
     if prior is not None:
         if prior.shape[-1] != parents:
             raise ValueError(
@@ -132,21 +132,21 @@ def _with_logits(
                 f"got {prior.shape}"
             )
         if leading and prior.ndim > 2:
-            prior = _one_leading(prior, leading, *prior.shape[-2:])
+            prior = _merge_leading(prior, leading, *prior.shape[-2:])
     parent_mask = _check_mask(function, "parent_mask", parent_mask, "J", (*leading, parents))
     if parent_mask is not None:
         parent_mask = jnp.broadcast_to(parent_mask, (*leading, parents))
-        parent_mask = _one_leading(parent_mask, leading, parents)
+        parent_mask = _merge_leading(parent_mask, leading, parents)
     inputs = inputs._replace(prior=prior, parent_mask=parent_mask)
     return Checked(inputs, leading, parents)
 
 
-def _one_leading(x: Array, leading: tuple[int, ...], *others: int) -> Array:
+def _merge_leading(x: Array, leading: tuple[int, ...], *others: int) -> Array:
     return reshape_examples(x, (math.prod(leading), *others), has_examples=bool(leading))
 
 
 def _check_prior(function: str, prior: Any, full: tuple[int, ...], like: Array) -> Array | None:
-    """Checks that a prior is `[I, J]` or `[..., I, J]`, but for J."""
+    """Check that a prior is `[I, J]` or `[..., I, J]`, with any J of at least 1."""
     if prior is None:
         return None
     prior = shapes.as_array(function, "prior", prior)

@@ -30,63 +30,60 @@ def dynamic_routing(
     implementation: str | Implementation | None = None,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Array:
-    """Routes input capsules to output capsules by agreement, with votes and routing fused.
+    """Route input capsules to output capsules by agreement, with votes and routing fused.
 
-    Child i votes `poses[i] @ weights[i, :, j]` for the pose of parent j. Couplings, a softmax
-    over the parents of one child, start from `prior`; each iteration squashes the votes' weighted
-    sums into outputs, and raises a child's logit for a parent by the agreement (dot product) of
-    its vote with that output.
+    Child i votes `poses[i] @ weights[i, :, j]` for the pose of parent j. Its couplings, a softmax
+    over all parents, start from `prior`. Each iteration squashes the weighted sums of the votes
+    into outputs, and adds to a child's logit for a parent the agreement (dot product) of its vote
+    with that parent's output.
+
+    Implementations: `"reference"` stores the votes, and is differentiable in every mode. `"xla"`
+    (plain JAX, any platform), `"triton"` (NVIDIA GPUs, sm_80 and newer) and `"mosaic_tpu"` (TPUs)
+    store no votes, forward or backward, and have no forward-mode derivative. None selects the
+    platform's kernel if it accepts the arguments, else `"xla"`. The kernels accept float32 and
+    bfloat16, weights `[I, P, J, D]` and a prior `[I, J]`; they refuse `parent_mask`, `leaky` and
+    batches of symbolic size. `"triton"` needs P up to 128 and D up to 256; `"mosaic_tpu"` needs
+    the weights of 128 capsules in vector memory (P·J·D up to about 80,000 on a v5e or v6e).
+
+    Sharding: a batch sharded by `jax.shard_map`, or over Explicit axes, stays on its devices
+    without any setting. Over Auto axes, whose sharding only XLA's partitioner knows, only `"xla"`
+    does so. To shard the input capsules, give `axis_name`: each iteration then sums `[..., J, D]`
+    over the devices, forward and backward, and communicates nothing else.
 
     Source: Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules", section 2 and
     procedure 1, https://arxiv.org/abs/1710.09829.
 
     Args:
-      poses: `[..., I, P]`, floating. Sums are kept in float32 at least; matrix products follow
-        `jax.default_matmul_precision`, as `jax.numpy.matmul` does.
+      poses: `[..., I, P]`, floating. Sums are accumulated in float32 at least; matrix products
+        follow `jax.default_matmul_precision`.
       weights: `[I, P, J, D]`, in the dtype of `poses`; or `[P, J, D]`, shared by the input
-        capsules, of which there may be any number; or `[P, D]`, shared by the output capsules
-        too, which then differ by their `prior`.
+        capsules; or `[P, D]`, shared by all capsules, whose outputs then differ by `prior` alone.
       num_iterations: T, at least 1.
-      prior: Logits before the first iteration, `[I, J]` or `[..., I, J]`; None for zeros. A
-        child with logit -infinity for a parent sends it nothing.
-      bias: `[J, D]`, added to the weighted sum in every iteration, before the squash.
-      mask: Booleans, `[I]` or `[..., I]`: False for padding, which sends nothing.
-      parent_mask: Booleans, `[J]` or `[..., J]`: the outputs where it is False are 0, and the
-        children are divided over the other parents; a child that is left none sends nothing.
-      leaky: Whether a child may go to no parent: its softmax has one more logit, which is 0.
-      gradient: `"full"` goes through every iteration, as in the paper's own code; `"last"`
-        takes the last couplings as constants, which is cheaper and misses 2 % to 44 % of the
-        full gradient (T = 3, weights of deviation 0.02 to 0.1). Derivatives of that gradient take
-        them as constants with `"reference"` alone.
-      implementation: None chooses when the program is lowered: the kernels `"triton"` on an
-        NVIDIA GPU (sm_80 and newer) and `"mosaic_tpu"` on a TPU, or `"xla"`, plain JAX for any
-        platform, where they do not take the arguments (below). None of these stores votes,
-        forward or backward, or has a forward-mode derivative. `"reference"` is the procedure
-        with stored votes, differentiable in every mode. An `Implementation` of
-        `capsjax.kernels.vote_passes.passes` gives a name and tile sizes.
-      axis_name: Inside `jax.shard_map`, the axis of the mesh (or a tuple of axes) over which the
-        input capsules are split, with their `weights`, `prior` and `mask`; `bias`,
-        `parent_mask` and the result are the same all along it. Each iteration sums
-        `[..., J, D]` over the devices, forward and backward, and nothing else is sent. Examples
-        need no axis: a batch split by `shard_map` or over Explicit axes is routed where it is,
-        by any implementation; over Auto axes, whose sharding only XLA's partitioner knows, it
-        is `"xla"` that the partitioner leaves where it is.
+      prior: Logits before the first iteration, `[I, J]` or `[..., I, J]`; None for zeros. A logit
+        of -infinity makes the coupling 0.
+      bias: `[J, D]`, added to the weighted sums in every iteration, before the squash.
+      mask: Booleans `[I]` or `[..., I]`; input capsules at False, such as padding, are ignored.
+      parent_mask: Booleans `[J]` or `[..., J]`; output capsules at False have couplings and
+        outputs 0.
+      leaky: Whether each softmax has one more logit, fixed at 0, which stands for no parent.
+      gradient: `"full"`, as the authors' code; or `"last"`, with the last couplings constant (in
+        second derivatives with `"reference"` only): cheaper, but 2 % to 44 % of the full gradient
+        is missing (T = 3, weights of standard deviation 0.02 to 0.1).
+      implementation: A name above, an `Implementation` of `capsjax.kernels.vote_passes.passes`
+        (name and tile sizes), or None to select when the program is lowered.
+      axis_name: Axis, or tuple of axes, of the enclosing `jax.shard_map` over which input capsules
+        are sharded, with `weights`, `prior` and `mask`. `bias`, `parent_mask` and the result do
+        not vary over it.
 
     Returns:
-      Outputs `[..., J, D]`, in the dtype of `poses`; each has a length below 1, which rounding to
-      half precision may bring to 1.
-
-    Kernels take float32 and bfloat16, weights `[I, P, J, D]`, a prior `[I, J]`, any bias and
-    mask; neither `parent_mask` nor `leaky`. For `"mosaic_tpu"` the weights of 128 capsules must fit
-    into the TPU's vector memory (P·J·D up to about 80,000 on a v5e or v6e), for `"triton"` P is at
-    most 128 and D 256. A batch of symbolic size (`jax.export`) is routed by `"xla"`.
+      Outputs `[..., J, D]`, in the dtype of `poses`, of length below 1 (in half precision, rounding
+      may make it 1).
 
     Raises:
-      ValueError: A shape or setting is wrong; while the program is lowered, the implementation
-        that is named runs on another platform.
+      ValueError: A shape or setting is wrong; at lowering, the named implementation runs on
+        another platform.
       TypeError: A dtype is wrong.
-      Unsupported: While the program is lowered, the implementation that is named does not take
-        these arguments.
+      Unsupported: At lowering, the named implementation does not accept the arguments.
 
     Example:
       >>> poses, weights = jnp.ones((2, 6, 4)), jnp.full((6, 4, 3, 5), 0.1)
@@ -94,7 +91,7 @@ def dynamic_routing(
       >>> outputs.shape, bool(jnp.all(lengths(outputs) < 1))
       ((2, 3, 5), True)
 
-      Two input capsules of six a device, on a machine that has three, or all six on one:
+      The same with input capsules sharded over a mesh, here of one device:
 
       >>> mesh = jax.make_mesh((1,), ("capsules",), axis_types=(jax.sharding.AxisType.Auto,))
       >>> @jax.jit
@@ -135,21 +132,21 @@ def dynamic_routing_from_votes(
     gradient: str = "full",
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Array:
-    """Routes given votes by agreement; differentiable in every mode.
+    """Route stored votes to output capsules by agreement; differentiable in every mode.
 
     Source: Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules", procedure 1,
     https://arxiv.org/abs/1710.09829.
 
     Args:
-      votes: `[..., I, J, D]`, floating; float32 at least inside.
-      num_iterations: As in `dynamic_routing`, like all that follow.
+      votes: `[..., I, J, D]`, floating; routed in float32 at least.
+      num_iterations: T. It and the arguments below are those of `dynamic_routing`.
       prior: `[I, J]` or `[..., I, J]`.
       bias: `[J, D]`.
       mask: `[I]` or `[..., I]`.
       parent_mask: `[J]` or `[..., J]`.
-      leaky: Whether a child may go to no parent.
+      leaky: Whether each softmax has one more logit, fixed at 0.
       gradient: `"full"` or `"last"`.
-      axis_name: The axis over which the votes, `prior` and `mask` are split by input capsules.
+      axis_name: Axis over which `votes`, `prior` and `mask` are sharded by input capsule.
 
     Returns:
       Outputs `[..., J, D]`, in the dtype of `votes`.
@@ -184,25 +181,25 @@ def routing_couplings(
     leaky: bool = False,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Array:
-    """Computes the couplings of every iteration of `dynamic_routing`, for a look inside.
+    """Compute the couplings of every iteration of `dynamic_routing`.
 
     Source: Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules", section 2, equation 3,
     https://arxiv.org/abs/1710.09829.
 
     Args:
-      poses: `[..., I, P]`, like all arguments as in `dynamic_routing`.
+      poses: `[..., I, P]`. It and the arguments below are those of `dynamic_routing`.
       weights: `[I, P, J, D]`, `[P, J, D]` or `[P, D]`.
       num_iterations: T.
       prior: `[I, J]` or `[..., I, J]`.
       bias: `[J, D]`.
-      mask: `[I]` or `[..., I]`; the couplings of masked capsules are 0.
-      parent_mask: `[J]` or `[..., J]`; the couplings to masked capsules are 0.
-      leaky: Whether a child may go to no parent.
-      axis_name: The axis over which the input capsules are split, and so is the result.
+      mask: `[I]` or `[..., I]`; the couplings of masked input capsules are 0.
+      parent_mask: `[J]` or `[..., J]`; the couplings to masked output capsules are 0.
+      leaky: Whether each softmax has one more logit, fixed at 0.
+      axis_name: Axis over which the input capsules are sharded; the result is sharded alike.
 
     Returns:
-      `[T, ..., I, J]`, float32 at least; those of one child over its parents sum to 1, or to
-      less if `leaky`, or to 0 if it has no parent.
+      `[T, ..., I, J]`, float32 at least. Over J they sum to 1; to less if `leaky`; to 0 for an
+      input capsule that is masked or has no output capsule.
 
     Raises:
       ValueError: A shape or setting is wrong.
@@ -238,7 +235,7 @@ def routing_couplings(
 def _step(
     t: int, total: Array | None, moments: Moments, bias: Array | None
 ) -> tuple[Array, State, Array]:
-    """Squashes the weighted sums; logits are the agreements with the sum of all outputs so far."""
+    """Squash the weighted sums; the next logits are agreements with the sum of outputs so far."""
     del t
     sums = moments.first
     outputs = squash(sums if bias is None else sums + bias.astype(sums.dtype)[None])
@@ -247,7 +244,7 @@ def _step(
 
 
 def _outputs(checked: _arguments.Checked, outputs: Array) -> Array:
-    """Returns the outputs in the caller's shape and dtype, 0 for masked parents."""
+    """Convert outputs to the caller's batch axes and dtype, with 0 for masked parents."""
     inputs, leading, parents = checked
     if inputs.parent_mask is not None:
         outputs = jnp.where(inputs.parent_mask[..., None], outputs, 0)
@@ -259,7 +256,10 @@ def _outputs(checked: _arguments.Checked, outputs: Array) -> Array:
 def _checked_bias(
     function: str, bias: Array | None, checked: _arguments.Checked, axis_name: AxisName | None
 ) -> Array | None:
-    """Checks the bias; it and the parent mask belong to the sums of all devices."""
+    """Check the bias, and that neither it nor the parent mask varies over `axis_name`.
+
+    Every device applies both to the same sums over all input capsules.
+    """
     inputs, _, parents = checked
     shape = parents, votes_depth(inputs)
     bias = _arguments.check_parameter(function, "bias", bias, "[J, D]", shape, inputs.poses)

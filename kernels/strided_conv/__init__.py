@@ -1,7 +1,7 @@
-"""A strided convolution: one function, several implementations.
+"""Strided convolution without padding, in several implementations.
 
-Each takes `(images [B, H, W, C], kernel [h, w, C, O])` and the setting `stride` (rows, columns),
-pads nothing, and returns `[B, (H - h) // stride + 1, (W - w) // stride + 1, O]`.
+Each maps images `[B, H, W, C]` and a kernel `[h, w, C, O]`, with a `stride` (rows, columns), to
+`[B, (H - h) // stride + 1, (W - w) // stride + 1, O]`.
 """
 
 from capsjax.kernels.strided_conv import patches, spectral, xla

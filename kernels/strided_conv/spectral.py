@@ -1,13 +1,15 @@
-"""Convolution as products of discrete Fourier transforms of the stride's phases: for a CPU.
+"""Strided convolution in Fourier space, for CPUs.
 
-A stride of s splits an image into s² interleaved phases, and the convolution into one of stride 1
-over s² as many channels. There the transform turns each frequency into one matrix product over
-channels: 150 real products in place of 729 for the 9x9 kernel of stride 2 over a 20x20 image. The
-transforms are products with fixed matrices, one for rows and one for columns.
+A stride s splits an image into s² interleaved phases, and turns the convolution into one of stride
+1 with s² times as many channels. Fourier transforms turn that into one matrix product over channels
+for each frequency: 150 real products instead of 729 for a 9x9 kernel of stride 2 on 20x20 images.
+The transforms themselves are products with two constant matrices, for rows and for columns.
 
-Transforms are larger than what they are made of (155 MB for a kernel of 21 MB), so they exist for
-some channels at a time, and the gradient makes them anew. Letters: R pairs of a row's frequencies,
-F frequencies of rows and columns, Q phases, b examples, c input and o output channels.
+Transforms are larger than the arrays transformed (155 MB for a kernel of 21 MB), so only a chunk of
+channels is transformed at a time, and the backward pass recomputes the transforms.
+
+Local sizes are in lower case: b examples; c and o input and output channels; q phases; f real
+numbers of a 2-D transform; r pairs of numbers of a row's transform.
 """
 
 import math
@@ -25,63 +27,61 @@ from capsjax.kernels.sharding import vary_over, varying_axes
 
 Pair = tuple[int, int]
 
-# Multiplications in the time that a patch's number takes, a number of image or output in Fourier
-# space, and of the kernel there: fitted to the timings of BUILD_NOTES.md, "Convolution on a CPU".
+# Costs, in multiplications, of moving one number of the patches, of a transformed image or output,
+# and of a transformed kernel: fitted to the timings in BUILD_NOTES.md, "Convolution on a CPU".
 PATCH, IMAGE, KERNEL = 25, 150, 60
-# Numbers of a pixel (phases times channels) transformed at a time, which products sum over: XLA:CPU
-# runs a batch of products on one core alone where they sum over half as many.
+# Contracted size (phases times channels) of a chunk. With half of it XLA:CPU runs the batch of
+# matrix products on a single core.
 DEPTH = 256
 
 
 class Plan(NamedTuple):
-    """The static sizes of one convolution."""
+    """Static sizes of a convolution; pairs are (rows, columns)."""
 
     stride: Pair
-    extent: Pair  # pixels of a phase
-    taps: Pair  # of a phase
-    output: Pair  # pixels
-    channels: int  # transformed at a time, a divisor of all
+    extent: Pair  # pixels of one phase of the image
+    taps: Pair  # pixels of one phase of the kernel
+    output: Pair  # pixels of the output
+    channels: int  # input channels of a chunk; divides their number
 
 
 class Transform(NamedTuple):
-    """Real matrices from the pixels of an image, a kernel or an output to frequencies.
+    """Real matrices that transform rows, then columns, of an image, a kernel or an output.
 
-    Two numbers of a row's transform make a pair: real and imaginary part of one frequency, or two
-    real ones. Of columns then come F / R real numbers a pair, three for each complex one.
+    The numbers of a row's transform form pairs: the real and imaginary parts of one frequency, or
+    two real frequencies. The transform along columns turns each pair into f / r real numbers: three
+    for each complex frequency, as `Transforms` needs them.
     """
 
-    rows: np.ndarray  # [R 2, rows]
-    columns: np.ndarray  # [R, F / R, 2 columns]
+    rows: np.ndarray  # [2·r, rows]
+    columns: np.ndarray  # [r, f / r, 2·columns]
 
 
 class Transforms(NamedTuple):
-    """Image and kernel to frequencies; `output` is the transpose of their way back to pixels.
+    """Transforms of images and kernels, and the transpose of the output's inverse transform.
 
-    A complex product takes three real ones (Karatsuba): for x = a + bi and k = c + di, the
-    products p = (a + b)c, q = a(d - c), r = b(c + d) give xk = (p - r) + (p + q)i.
+    A complex product takes three real ones (Karatsuba's trick): x = a + bi and k = c + di have
+    xk = (p1 - p3) + (p1 + p2)i with p1 = (a + b)c, p2 = a(d - c), p3 = b(c + d).
     """
 
     image: Transform
     kernel: Transform
-    output: Transform
+    output: Transform  # transposed: from output pixels to the three products
 
 
 def strided_conv(images: Array, kernel: Array, *, stride: Pair) -> Array:
-    """Convolves, in float32 at least; its error is that of the direct sum.
-
-    There is no forward-mode derivative: `"patches"` and `"xla"` have it.
+    """Convolve, in float32 at least; no forward-mode derivative.
 
     Raises:
-      Unsupported: The transforms would cost more than they spare, or the batch is symbolic, so that
-        nobody knows.
+      Unsupported: The batch size is symbolic, or the cost estimate of `"patches"` is lower.
     """
     batch, height, width, channels = images.shape
     if not isinstance(batch, int):
-        raise Unsupported("whether transforms pay depends on the batch, which is symbolic")
+        raise Unsupported("the batch size must be known, because the cost estimate depends on it")
     kernel_size = kernel.shape[:2]
-    taps = _each(lambda k, s: -(-k // s), kernel_size, stride)
-    output = _each(lambda n, k, s: (n - k) // s + 1, (height, width), kernel_size, stride)
-    extent = _each(lambda o, t: o + t - 1, output, taps)
+    taps = _per_axis(lambda k, s: -(-k // s), kernel_size, stride)
+    output = _per_axis(lambda n, k, s: (n - k) // s + 1, (height, width), kernel_size, stride)
+    extent = _per_axis(lambda o, t: o + t - 1, output, taps)
     if not _worthwhile(extent, output, batch, math.prod(stride), kernel.shape):
         raise Unsupported(f"transforms of {extent} phases cost more than the direct sum")
 
@@ -89,7 +89,7 @@ def strided_conv(images: Array, kernel: Array, *, stride: Pair) -> Array:
     chunks = -(-channels * math.prod(stride) // DEPTH)
     size = -(-channels // chunks)
     missing = (0, chunks * size - channels)
-    # As in routing: gradients must vary over a mesh as what they are of.
+    # Under shard_map gradients must vary over the same mesh axes as their primals.
     axes = varying_axes(images, kernel)
     images, kernel = vary_over(axes, images), vary_over(axes, kernel)
     x = jnp.pad(images.astype(dtype), ((0, 0), (0, 0), (0, 0), missing))
@@ -99,7 +99,7 @@ def strided_conv(images: Array, kernel: Array, *, stride: Pair) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _convolve(plan: Plan, images: Array, kernel: Array) -> Array:
-    """Convolves float32 or float64 images whose channels are so many chunks."""
+    """Convolve float32 or float64 images whose channels are a multiple of a chunk's."""
     return _forward(plan, images, kernel)[0]
 
 
@@ -122,7 +122,7 @@ def _backward(plan: Plan, residuals: tuple[Array, Array], dy: Array) -> tuple[Ar
     matrices = _transforms(plan.extent, plan.taps, plan.output)
     dy = _to_frequencies(matrices.output, dy.transpose(1, 2, 0, 3))
 
-    # Autodiff would put the frequencies last in what follows, for 0.3 GB of copies.
+    # Written by hand, because autodiff moves the frequencies to the last axis: 0.3 GB of copies.
     def set_chunk(chunk: Array, gradients: tuple[Array, Array]) -> tuple[Array, Array]:
         x, k = _transformed_chunk(plan, images, kernel, chunk)
         dx = _to_pixels(matrices.image, jnp.einsum("fbo,fco->fbc", dy, k))
@@ -148,7 +148,7 @@ _convolve.defvjp(_forward, _backward)
 def _transformed_chunk(
     plan: Plan, images: Array, kernel: Array, chunk: Array
 ) -> tuple[Array, Array]:
-    """The transforms of a chunk of channels, `[F, b, Q c]` and `[F, Q c, o]`."""
+    """Transform a chunk of channels of images and kernel, to `[f, b, q·c]` and `[f, q·c, o]`."""
     matrices = _transforms(plan.extent, plan.taps, plan.output)
     start = chunk * plan.channels
     x = lax.dynamic_slice_in_dim(images, start, plan.channels, 3)
@@ -159,7 +159,7 @@ def _transformed_chunk(
 
 
 def _to_frequencies(matrices: Transform, x: Array) -> Array:
-    """`[rows, columns, …]` to `[F, …]`."""
+    """Transform pixels `[rows, columns, …]` to frequencies `[f, …]`."""
     rows, columns = (jnp.asarray(matrix, x.dtype) for matrix in matrices)
     z = rows @ x.reshape(len(x), -1)
     z = columns @ z.reshape(len(columns), columns.shape[2], -1)
@@ -167,7 +167,7 @@ def _to_frequencies(matrices: Transform, x: Array) -> Array:
 
 
 def _to_pixels(matrices: Transform, z: Array) -> Array:
-    """The transpose of `_to_frequencies`."""
+    """Apply the transpose of `_to_frequencies`."""
     rows, columns = (jnp.asarray(matrix.swapaxes(-2, -1), z.dtype) for matrix in matrices)
     x = columns @ z.reshape(len(columns), columns.shape[2], -1)
     x = rows @ x.reshape(rows.shape[1], -1)
@@ -175,31 +175,31 @@ def _to_pixels(matrices: Transform, z: Array) -> Array:
 
 
 def _split_phases(x: Array, size: Pair, stride: Pair) -> Array:
-    """`[b, rows, columns, …]` to `[*size, b, Q, …]`, phases having `size` pixels."""
-    # The last phases may reach past the image, and the image past the last window.
-    x = _fit(x, _each(lambda n, s: n * s, size, stride))
+    """Split `[b, rows, columns, …]` into phases of `size` pixels, `[*size, b, q, …]`."""
+    # The last phases may exceed the image, and the image may exceed the last window.
+    x = _crop_or_pad(x, _per_axis(lambda n, s: n * s, size, stride))
     x = x.reshape(len(x), size[0], stride[0], size[1], stride[1], *x.shape[3:])
     x = jnp.moveaxis(x, (1, 3), (0, 1))
     return x.reshape(*size, x.shape[2], math.prod(stride), *x.shape[5:])
 
 
 def _join_phases(x: Array, stride: Pair, target: tuple[int, ...]) -> Array:
-    """The transpose of `_split_phases`, to `[b, *target, …]`."""
+    """Apply the transpose of `_split_phases`, to `[b, *target, …]`."""
     rows, columns = (size * s for size, s in zip(x.shape[:2], stride, strict=True))
     x = x.reshape(*x.shape[:3], *stride, *x.shape[4:])
     x = jnp.moveaxis(x, (0, 1), (1, 3))
     x = x.reshape(len(x), rows, columns, *x.shape[5:])
-    return _fit(x, target)
+    return _crop_or_pad(x, target)
 
 
-def _fit(x: Array, target: tuple[int, ...]) -> Array:
-    """Cuts rows and columns of `[b, rows, columns, …]` off, or adds zeros."""
+def _crop_or_pad(x: Array, target: tuple[int, ...]) -> Array:
+    """Crop or zero-pad `[b, rows, columns, …]` to `[b, *target, …]`."""
     x = x[:, : target[0], : target[1]]
     missing = [(0, n - m) for n, m in zip(target, x.shape[1:3], strict=True)]
     return jnp.pad(x, [(0, 0), *missing, *[(0, 0)] * (x.ndim - 3)])
 
 
-def _each(function: Callable[..., int], *pairs: tuple[int, ...]) -> Pair:
+def _per_axis(function: Callable[..., int], *pairs: tuple[int, ...]) -> Pair:
     rows, columns = (function(*values) for values in zip(*pairs, strict=True))
     return rows, columns
 
@@ -207,9 +207,9 @@ def _each(function: Callable[..., int], *pairs: tuple[int, ...]) -> Pair:
 def _worthwhile(
     extent: Pair, output: Pair, batch: int, phases: int, kernel: tuple[int, ...]
 ) -> bool:
-    """Whether this form, with gradients, costs less than one product over patches.
+    """Return whether values and gradients cost less than by one product over patches.
 
-    Both in multiplications an image; the kernel is transformed once for all images of a batch.
+    Both costs are in multiplications per image; the kernel is transformed once a batch.
     """
     height, width, channels, outputs = kernel
     direct = math.prod(output) * height * width * channels * (outputs + PATCH)
@@ -221,16 +221,17 @@ def _worthwhile(
 
 @cache
 def _transforms(extent: Pair, taps: Pair, output: Pair) -> Transforms:
-    """The matrices, in float64: x and k to frequencies, and the sums of products back.
+    """Build the matrices of a convolution, in float64.
 
-    Circular correlation of period `extent` is exact on the output's pixels, which no tap leaves.
+    A circular correlation of period `extent` is exact on the output's pixels, because no window
+    there wraps around.
     """
 
     def of_kernel(re: np.ndarray, im: np.ndarray) -> list[np.ndarray]:
-        return [re, -im - re, re - im]  # correlation: conjugates
+        return [re, -im - re, re - im]  # (c, d - c, c + d) of the conjugate, for a correlation
 
     def of_output(re: np.ndarray, im: np.ndarray) -> list[np.ndarray]:
-        # Of Re(conj(wave) · xk), with xk = (p - r) + (p + q)i.
+        # Coefficients of p1, p2, p3 in Re(conj(wave)·xk).
         return [re + im, im, -re]
 
     return Transforms(
@@ -247,20 +248,21 @@ def _transform(
     *,
     mean: bool = False,
 ) -> Transform:
-    """The transform of real pixels; `factors` gives the three numbers for a complex one's parts.
+    """Build the transform of real pixels.
 
-    Frequencies f and -f of a real image are conjugates: one of the two suffices, and counts twice
-    in a mean over all.
+    `factors` maps the real and imaginary parts of a complex number to its three real numbers.
+    Frequencies n and -n of a real image are conjugates, so only one of the two is computed, and
+    counts twice in a mean over all.
     """
     once, twice = np.array([1, 2]) / math.prod(extent) if mean else (1, 1)
-    real, half = _own_conjugates(extent[0])
+    real, half = _real_and_half(extent[0])
     rows = np.zeros((2 * len(half) + 2, pixels[0]))
     rows[: len(real)] = _waves(real, extent[0], pixels[0]).real
     waves = _waves(half, extent[0], pixels[0])
     rows[2::2], rows[3::2] = waves.real, waves.imag
 
-    # The first pair holds two real numbers, which are transformed each for itself.
-    real, pairs = _own_conjugates(extent[1])
+    # The first pair holds two real frequencies of the rows, which are transformed separately.
+    real, pairs = _real_and_half(extent[1])
     waves = _waves(pairs, extent[1], pixels[1])
     own = once * _waves(real, extent[1], pixels[1]).real
     single = np.concatenate([own, *(twice * x for x in factors(waves.real, waves.imag))])
@@ -273,11 +275,11 @@ def _transform(
     return Transform(rows, columns)
 
 
-def _own_conjugates(n: int) -> tuple[list[int], list[int]]:
-    """The frequencies of period `n` that are their own conjugates, and half of the others."""
+def _real_and_half(n: int) -> tuple[list[int], list[int]]:
+    """Return the real frequencies of period `n`, and one of each conjugate pair of the others."""
     return [f for f in range(n) if f == -f % n], [f for f in range(n) if f < -f % n]
 
 
 def _waves(frequencies: Sequence[int], n: int, size: int) -> np.ndarray:
-    """`exp(-2πi f x / n)`, `[f, x]`."""
+    """Compute `exp(-2πi·frequency·x / n)` for x below `size`, `[frequencies, size]`."""
     return np.exp(-2j * np.pi * np.outer(frequencies, np.arange(size)) / n)

@@ -1,10 +1,10 @@
-"""XLA's own convolution: the definition, and the fastest on a GPU or TPU."""
+"""XLA's convolution, the reference for the other implementations."""
 
 from jax import Array, lax
 
 
 def strided_conv(images: Array, kernel: Array, *, stride: tuple[int, int]) -> Array:
-    """Convolves; on a CPU its gradients are tens of times slower than its values."""
+    """Convolve; on a CPU the gradients take tens of times as long as the values."""
     return lax.conv_general_dilated(
         images, kernel, stride, "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )

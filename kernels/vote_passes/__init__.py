@@ -1,1 +1,1 @@
-"""The engine under all routings: passes over votes that are never stored, and their unrolling."""
+"""The routing engine: passes over votes that are never stored, and the unrolled iterations."""

@@ -1,18 +1,18 @@
-"""The routing problems that tests, benchmarks and reports share, named after their model."""
+"""Routing problem sizes that tests, benchmarks and reports share."""
 
 from typing import NamedTuple
 
 
 class Case(NamedTuple):
-    """Sizes in the letters B, I, P, J, D and T of `capsjax.shapes`."""
+    """Sizes and dtype of a routing problem."""
 
-    batch: int
-    capsules: int
-    length: int
-    parents: int
-    depth: int
-    num_iterations: int = 3
-    dtype: str = "float32"
+    batch: int  # B
+    capsules: int  # I
+    length: int  # P
+    parents: int  # J
+    depth: int  # D
+    num_iterations: int = 3  # T
+    dtype: str = "float32"  # of poses and weights
 
 
 CASES = {
@@ -24,11 +24,12 @@ CASES = {
     "capsnet_affnist": Case(batch=128, capsules=4608, length=8, parents=10, depth=16),
     # On 32 x 32 images in colour (CIFAR-10, SVHN): 8 x 8 positions.
     "capsnet_colour": Case(batch=128, capsules=2048, length=8, parents=10, depth=16),
-    # As many parents as positions: with stored votes 6.2 GB a copy.
+    # Many parents; a copy of the votes takes 6.2 GB.
     "many_parents": Case(batch=128, capsules=3872, length=8, parents=196, depth=16),
-    # Convolutional capsules: 3 x 3 patches of 32 types with 4 x 4 poses, at 6 x 6 positions of
-    # 128 images; children compete over types only, so a patch is a row.
+    # Convolutional capsules: 3 x 3 windows of 32 types with 4 x 4 poses, at 6 x 6 positions of
+    # 128 images. Children compete within a window only, so each window is an example.
     "conv_capsules": Case(batch=4608, capsules=288, length=16, parents=32, depth=16),
-    # Where every program that stores votes fails: 4.3 GB a copy in bfloat16, several copies.
+    # A copy of the votes takes 4.3 GB in bfloat16; implementations that store votes, which need
+    # several copies, run out of memory.
     "long": Case(32, 65536, length=16, parents=64, depth=16, dtype="bfloat16"),
 }

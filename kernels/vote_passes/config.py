@@ -1,4 +1,4 @@
-"""Tile sizes of the votes-free passes."""
+"""Tile sizes of the implementations that store no votes."""
 
 import dataclasses
 import itertools
@@ -11,70 +11,70 @@ from capsjax.kernels.vote_passes.cases import Case
 
 @dataclasses.dataclass(frozen=True)
 class XlaConfig:
-    """How many children and how many examples share one tile of votes in plain JAX."""
+    """Tile size of the plain JAX passes."""
 
     children: int
-    examples: Any  # an int, or a symbolic batch, which is not cut
+    examples: Any  # an int, or a symbolic batch size, which is not tiled
 
 
-# 1.3 MB of float32 votes: with their agreements they stay in a core's caches. Twice and half
-# of it are slower at 1152 x 8 -> 10 x 16 (BUILD_NOTES.md, "Routing on a CPU").
+# Numbers in a tile of votes: 1.3 MB in float32, which fit into a core's caches. Twice and half of
+# that are slower at 1152 x 8 -> 10 x 16 (BUILD_NOTES.md, "Routing on a CPU").
 TILE_VOTES = 16 * 10 * 16 * 128
-# Examples are the innermost axis: 128 float32 fill 8 vector registers of 16 lanes. Whole registers
-# of 8 lanes are worth their padding, but for the smallest batches.
+# Examples are the innermost axis: 128 float32 fill 8 vector registers of 16 lanes. Padding to full
+# registers of 8 lanes is faster, except for the smallest batches.
 MAX_EXAMPLES = 128
 VECTOR = 8
 
 
 def xla_config_for(case: Case, *, devices: int = 1) -> XlaConfig:
-    """Returns the tile for a case, which it need not divide; the batch may be symbolic.
+    """Return the tile size for a case, whose sizes need not be multiples of it.
 
-    Examples are not cut where XLA's partitioner may split them over several devices, which it
-    does without communication only if no loop runs over them, nor where their number is symbolic.
+    The batch stays in one tile if its size is symbolic, or if XLA's partitioner may shard it over
+    several devices: it does so without communication only if no loop runs over examples.
     """
     batch: Any = case.batch
-    cut = isinstance(batch, int) and devices == 1
+    is_tiled = isinstance(batch, int) and devices == 1
     examples = -(-batch // devices) if isinstance(batch, int) else MAX_EXAMPLES
-    if cut and examples >= VECTOR // 2:
+    if is_tiled and examples >= VECTOR // 2:
         examples = min(-(-examples // VECTOR) * VECTOR, MAX_EXAMPLES)
     fitting = max(1, TILE_VOTES // (case.parents * case.depth * examples))
-    # Sums over a power of two are made by halves.
+    # A power of two, because sums over children repeatedly add one half to the other.
     fitting = 2 ** (fitting.bit_length() - 1)
-    return XlaConfig(children=min(case.capsules, fitting), examples=examples if cut else batch)
+    return XlaConfig(children=min(case.capsules, fitting), examples=examples if is_tiled else batch)
 
 
 @dataclasses.dataclass(frozen=True)
 class MosaicTpuConfig:
-    """How the kernels for TPUs cut a problem."""
+    """Tile sizes and memory of the Pallas-Mosaic kernels for TPUs."""
 
-    examples: int  # of a tile: rows of its logits, a multiple of 8
-    panel: int  # at most so many tiles' states stay in vector memory while capsules pass by
-    weight_buffers: int  # 2: the next tile's weights arrive while this tile's are used
-    memory: int  # bytes of vector memory that a kernel may take
+    examples: int  # of a tile: the rows of its logits, a multiple of 8
+    panel: int  # most tiles of examples with their states in vector memory at once
+    weight_buffers: int  # 2: weights of the next tile are copied during the work on this one
+    memory: int  # bytes, the kernel's limit of vector memory
 
 
-# The lanes of a vector register.
+# Lanes of a vector register.
 TPU_LANES = 128
-# Rows of a tile: those of a matrix unit, or fewer where vector memory is short.
+# Candidate rows of a tile: those of a matrix unit, or fewer to fit into vector memory.
 TPU_EXAMPLES = (128, 64, 32, 16, 8)
-# MiB of vector memory by generation, as JAX names them; of any other one the least there is.
+# MiB of vector memory by JAX's `device_kind`; any other kind counts as LEAST_TPU_MEMORY.
 TPU_MEMORY = {
     **dict.fromkeys(("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e"), 128),
     **dict.fromkeys(("TPU v5", "TPU v5p", "TPU7x"), 64),
 }
 LEAST_TPU_MEMORY = 16
-# Of which XLA keeps some.
-TPU_SHARE = 0.75
-# What the compiler adds to a kernel's own arrays, at most.
+# Fraction of vector memory for a kernel's arrays; XLA uses the rest.
+TPU_MEMORY_FRACTION = 0.75
+# Bytes of vector memory that the compiler adds to a kernel's arrays, at most.
 TPU_SPILLS = 8 * 2**20
 
 
 def mosaic_tpu_config_for(case: Case, device_kind: str | None = None) -> MosaicTpuConfig | None:
-    """Returns the configuration for a case; None if tiles of even 8 examples do not fit."""
-    memory = int(TPU_SHARE * 2**20 * TPU_MEMORY.get(device_kind or "", LEAST_TPU_MEMORY))
+    """Return the configuration for a case; None if not even tiles of 8 examples fit."""
+    memory = int(TPU_MEMORY_FRACTION * 2**20 * TPU_MEMORY.get(device_kind or "", LEAST_TPU_MEMORY))
     for examples, buffers in itertools.product(TPU_EXAMPLES, (2, 1)):
         if examples > TPU_EXAMPLES[-1] and examples >= 2 * case.batch:
-            continue  # more than half of it would be padding
+            continue  # more than half of the tile would be padding
         tiles, states = _tpu_memory(case, examples, buffers)
         panel = min(-(-case.batch // examples), (memory - tiles) // states)
         if panel > 0:
@@ -83,50 +83,50 @@ def mosaic_tpu_config_for(case: Case, device_kind: str | None = None) -> MosaicT
 
 
 def _tpu_memory(case: Case, examples: int, weight_buffers: int) -> tuple[int, int]:
-    """Bytes of all tiles, and of the states of one tile of examples.
+    """Return the bytes of a kernel's tiles, and of the states of one tile of examples.
 
-    They are those of the pass that takes most, the gradients of poses and weights. Arrays lie in
-    tiles of 8 sublanes (16 in half precision) and 128 lanes.
+    Both are for the input gradients, the pass that needs most memory. The TPU pads the last two
+    axes of an array to multiples of 8 sublanes (16 in half precision) and 128 lanes.
     """
     size = jnp.dtype(case.dtype).itemsize
     sublanes, lanes = 32 // size, TPU_LANES * 4
     weights = case.length * case.parents * lanes
-    weights_tile = weights * _up(case.depth, sublanes) * size // 4
-    weights_sums = weights * _up(case.depth, 8) if size < 4 else 0
-    poses_tile = examples * _up(case.length, sublanes) * lanes * size // 4
-    spread_poses = examples * case.length * lanes
+    weights_tile = weights * _round_up(case.depth, sublanes) * size // 4
+    weights_sums = weights * _round_up(case.depth, 8) if size < 4 else 0
+    poses_tile = examples * _round_up(case.length, sublanes) * lanes * size // 4
+    transposed_poses = examples * case.length * lanes
     factors = 2 * case.num_iterations * case.parents * examples * lanes
     buffered = 2 * (weight_buffers * weights_tile + 2 * poses_tile)
-    tiles = buffered + weights_sums + 2 * spread_poses + factors
-    state = case.parents * _up(case.depth, 8) * _up(examples, TPU_LANES) * 4
+    tiles = buffered + weights_sums + 2 * transposed_poses + factors
+    state = case.parents * _round_up(case.depth, 8) * _round_up(examples, TPU_LANES) * 4
     return tiles, 2 * 2 * case.num_iterations * state
 
 
-def _up(number: int, multiple: int) -> int:
+def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
 class TritonTile(NamedTuple):
-    """What a program of a Pallas-Triton kernel handles at once; powers of two but `capsules`."""
+    """Tile size and launch of a Pallas-Triton kernel; powers of two except `capsules`."""
 
     examples: int  # at least 16, the rows of a matrix instruction
-    parents: int  # with their depth at least 16 columns
-    capsules: int  # that one reading of the examples' states serves, from a cache
-    num_warps: int  # of 32 threads each
-    programs: int  # of a launch, unless the examples alone fill more
+    parents: int  # parents x depth, the columns, is at least 16
+    capsules: int  # input capsules of a group, which loads the examples' states once
+    num_warps: int  # of 32 threads, for each program
+    programs: int  # of a launch; more if there are more tiles of examples
 
 
 @dataclasses.dataclass(frozen=True)
 class TritonConfig:
-    """How the Pallas-Triton kernels cut a problem: two tiles, as `TritonTile` says."""
+    """Tile sizes of the Pallas-Triton kernels: the fields of two `TritonTile`s."""
 
-    # For the passes that return sums over capsules.
+    # The passes that return sums over capsules.
     sums_examples: int
     sums_parents: int
     sums_capsules: int
     sums_warps: int
     sums_programs: int
-    # For the pass that returns the gradients of poses and weights.
+    # The pass that returns the gradients of poses and weights.
     gradients_examples: int
     gradients_parents: int
     gradients_capsules: int
@@ -135,7 +135,7 @@ class TritonConfig:
 
     @property
     def sums(self) -> TritonTile:
-        """The tile of the passes that return sums."""
+        """The tile of the passes that return sums over capsules."""
         return TritonTile(
             self.sums_examples,
             self.sums_parents,
@@ -146,7 +146,7 @@ class TritonConfig:
 
     @property
     def gradients(self) -> TritonTile:
-        """The tile of the pass that returns gradients."""
+        """The tile of the pass that returns the gradients of poses and weights."""
         return TritonTile(
             self.gradients_examples,
             self.gradients_parents,
@@ -156,18 +156,19 @@ class TritonConfig:
         )
 
 
-# Each of an H100's 132 processors (108 in an A100) holds eight warps of so many registers.
+# Warps of a launch: eight on each of an H100's 132 multiprocessors (108 in an A100), as many as fit
+# at 255 registers a thread.
 TRITON_WARPS = 132 * 8
-# Votes of a tile, in registers: 32 a thread where two to four arrays of that size are needed,
-# 16 where the gradients' products need operands as well, of which a thread can have 255.
+# Numbers in a tile of votes, which is in registers: 32 a thread for sums, which need two to four
+# arrays of that size; 16 for gradients, whose matrix products also have operands in registers.
 TRITON_SUMS_VOTES = 8192
 TRITON_GRADIENTS_VOTES = 4096
-# Poses longer than this need more operands, and a depth that is no power of two more addresses:
-# then half as many votes.
+# Longer poses need more registers for operands, and a depth that is no power of two needs more for
+# addresses: then a tile of the gradients has half as many votes.
 TRITON_SHORT = 32
-# Columns (parents x depth). Sums take all parents at once if 16 rows are left; else fewer columns,
-# since more rows share what is loaded of the weights. The products of the gradients contract
-# over columns, and each warp reads all of them.
+# Columns (parents x depth) of a tile. Sums take all parents in one tile if that leaves 16 rows;
+# else fewer columns, because more rows then share the loaded weights. Gradients take few columns,
+# because their products contract over columns, and each warp reads all of them.
 TRITON_ALL_COLUMNS = 512
 TRITON_SUMS_COLUMNS = 256
 TRITON_GRADIENTS_COLUMNS = 64
@@ -175,7 +176,7 @@ MAX_TRITON_CAPSULES = 8
 
 
 def triton_config_for(case: Case) -> TritonConfig:
-    """The configuration for arrays of the sizes of `case`."""
+    """Return the configuration for a case."""
     batch, capsules, length, parents, depth, *_ = case
 
     def tile(votes: int, columns: int) -> TritonTile:
@@ -187,7 +188,7 @@ def triton_config_for(case: Case) -> TritonConfig:
         return TritonTile(
             examples=examples,
             parents=columns // least,
-            # As many as make a reading of two states no heavier than the weights of them all.
+            # Enough that loading two states of the examples costs no more than the group's weights.
             capsules=min(MAX_TRITON_CAPSULES, -(-capsules // programs), -(-2 * examples // length)),
             num_warps=num_warps,
             programs=programs,
@@ -203,11 +204,11 @@ def triton_config_for(case: Case) -> TritonConfig:
 
 
 def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least `n`."""
+    """Return the smallest power of two that is at least `n`."""
     return 1 << (n - 1).bit_length()
 
 
-# How each implementation that has a config chooses it for a case.
+# For each implementation with a config, the function that selects it for a case.
 CONFIGS = {
     "xla": xla_config_for,
     "mosaic_tpu": mosaic_tpu_config_for,

@@ -1,4 +1,4 @@
-"""What the kernels of all platforms take: linear logits, and sums of votes."""
+"""Helpers of the kernels, which support linear logits with sums of votes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,12 +9,13 @@ from jax import Array
 from capsjax.kernels.dispatch import Unsupported
 from capsjax.kernels.vote_passes.passes import Device, Inputs, Spec, State, Term
 
-# A logit in the place of -infinity: beside any other one its coupling is 0, and two can be added.
-OFF = float(jnp.finfo(jnp.float32).min) / 4
+# A finite logit in place of -infinity: beside any unmasked logit its coupling is 0, and the sum of
+# two does not overflow.
+MASKED_LOGIT = float(jnp.finfo(jnp.float32).min) / 4
 
 
 def check(spec: Spec, inputs: Inputs, others: Any, device: Device) -> None:
-    """Raises Unsupported unless kernels take a pass."""
+    """Raise Unsupported unless the kernels support a pass with these inputs."""
     dtype = inputs.poses.dtype
     extras = inputs.gates, inputs.coordinates, inputs.parent_mask
     k = others.k if isinstance(others, State) else None
@@ -30,33 +31,33 @@ def check(spec: Spec, inputs: Inputs, others: Any, device: Device) -> None:
     }
     for rule, holds in rules.items():
         if not holds:
-            raise Unsupported(f"routing: poses of this kernel {rule}")
+            raise Unsupported(f"routing: inputs of this kernel {rule}")
 
 
 def arrays(inputs: Inputs) -> tuple[Array, Array, Array | None]:
-    """Returns poses `[B, I, P]`, weights, and a finite prior.
+    """Return poses `[B, I, P]`, weights, and a finite prior.
 
-    The poses of a child that has no parent are 0, so that it sends nothing.
+    Children without a reachable parent get a zero pose, so that they add nothing to the sums.
     """
     poses, prior = inputs.poses[:, :, 0], inputs.prior
     if prior is None:
         return poses, inputs.weights, None
     poses = jnp.where(reachable(prior)[:, None], poses, 0)
-    return poses, inputs.weights, jnp.maximum(prior.astype(jnp.float32), OFF)
+    return poses, inputs.weights, jnp.maximum(prior.astype(jnp.float32), MASKED_LOGIT)
 
 
 def reachable(prior: Array) -> Array:
-    """Returns, for each child, whether any of its logits is above -infinity."""
+    """Return, for each child, whether its prior allows any parent (is above -infinity)."""
     return jnp.any(prior > -jnp.inf, -1)
 
 
 def states(terms: Sequence[Term]) -> list[tuple[Array | None, Array]]:
-    """Returns the states b and the gradients of the sums of each iteration."""
+    """Return the states b and the cotangents of the sums of each iteration."""
     return [(term.state.b, term.cotangent.first) for term in terms]
 
 
 def gradients(inputs: Inputs, d_poses: Array, d_weights: Array, d_prior: Array | None) -> Inputs:
-    """Returns the gradients of the inputs from those of `arrays`."""
+    """Convert the gradients of the results of `arrays` to those of the inputs."""
     if inputs.prior is not None and d_prior is not None:
         d_poses = jnp.where(reachable(inputs.prior)[:, None], d_poses, 0)
         d_prior = d_prior.astype(inputs.prior.dtype)

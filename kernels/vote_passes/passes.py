@@ -1,20 +1,20 @@
-"""What a pass over the votes computes, and one JAX primitive a pass, lowered per platform.
+"""Passes over the votes, each a JAX primitive with a lowering rule for every platform.
 
-A pass walks once over poses and weights. It rebuilds each tile of votes, and never stores them:
+A pass reads poses and weights once, and computes votes one tile at a time instead of storing them:
 
-    v = u W + coordinates                          votes [B, I, J, D], with D = R·C
+    v = u W + coordinates                          votes [B, I, J, D], with D = R·E
     l = prior + k + (b·v | b·v/|v| | -½ Σ_d q (v - z)²)     "linear", "cosine", "gaussian" logits
-    c = softmax over j of l                        couplings; leaky: with one more logit 0
+    c = softmax over j of l                        couplings; if leaky, with one more logit, 0
     w = gates · c
     moments = (Σ_i w v) | (Σ_i w, mean Σ_i w v / Σ_i w, Σ_i w (v - mean)²)    "sums", "central"
 
-A child whose logits are all -infinity has couplings 0. The four passes are `moments`, `chain`
-(the gradient of the state), `input_gradients` and `couplings`. A backend is a module with these
-functions, which raise `Unsupported` for what they do not take; which one runs is decided when a
-program is lowered, so a program for one platform contains nothing of the others.
+u are the poses, W the weights; k, b, q and z are the `State` that parents contribute. A child whose
+logits are all -infinity has couplings 0. The four passes are `moments`, `chain` (the gradient of
+the state), `input_gradients` and `couplings`. A backend is a module with these functions and
+`config_for`, which raises `Unsupported` for arguments that the backend does not accept. The backend
+is selected by a lowering rule, so a program for one platform contains no code for others.
 
-Shape letters are those of `capsjax.shapes`; matrix poses have R rows: a pose is `[R, P]`, a weight
-`[P, C]`, a vote `[R, C]`. A vector is a matrix of one row.
+Shape letters are those of `capsjax.shapes`: a pose is `[R, P]`, a weight `[P, E]`, a vote `[R, E]`.
 """
 
 import dataclasses
@@ -37,99 +37,99 @@ from capsjax.kernels.dtypes import accumulation_dtype
 from capsjax.kernels.sharding import vary_over, varying_axes
 from capsjax.kernels.vote_passes.cases import Case
 
-# An array or None; which of both follows from a Spec, in a way that type checkers do not follow.
+# An array or None: the Spec determines which, but type checkers cannot infer it.
 MaybeArray = Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What the passes of one algorithm compute; static."""
+    """Static description of the passes of an algorithm, in the terms of the module."""
 
     num_parents: int  # J
     logits: str = "linear"  # or "cosine", "gaussian"
     moments: str = "sums"  # or "central"
-    mass: bool = False  # "sums" return Σ_i w too; "central" always do
-    leaky: bool = False  # a child may go to no parent: one more logit, fixed at 0
+    mass: bool = False  # whether "sums" include Σ_i w; "central" always do
+    leaky: bool = False  # whether each softmax has one more logit, fixed at 0
 
 
 class Inputs(NamedTuple):
-    """The large arrays, which every pass reads; None for an absent one."""
+    """Arrays that every pass of a routing reads; None for an absent one."""
 
-    # [B, I, R, P]. Without weights these are the votes: [B, I, J, D], or [B, I, 1, D] for votes
-    # that all parents share.
+    # [B, I, R, P]. If weights is None, these are the votes: [B, I, J, D], or [B, I, 1, D] if all
+    # parents share them.
     poses: MaybeArray
-    weights: MaybeArray  # [I, P, J, C], or [P, J, C] if the children share them
-    gates: MaybeArray = None  # [B, I], factors on couplings; 0 for a child that is not there
-    prior: MaybeArray = None  # logits, [I, J] or [B, I, J]; -infinity allowed
-    coordinates: MaybeArray = None  # added to a child's votes, [I, D]
-    parent_mask: MaybeArray = None  # booleans [B, J]; False: no couplings; not differentiable
+    weights: MaybeArray  # [I, P, J, E], or [P, J, E] if all children share them
+    gates: MaybeArray = None  # [B, I], factors on the couplings; 0 masks a child
+    prior: MaybeArray = None  # logits [I, J] or [B, I, J], -infinity included
+    coordinates: MaybeArray = None  # [I, D], added to the votes of each child
+    parent_mask: MaybeArray = None  # booleans [B, J]; couplings are 0 at False; no gradient
 
 
 class State(NamedTuple):
-    """What the parents contribute to the logits of a pass; None for zero."""
+    """Contributions of the parents to the logits of a pass; None for zeros."""
 
-    k: MaybeArray = None  # [B, J]
+    k: MaybeArray = None  # [B, J], bias of the logits
     b: MaybeArray = None  # [B, J, D], of "linear" and "cosine" logits
-    z: MaybeArray = None  # [B, J, D], of "gaussian" logits
-    q: MaybeArray = None  # [B, J, D], of "gaussian" logits
+    z: MaybeArray = None  # [B, J, D], mean of "gaussian" logits
+    q: MaybeArray = None  # [B, J, D], precision (inverse variance) of "gaussian" logits
 
     @property
     def is_empty(self) -> bool:
-        """Whether parents contribute nothing, as before the first step."""
+        """Whether the contributions are all zero, as in the first pass of dynamic routing."""
         return all(x is None for x in self)
 
 
 class Moments(NamedTuple):
-    """What a pass returns to the parents, in the accumulation dtype."""
+    """Results of a pass for each parent, in the accumulation dtype."""
 
-    mass: MaybeArray  # Σ_i w, [B, J]
-    first: MaybeArray  # Σ_i w v, or with "central" the mean, [B, J, D]
-    second: MaybeArray = None  # "central": Σ_i w (v - mean)², [B, J, D]
+    mass: MaybeArray  # [B, J], Σ_i w; None for "sums" without mass
+    first: MaybeArray  # [B, J, D], Σ_i w v for "sums", the mean for "central"
+    second: MaybeArray = None  # [B, J, D], Σ_i w (v - mean)² for "central"
 
 
 class Term(NamedTuple):
-    """What one iteration adds to the gradients of the inputs."""
+    """Residuals and cotangents of the pass of one iteration."""
 
     state: State
-    moments: Any  # Moments, or None for "sums", which do not need them
-    cotangent: Moments
+    moments: Any  # Moments; None for "sums", whose gradient does not depend on them
+    cotangent: Moments  # of the moments
 
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """An implementation of the passes, with settings beyond its name."""
+    """An implementation of the passes: its name, and settings."""
 
     name: str
-    config: Any = None  # its tile sizes; None: chosen for the shapes
-    interpret: Any = False  # run a kernel's arithmetic on any platform, slowly
+    config: Any = None  # tile sizes; None selects them for the shapes
+    interpret: Any = False  # `interpret` of pallas_call: runs a kernel on any platform, slowly
 
 
 class Device(NamedTuple):
-    """What a program is lowered for."""
+    """The devices that a program is lowered for."""
 
-    kind: str | None = None  # as JAX names it; None: unknown
-    num_devices: int = 1  # over which XLA's partitioner may split the arrays
+    kind: str | None = None  # JAX's `device_kind`; None if unknown
+    num_devices: int = 1  # over which XLA's partitioner may shard the arrays
 
 
-# Modules of this package, imported when a program needs them: "reference" stores the votes.
+# Names of implementations: modules of this package, which `_backend` imports at lowering.
 IMPLEMENTATIONS = ("reference", "xla", "triton", "mosaic_tpu")
-# The platform of those that run on one only.
+# The only platform of each kernel implementation.
 PLATFORMS = {"triton": "cuda", "mosaic_tpu": "tpu"}
-# What an implementation of None stands for: the first that takes the arguments.
+# Implementations to try, in order, if none is named; on any other platform "xla".
 PREFERENCE = {"cuda": ("triton", "xla"), "tpu": ("mosaic_tpu", "xla")}
 
 
 def moments(
     spec: Spec, inputs: Inputs, state: State, *, implementation: Implementation | None = None
 ) -> Moments:
-    """Sums couplings times votes over the children."""
+    """Compute the moments: sums over children of couplings times votes."""
     return _bind(_moments, implementation, inputs, state, spec=spec)
 
 
 def chain(
     spec: Spec, inputs: Inputs, term: Term, *, implementation: Implementation | None = None
 ) -> State:
-    """Returns the gradient of the state from that of the moments."""
+    """Compute the cotangent of the state from that of the moments."""
     return _bind(_chain, implementation, inputs, term, spec=spec)
 
 
@@ -141,7 +141,7 @@ def input_gradients(
     constant_couplings: bool = False,
     implementation: Implementation | None = None,
 ) -> Inputs:
-    """Returns the gradients of the inputs, summed over iterations; None for the parent mask."""
+    """Compute the input gradients summed over `terms`, at constant couplings or through them."""
     static = {"spec": spec, "constant_couplings": constant_couplings}
     return _bind(_input_gradients, implementation, inputs, tuple(terms), **static)
 
@@ -149,49 +149,49 @@ def input_gradients(
 def couplings(
     spec: Spec, inputs: Inputs, state: State, *, implementation: Implementation | None = None
 ) -> Array:
-    """Returns the couplings `[B, I, J]`, before gates, in the accumulation dtype."""
+    """Compute the couplings `[B, I, J]`, without gates, in the accumulation dtype."""
     return _bind(_couplings, implementation, inputs, state, spec=spec)
 
 
 def has_examples(inputs: Inputs) -> Inputs:
-    """Returns, for each array that there is, whether examples lie along its first axis."""
+    """Return, for each array that is not None, whether its first axis is the batch."""
     prior = inputs.prior is not None and inputs.prior.ndim == 3
     flags = True, False, True, prior, False, True
     return Inputs(*(None if x is None else y for x, y in zip(inputs, flags, strict=True)))
 
 
 def votes_depth(inputs: Inputs) -> int:
-    """Returns D."""
+    """Return D, the length of a vote."""
     rows, length = inputs.poses.shape[2:]
     return length if inputs.weights is None else rows * inputs.weights.shape[-1]
 
 
 def case_of(spec: Spec, inputs: Inputs, num_iterations: int = 1) -> Case:
-    """Returns the sizes of a pass over so many iterations."""
+    """Return the sizes of a pass; `num_iterations` counts the terms of `input_gradients`."""
     batch, children, _, length = inputs.poses.shape
     depth, dtype = votes_depth(inputs), jnp.dtype(inputs.poses.dtype).name
     return Case(batch, children, length, spec.num_parents, depth, num_iterations, dtype)
 
 
 def is_uniform(inputs: Inputs, state: State) -> bool:
-    """Returns whether all couplings are equal whatever the votes, as in a first pass."""
+    """Return whether all couplings are equal, independently of the votes."""
     return inputs.prior is None and inputs.parent_mask is None and state.is_empty
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A pass of one backend as a function of flat arrays."""
+    """A pass of one backend, as a function of the leaves of its arguments."""
 
     name: str  # of the pass
     backend: str
     spec: Spec
     settings: tuple[tuple[str, Any], ...]  # keywords of the backend's function
-    structure: Any  # of the trees that the arrays are the leaves of
-    mapped: tuple[tuple[int | None, ...], ...]  # axes of each surrounding vmap, innermost first
+    structure: Any  # tree structure of the arguments
+    mapped: tuple[tuple[int | None, ...], ...]  # in_axes of each enclosing vmap, innermost first
 
-    @partial(jax.jit, static_argnums=0)  # a later iteration's pass is traced and lowered once
+    @partial(jax.jit, static_argnums=0)  # so that iterations share one trace and one lowering
     def votes_pass(self, *arrays: Array) -> list[Array]:
-        """Runs the pass."""
+        """Run the pass on the leaves."""
         function = getattr(_backend(self.backend), self.name)
 
         def run(*arrays: Array) -> list[Array]:
@@ -217,11 +217,13 @@ def select(
     spec: Spec,
     **settings: Any,
 ) -> Program:
-    """Returns what a pass becomes in a program for a platform; None: one without kernels.
+    """Select the backend of a pass for a platform; None is any platform without kernels.
+
+    `shapes` are those of the leaves of the pass's arguments, with the axes of `mapped`.
 
     Raises:
-      ValueError: The implementation that is named runs on another platform.
-      Unsupported: The implementation that is named does not take these arguments.
+      ValueError: The named implementation runs on another platform only.
+      Unsupported: The named implementation does not accept the arguments.
     """
     named = implementation or Implementation("")
     only_on = PLATFORMS.get(named.name)
@@ -246,7 +248,7 @@ def select(
         if backend in PLATFORMS:
             settings["interpret"] = named.interpret
         return Program(name, backend, spec, tuple(settings.items()), structure, mapped)
-    raise AssertionError("the last implementation is chosen, or raises")
+    raise AssertionError("unreachable: the last implementation is selected or raises")
 
 
 def _backend(name: str) -> Any:
@@ -262,7 +264,7 @@ def _backend(name: str) -> Any:
 def _unmapped(
     shapes: Sequence[Any], mapped: tuple[tuple[int | None, ...], ...]
 ) -> tuple[list[jax.ShapeDtypeStruct], list[int]]:
-    """Returns the shapes inside all vmaps, and the sizes of their axes, outermost first."""
+    """Return the shapes inside all vmaps, and the sizes of the vmaps, outermost first."""
     inner = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes]
     sizes = []
     for axes in reversed(mapped):
@@ -276,7 +278,7 @@ def _unmapped(
 
 
 def _results(name: str, trees: Any, spec: Spec) -> Any:
-    """Returns the shapes and dtypes of a pass's results."""
+    """Return the results of a pass as a tree of shapes and dtypes."""
     inputs = trees[0]
     dtype = accumulation_dtype(inputs.poses.dtype)
     examples, children = inputs.poses.shape[:2]
@@ -314,7 +316,7 @@ def _run(primitive: Primitive, params: tuple[tuple[str, Any], ...], *arrays: Arr
 
 
 def _abstract(name: str, *arrays: Any, structure: Any, mapped: Any, spec: Spec, **_: Any) -> Any:
-    """The types of the results: a leading axis for each vmap, varying over a mesh as the arrays."""
+    """Return the types of the results; each vmap adds a leading axis."""
     shapes, sizes = _unmapped(arrays, mapped)
     results = jax.tree.leaves(_results(name, jax.tree.unflatten(structure, shapes), spec))
     first = arrays[0]
@@ -330,7 +332,7 @@ def _abstract(name: str, *arrays: Any, structure: Any, mapped: Any, spec: Spec, 
 
 
 def _lower(name: str, platform: str | None, context: Any, *arrays: Any, **params: Any) -> Any:
-    # Plain shapes: inside a pass there is no mesh, of which kernels know nothing.
+    # Traced with plain shapes, without mesh axes: a kernel runs on each device by itself.
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in context.avals_in]
     program = select(name, platform, _device(context), shapes, **params)
     jaxpr = jax.make_jaxpr(program.votes_pass)(*shapes)
@@ -339,7 +341,7 @@ def _lower(name: str, platform: str | None, context: Any, *arrays: Any, **params
 
 
 def _device(context: mlir.LoweringRuleContext) -> Device:
-    """Returns what JAX knows, while it lowers a program, of the devices that it is for."""
+    """Return the devices that a program is lowered for, as far as JAX knows them."""
     axes: Any = context.module_context.axis_context
     described = jax.sharding.get_abstract_mesh().abstract_device
     devices = jax.devices()
@@ -356,27 +358,27 @@ def _device(context: mlir.LoweringRuleContext) -> Device:
 
 
 def _jvp(primitive: Primitive, primals: Any, tangents: Any, *, spec: Spec, **params: Any) -> Any:
-    """Differentiates the plain pass, as for gradients of gradients."""
-    moving = [k for k, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero)]
+    """Differentiate the `xla` form of the pass, for gradients of gradients."""
+    active = [k for k, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero)]
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in map(jax.typeof, primals)]
     params |= {"spec": spec}
     plain = params | {"implementation": Implementation("xla")}
     program = select(primitive.name, None, Device(), shapes, **plain)
 
-    def of_moving(*arrays: Array) -> list[Array]:
+    def on_active(*arrays: Array) -> list[Array]:
         all_arrays = list(primals)
-        for k, array in zip(moving, arrays, strict=True):
+        for k, array in zip(active, arrays, strict=True):
             all_arrays[k] = array
         return program(*all_arrays)
 
-    _, results = jax.jvp(of_moving, [primals[k] for k in moving], [tangents[k] for k in moving])
+    _, results = jax.jvp(on_active, [primals[k] for k in active], [tangents[k] for k in active])
     return primitive.bind(*primals, **params), results
 
 
 def _batch(
     primitive: Primitive, arrays: Any, axes: Any, *, structure: Any, mapped: Any, **params: Any
 ) -> Any:
-    """Maps over examples by routing more of them; over anything else by `vmap` of the pass."""
+    """Merge a mapped axis into the batch, or vmap the pass if weights or other such are mapped."""
     size = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
     shapes, _ = _unmapped(arrays, (tuple(axes),))
     inputs, others = jax.tree.unflatten(structure, shapes)
@@ -399,7 +401,7 @@ def _batch(
     return results, [0] * len(results)
 
 
-def _make(name: str) -> Primitive:
+def _make_primitive(name: str) -> Primitive:
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_impl(lambda *arrays, **params: _run(primitive, tuple(params.items()), *arrays))
@@ -413,5 +415,5 @@ def _make(name: str) -> Primitive:
 
 
 _moments, _chain, _input_gradients, _couplings = map(
-    _make, ("moments", "chain", "input_gradients", "couplings")
+    _make_primitive, ("moments", "chain", "input_gradients", "couplings")
 )

@@ -1,8 +1,8 @@
-"""The passes with stored votes, in plain JAX: the definition, differentiable in every mode.
+"""The passes with stored votes, in plain JAX, differentiable in every mode.
 
-`moments` and `couplings` follow the formulas of `passes`; the other two are their derivatives by
-automatic differentiation. The votes are arrays `[B, I, J, D]`, or `[B, I, 1, D]` if all parents
-share them.
+This implementation is the definition that tests compare the others with: `moments` and `couplings`
+are the formulas of `passes`, the other two passes their automatic derivatives. Votes are
+`[B, I, J, D]`, or `[B, I, 1, D]` if all parents share them.
 """
 
 from collections.abc import Sequence
@@ -15,19 +15,19 @@ from jax import Array, lax
 from capsjax.kernels.dtypes import accumulation_dtype
 from capsjax.kernels.vote_passes.passes import Inputs, Moments, Spec, State, Term, is_uniform
 
-# Weights [P, C] make votes that all parents share.
-_LETTERS = {4: "birp,ipjc->bijrc", 3: "birp,pjc->bijrc", 2: "birp,pc->birc"}
+# By the number of axes of the weights; with [P, E] all parents share the votes.
+_LETTERS = {4: "birp,ipje->bijre", 3: "birp,pje->bijre", 2: "birp,pe->bire"}
 
 
 def store_votes(inputs: Inputs) -> Inputs:
-    """Returns the same inputs with the votes in the place of poses and weights."""
+    """Compute the votes, and return inputs with them in place of poses and weights."""
     return inputs._replace(poses=_votes(inputs), weights=None, coordinates=None)
 
 
 def moments(
     spec: Spec, inputs: Inputs, state: State, *, constant_couplings: bool = False
 ) -> Moments:
-    """Sums couplings times votes over the children."""
+    """Compute the moments: sums over children of couplings times votes."""
     votes = _votes(inputs)
     weights = couplings(spec, inputs, state)
     if constant_couplings:
@@ -39,12 +39,12 @@ def moments(
     if mass is None or spec.moments == "sums":
         return Moments(mass, first)
     mean = divide(first, mass)
-    deviations = votes - mean[:, None]
-    return Moments(mass, mean, jnp.sum(weights[..., None] * deviations**2, 1))
+    differences = votes - mean[:, None]
+    return Moments(mass, mean, jnp.sum(weights[..., None] * differences**2, 1))
 
 
 def chain(spec: Spec, inputs: Inputs, term: Term) -> State:
-    """Returns the gradient of the state from that of the moments."""
+    """Compute the cotangent of the state from that of the moments."""
     _, vjp = jax.vjp(partial(moments, spec, inputs), term.state)
     return vjp(term.cotangent)[0]
 
@@ -52,7 +52,7 @@ def chain(spec: Spec, inputs: Inputs, term: Term) -> State:
 def input_gradients(
     spec: Spec, inputs: Inputs, terms: Sequence[Term], *, constant_couplings: bool
 ) -> Inputs:
-    """Returns the gradients of the inputs, summed over iterations."""
+    """Compute the gradients of the inputs, summed over `terms`."""
     mask = inputs.parent_mask
 
     def one_pass(inputs: Inputs, state: State) -> Moments:
@@ -68,11 +68,11 @@ def input_gradients(
 
 
 def couplings(spec: Spec, inputs: Inputs, state: State) -> Array:
-    """Returns the couplings `[B, I, J]`, before gates."""
+    """Compute the couplings `[B, I, J]`, without gates."""
     dtype = accumulation_dtype(inputs.poses.dtype)
     shape = (*inputs.poses.shape[:2], spec.num_parents)
     if is_uniform(inputs, state):
-        # A softmax over constant zeros would be folded at compile time, for seconds.
+        # XLA would constant-fold a softmax over zeros, which takes seconds of compile time.
         return jnp.full(shape, 1 / (spec.num_parents + spec.leaky), dtype)
     logits = jnp.zeros(shape, dtype)
     if inputs.prior is not None:
@@ -83,15 +83,15 @@ def couplings(spec: Spec, inputs: Inputs, state: State) -> Array:
         votes = _votes(inputs)
         logits += _agreement(_unit(votes) if spec.logits == "cosine" else votes, state.b)
     if state.q is not None and state.z is not None:
-        deviations = _votes(inputs) - state.z[:, None]
-        logits -= 0.5 * _agreement(deviations**2, state.q)
+        differences = _votes(inputs) - state.z[:, None]
+        logits -= 0.5 * _agreement(differences**2, state.q)
     if inputs.parent_mask is not None:
         logits = jnp.where(inputs.parent_mask[:, None], logits, -jnp.inf)
     return softmax(logits, leaky=spec.leaky, axis=2)
 
 
 def softmax(logits: Array, *, leaky: bool, axis: int) -> Array:
-    """Returns the softmax, 0 for logits of -infinity; leaky: beside one more logit of 0."""
+    """Compute the softmax, 0 if all logits are -infinity; if leaky, with one more logit, 0."""
     if leaky:
         largest = lax.stop_gradient(jnp.maximum(jnp.max(logits, axis, keepdims=True), 0))
         exponentials = jnp.exp(logits - largest)
@@ -101,9 +101,9 @@ def softmax(logits: Array, *, leaky: bool, axis: int) -> Array:
 
 
 def divide(sums: Array, mass: Array) -> Array:
-    """Returns `[B, J, D]` divided by a mass `[B, J]`, 0 for a parent without children."""
-    alone = mass > 0
-    return jnp.where(alone[..., None], sums / jnp.where(alone, mass, 1)[..., None], 0)
+    """Divide sums `[B, J, D]` by a mass `[B, J]`; return 0 where the mass is 0."""
+    nonzero = mass > 0
+    return jnp.where(nonzero[..., None], sums / jnp.where(nonzero, mass, 1)[..., None], 0)
 
 
 def _votes(inputs: Inputs) -> Array:
@@ -112,8 +112,8 @@ def _votes(inputs: Inputs) -> Array:
     if weights is None:
         votes = poses.astype(dtype)
     elif weights.ndim == 4 and poses.shape[2] == 1:
-        # The same product as below, of which XLA keeps one copy of the gradient less.
-        votes = jnp.einsum("bip,ipjc->bijc", poses[:, :, 0], weights, preferred_element_type=dtype)
+        # Equal to the product below, but XLA keeps one copy less of the votes' gradient.
+        votes = jnp.einsum("bip,ipje->bije", poses[:, :, 0], weights, preferred_element_type=dtype)
     else:
         votes = jnp.einsum(_LETTERS[weights.ndim], poses, weights, preferred_element_type=dtype)
         votes = votes.reshape(*poses.shape[:2], -1, poses.shape[2] * weights.shape[-1])
@@ -127,21 +127,21 @@ def _is_shared(votes: Array, parents: int) -> bool:
 
 
 def _agreement(votes: Array, states: Array) -> Array:
-    """Σ_d votes · states, `[B, I, J]`; no `[B, I, J, D]` where parents share votes."""
+    """Compute Σ_d votes · states, `[B, I, J]`, without `[B, I, J, D]` if parents share votes."""
     if _is_shared(votes, states.shape[1]):
         return jnp.einsum("bid,bjd->bij", votes[:, :, 0], states)
     return jnp.einsum("bijd,bjd->bij", votes, states)
 
 
 def _sum(weights: Array, votes: Array) -> Array:
-    """Σ_i weights · votes, `[B, J, D]`."""
+    """Compute Σ_i weights · votes, `[B, J, D]`."""
     if _is_shared(votes, weights.shape[2]):
         return jnp.einsum("bij,bid->bjd", weights, votes[:, :, 0])
     return jnp.einsum("bij,bijd->bjd", weights, votes)
 
 
 def _unit(votes: Array) -> Array:
-    """Votes of length 1; a zero vote stays, and has derivative 0."""
+    """Normalise votes to length 1; a zero vote stays zero, with derivative 0."""
     squares = jnp.sum(votes * votes, -1, keepdims=True)
     nonzero = squares > 0
     return jnp.where(nonzero, votes / jnp.sqrt(jnp.where(nonzero, squares, 1)), 0)

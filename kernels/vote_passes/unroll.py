@@ -1,8 +1,9 @@
-"""The routing iterations: T times a pass and a step, and their gradient.
+"""The routing loop and its VJP, on top of the passes over votes.
 
-An algorithm is a `Spec`, a start, and a step in plain JAX on arrays `[B, J, …]`; it inherits
-values, gradients, shards and export from here. What is saved for the gradient is small: the
-states and moments of each iteration; the votes are rebuilt by the passes.
+An algorithm is a `Spec`, a start and a step in plain JAX on arrays `[B, J, …]`. Here T iterations,
+each a pass and a step, are unrolled with one custom VJP, which works under `shard_map` and
+`jax.export`. The residuals are the states and moments of each iteration; the backward passes
+recompute the votes.
 """
 
 import dataclasses
@@ -41,50 +42,50 @@ Step = Callable[[int, Any, Moments, Any], tuple[Any, State, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """What is static of a routing procedure."""
+    """Static settings of a routing algorithm."""
 
     spec: Spec
-    step: Step  # the same function each time, as a key of JAX's caches
+    step: Step  # a key of JAX's caches: the same function each time, no new closure
     num_iterations: int  # T
-    gradient: str = "full"  # or "last": the couplings of the last pass are constants
-    implementation: Implementation | None = None  # None: chosen when the program is lowered
-    axis_name: AxisName | None = None  # of a shard_map, over which the children are split
+    gradient: str = "full"  # or "last", which holds the couplings of the last pass constant
+    implementation: Implementation | None = None  # None: selected at lowering
+    axis_name: AxisName | None = None  # of a shard_map, over which the children are sharded
 
 
-class Saved(NamedTuple):
-    """What one iteration leaves for the gradient."""
+class Residuals(NamedTuple):
+    """Residuals of one iteration, for the VJP."""
 
-    carry: Any  # before the step
-    state: State  # of the pass
-    moments: Moments  # of all devices
+    carry: Any  # input of the step
+    state: State  # input of the pass
+    moments: Moments  # output of the pass, merged over all devices
 
 
 @partial(jax.jit, static_argnums=0)
 def unroll(
     routing: Routing, inputs: Inputs, params: Any = (), start: tuple[Any, State] = (None, State())
 ) -> Any:
-    """Returns the outputs of the last step.
+    """Run all iterations, and return the outputs of the last step.
 
     Args:
-      routing: The procedure.
-      inputs: `[B, I, …]`; weights may also be `[P, C]`, shared by children and parents.
-      params: A tree of arrays that each step gets, the same on all devices of `axis_name`.
-      start: The carry and the state before the first pass, `[B, J, …]`.
+      routing: Static settings.
+      inputs: Arrays `[B, I, …]`; weights may also be `[P, E]`, shared by all capsules.
+      params: A tree of arrays for every step, replicated over `axis_name`.
+      start: The carry and the state of the first pass, `[B, J, …]`.
     """
     if is_explicit(inputs.poses):
         return _over_explicit_axes(unroll, routing, inputs, params, start)
-    if inputs.poses.shape[0] == 0:  # empty batch: there are no votes to store
+    if inputs.poses.shape[0] == 0:  # empty batch: no kernel runs, no votes to store
         routing = dataclasses.replace(routing, implementation=Implementation("reference"))
     if _is_reference(routing):
         return _forward(routing, reference.store_votes(inputs), params, start)[0]
-    return _unroll(*_varying_alike(*_project(routing, inputs, params, start)))
+    return _unroll(*_vary_alike(*_project(routing, inputs, params, start)))
 
 
 @partial(jax.jit, static_argnums=0)
 def unroll_couplings(
     routing: Routing, inputs: Inputs, params: Any = (), start: tuple[Any, State] = (None, State())
 ) -> list[Array]:
-    """Returns the couplings of each pass, before gates, T times `[B, I, J]`."""
+    """Compute the couplings of each pass, without gates: a list of T arrays `[B, I, J]`."""
     if is_explicit(inputs.poses):
         return _over_explicit_axes(unroll_couplings, routing, inputs, params, start)
     if inputs.poses.shape[0] == 0:
@@ -106,38 +107,38 @@ def _unroll(routing: Routing, inputs: Inputs, params: Any, start: tuple[Any, Sta
 
 def _forward(
     routing: Routing, inputs: Inputs, params: Any, start: tuple[Any, State]
-) -> tuple[Any, tuple[Inputs, Any, list[Saved]]]:
+) -> tuple[Any, tuple[Inputs, Any, list[Residuals]]]:
     carry, state = start
-    saved, outputs = [], None
+    iterations, outputs = [], None
     for t in range(1, routing.num_iterations + 1):
-        own = vary_over(varying_axes(inputs), state)
+        varying = vary_over(varying_axes(inputs), state)
         if _is_reference(routing):
             last = routing.gradient == "last"
-            moments = reference.moments(routing.spec, inputs, own, constant_couplings=last)
+            moments = reference.moments(routing.spec, inputs, varying, constant_couplings=last)
         else:
             implementation = routing.implementation
-            moments = passes.moments(routing.spec, inputs, own, implementation=implementation)
+            moments = passes.moments(routing.spec, inputs, varying, implementation=implementation)
         moments = _over_devices(routing, moments)
-        saved.append(Saved(carry, state, moments))
+        iterations.append(Residuals(carry, state, moments))
         carry, state, outputs = routing.step(t, carry, moments, params)
-    return outputs, (inputs, params, saved)
+    return outputs, (inputs, params, iterations)
 
 
 def _backward(
-    routing: Routing, residuals: tuple[Inputs, Any, list[Saved]], d_outputs: Any
+    routing: Routing, residuals: tuple[Inputs, Any, list[Residuals]], d_outputs: Any
 ) -> tuple[Inputs, Any, Any]:
-    inputs, params, saved = residuals
+    inputs, params, iterations = residuals
     axis_name, last = routing.axis_name, routing.gradient == "last"
-    own = partial(vary_over, varying_axes(inputs))
-    # Of moments, which all devices of the axis have, a device has the whole gradient where JAX
-    # knows that they have it, and a partial sum where it does not: in shard_map(check_vma=False).
+    vary = partial(vary_over, varying_axes(inputs))
+    # The moments are replicated over the axis. With check_vma=True JAX knows that, and their
+    # cotangent is the whole one on every device; with check_vma=False it is a partial sum.
     is_whole = bool(varying_axes(inputs) & names_of(axis_name))
-    start = saved[0]
+    start = iterations[0]
     d_params = _zeros(params)
     d_carry, d_state = _zeros((start.carry, start.state))
     terms: list[Term] = []
     for t in range(routing.num_iterations, 0, -1):
-        carry, state, moments = saved[t - 1]
+        carry, state, moments = iterations[t - 1]
         results, step_vjp = jax.vjp(partial(routing.step, t), carry, moments, params)
         if t == routing.num_iterations:
             d_results = *_zeros(results[:2]), d_outputs
@@ -145,10 +146,10 @@ def _backward(
             d_results = d_carry, d_state, _zeros(results[2])
         d_carry, d_moments, d_more_params = step_vjp(d_results)
         d_params = jax.tree.map(jnp.add, d_params, d_more_params)
-        d_moments = own(d_moments) if is_whole else sum_over(axis_name, d_moments)
-        central = own(moments) if routing.spec.moments == "central" else None
-        terms.append(Term(own(state), central, d_moments))
-        if last:  # earlier iterations matter through the couplings only
+        d_moments = vary(d_moments) if is_whole else sum_over(axis_name, d_moments)
+        central = vary(moments) if routing.spec.moments == "central" else None
+        terms.append(Term(vary(state), central, d_moments))
+        if last:  # earlier iterations only affect the couplings, here constants
             d_carry, d_state = _zeros((start.carry, start.state))
             break
         if state.is_empty:
@@ -176,7 +177,7 @@ def _is_reference(routing: Routing) -> bool:
 
 
 def _over_devices(routing: Routing, moments: Moments) -> Moments:
-    """Merges the moments of the children of each device."""
+    """Merge the moments of each device's children into those of all children."""
     axis_name = routing.axis_name
     if axis_name is None or routing.spec.moments == "sums":
         return sum_over(axis_name, moments)
@@ -187,12 +188,12 @@ def _over_devices(routing: Routing, moments: Moments) -> Moments:
     return Moments(mass, mean, sum_over(axis_name, second))
 
 
-def _varying_alike(
+def _vary_alike(
     routing: Routing, inputs: Inputs, params: Any, start: Any
 ) -> tuple[Routing, Inputs, Any, Any]:
-    """Makes arrays vary over a mesh as their gradients will.
+    """Make arrays vary over the mesh axes over which their gradients will.
 
-    How JAX transposes that sums the gradients of what is the same on several devices.
+    The transpose of this cast sums the gradients of replicated arrays over the devices.
     """
     names = names_of(routing.axis_name)
     axes = varying_axes(inputs, params, start)
@@ -205,7 +206,7 @@ def _varying_alike(
 def _over_explicit_axes(
     function: Callable[..., Any], routing: Routing, inputs: Inputs, params: Any, start: Any
 ) -> Any:
-    """Calls a function of examples on each device of an Explicit mesh for its own examples."""
+    """Call `unroll` or `unroll_couplings` on each device of an Explicit mesh, for its examples."""
     flags = has_examples(inputs)
     examples = Inputs(*(x if flag else None for x, flag in zip(inputs, flags, strict=True)))
     others = Inputs(*(None if flag else x for x, flag in zip(inputs, flags, strict=True)))
@@ -222,15 +223,15 @@ def _zeros(tree: Any) -> Any:
     return jax.tree.map(jnp.zeros_like, tree)
 
 
-# Weights that children share move from the passes into the step.
+# Weights that all children share are moved from the passes into the step.
 
 
 @dataclasses.dataclass(frozen=True)
 class _Projected:
-    """A step whose pass routes the poses themselves: moments and states go through the weights.
+    """A step for passes over poses instead of votes, for weights that all children share.
 
-    `v_ij · b_j = u_i · (W_j b_j)` and `Σ_i w_ij v_ij = (Σ_i w_ij u_i) W_j`: no vote exists, not
-    even in a tile.
+    `Σ_i w_ij v_ij = (Σ_i w_ij u_i) W_j` and `v_ij · b_j = u_i · (W_j b_j)`: moments and states are
+    multiplied by the weights, and no vote is computed, not even in a tile.
     """
 
     step: Step
@@ -239,23 +240,23 @@ class _Projected:
     def __call__(
         self, t: int, carry: Any, moments: Moments, params: tuple[Array, Any]
     ) -> tuple[Any, State, Any]:
-        """Takes moments and returns a state of the poses."""
+        """Run the step on moments of votes, and return a state for passes over poses."""
         weights, params = params
-        first = _through(weights, moments.first, self.rows, "bjrp,pjc->bjrc")
+        first = _multiply(weights, moments.first, self.rows, "bjrp,pje->bjre")
         carry, state, outputs = self.step(t, carry, moments._replace(first=first), params)
         return carry, project_state(weights, state, self.rows), outputs
 
 
 def project_state(weights: Array, state: State, rows: int) -> State:
-    """Returns the state that poses agree with as their votes do with this one."""
+    """Multiply b by the weights: its agreement with poses is then that of `state` with votes."""
     if state.b is None:
         return state
-    return state._replace(b=_through(weights, state.b, rows, "bjrc,pjc->bjrp"))
+    return state._replace(b=_multiply(weights, state.b, rows, "bjre,pje->bjrp"))
 
 
-def _through(weights: Array, x: Array, rows: int, letters: str) -> Array:
-    if weights.ndim == 2:  # all parents share them, too
-        letters = letters.replace("pjc", "pc")
+def _multiply(weights: Array, x: Array, rows: int, letters: str) -> Array:
+    if weights.ndim == 2:  # shared by all parents too
+        letters = letters.replace("pje", "pe")
     x = x.reshape(*x.shape[:2], rows, -1)
     product = jnp.einsum(letters, x, weights.astype(x.dtype))
     return product.reshape(*product.shape[:2], -1)
@@ -264,7 +265,7 @@ def _through(weights: Array, x: Array, rows: int, letters: str) -> Array:
 def _project(
     routing: Routing, inputs: Inputs, params: Any, start: tuple[Any, State]
 ) -> tuple[Routing, Inputs, Any, tuple[Any, State]]:
-    """Removes weights that children share from the inputs, where that is exact."""
+    """Remove weights that all children share from the inputs, where that is exact."""
     weights, spec = inputs.weights, routing.spec
     if weights is None or weights.ndim == 4:
         return routing, inputs, params, start
@@ -274,7 +275,7 @@ def _project(
         return routing, inputs, params, start
     if not linear:
         votes = jnp.einsum(
-            "birp,pc->birc",
+            "birp,pe->bire",
             inputs.poses,
             weights,
             preferred_element_type=accumulation_dtype(inputs.poses.dtype),

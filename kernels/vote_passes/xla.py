@@ -1,9 +1,9 @@
-"""The passes in plain JAX, on any platform: one tile of votes at a time.
+"""The passes in plain JAX, on any platform, one tile of votes at a time.
 
-Inside, examples are the last axis, because a CPU's vectors run along it. M tiles of m examples,
-N tiles of n children; the votes of a tile are `[n, J, D, m]`, where D counts the columns of a
-matrix pose, then its rows, so that one matrix product makes them. Where the caller gives the votes,
-or all parents share them, nothing is rebuilt, and the passes are those of `reference`.
+There are M tiles of m examples and N tiles of n children; the votes of a tile are `[n, J, D, m]`.
+Examples are the last axis, because a CPU vectorises along it. Along D, columns of a matrix pose
+vary slowest and rows fastest, so that one matrix product computes a tile. If the caller gives the
+votes, or all parents share them, the passes are those of `reference`.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from jax import Array, lax
 from capsjax.kernels.dtypes import accumulation_dtype
 from capsjax.kernels.vote_passes import reference
 from capsjax.kernels.vote_passes.config import XlaConfig, xla_config_for
-from capsjax.kernels.vote_passes.linear import OFF, reachable
+from capsjax.kernels.vote_passes.linear import MASKED_LOGIT, reachable
 from capsjax.kernels.vote_passes.passes import (
     Device,
     Inputs,
@@ -33,26 +33,26 @@ from capsjax.kernels.vote_passes.passes import (
 
 
 class Tile(NamedTuple):
-    """The inputs of one tile; or what of them is cut alike; or their gradients."""
+    """The inputs of a tile, some of them, or their gradients."""
 
     poses: MaybeArray = None  # [n, P, R·m]
-    weights: MaybeArray = None  # [n, P, J·C], or [P, J·C] if the children share them
-    gates: MaybeArray = None  # [n, 1, m], or [n, 1, 1] if examples have the same
-    prior: MaybeArray = None  # [n, J, 1], or [n, J, m] if examples have their own
+    weights: MaybeArray = None  # [n, P, J·E], or [P, J·E] if all children share them
+    gates: MaybeArray = None  # [n, 1, m], or [n, 1, 1] if all examples share them
+    prior: MaybeArray = None  # [n, J, m], or [n, J, 1] if all examples share it
     coordinates: MaybeArray = None  # [n, 1, D, 1]
 
 
 class Tiles(NamedTuple):
-    """All tiles; the last ones are filled up with zeros."""
+    """All inputs, by the axes along which they are tiled; the last tiles are zero-padded."""
 
-    both: Tile  # cut by examples and children, [M, N, …]
-    children: Tile  # cut by children, [N, …]
-    whole: Tile  # not cut
+    both: Tile  # tiled by examples and children, [M, N, …]
+    children: Tile  # tiled by children, [N, …]
+    untiled: Tile
     examples: Any  # m, an int or a symbolic dimension
 
 
 class Factors(NamedTuple):
-    """What one iteration multiplies votes and states by; None where nobody asks for it."""
+    """Couplings of one iteration, and gradients of gates and logits; None if not requested."""
 
     couplings: Array  # [n, J, m]
     d_gates: MaybeArray  # [n, 1, m]
@@ -60,13 +60,13 @@ class Factors(NamedTuple):
 
 
 def config_for(spec: Spec, inputs: Inputs, others: object, *, device: Device) -> XlaConfig:
-    """Returns the tile sizes for the shapes."""
+    """Return the tile sizes for a pass."""
     del others
     return xla_config_for(case_of(spec, inputs), devices=device.num_devices)
 
 
 def moments(spec: Spec, inputs: Inputs, state: State, *, config: XlaConfig) -> Moments:
-    """Sums couplings times votes over the children."""
+    """Compute the moments: sums over children of couplings times votes."""
     if inputs.weights is None:
         return reference.moments(spec, inputs, state)
     central = spec.moments == "central"
@@ -77,27 +77,27 @@ def moments(spec: Spec, inputs: Inputs, state: State, *, config: XlaConfig) -> M
     def step(carry: Moments, tile: Tile, state: State) -> tuple[Moments, None]:
         votes = _votes(spec, inputs, tile)
         weights = _gated(tile, _couplings(spec, tile, votes, state))
-        mass = _fold(weights, 0) if needs_mass else None
-        first = _fold(weights[:, :, None] * votes, 0)
+        mass = _sum_halves(weights, 0) if needs_mass else None
+        first = _sum_halves(weights[:, :, None] * votes, 0)
         if mass is None or not central:
             return jax.tree.map(jnp.add, carry, Moments(mass, first)), None
         mean = _divide(first, mass)
-        deviations = votes - mean[None]
-        second = _fold(weights[:, :, None] * deviations * deviations, 0)
+        differences = votes - mean[None]
+        second = _sum_halves(weights[:, :, None] * differences * differences, 0)
         return _merge(carry, Moments(mass, mean, second)), None
 
-    tiles = _cut(config, spec, inputs)
+    tiles = _split(config, spec, inputs)
     zeros = partial(_zeros, inputs)
     sums = zeros(spec.num_parents, votes_depth(inputs), tiles.examples)
     mass = zeros(spec.num_parents, tiles.examples) if needs_mass else None
     start = Moments(mass, sums, sums if central else None)
-    parents = _cut_parents(tiles, inputs, _masked(inputs, state))
-    found, _ = _walk(tiles, parents, step, start)
+    parents = _split_parents(tiles, inputs, _masked(inputs, state))
+    found, _ = _scan_tiles(tiles, parents, step, start)
     return _join_parents(inputs, found)
 
 
 def chain(spec: Spec, inputs: Inputs, term: Term, *, config: XlaConfig) -> State:
-    """Returns the gradient of the state from that of the moments."""
+    """Compute the cotangent of the state from that of the moments."""
     if inputs.weights is None:
         return reference.chain(spec, inputs, term)
     wanted = term.state
@@ -110,21 +110,21 @@ def chain(spec: Spec, inputs: Inputs, term: Term, *, config: XlaConfig) -> State
         z: MaybeArray = None
         q: MaybeArray = None
         if wanted.k is not None:
-            k = _fold(d_logits, 0)
+            k = _sum_halves(d_logits, 0)
         if wanted.b is not None:
             cosine = spec.logits == "cosine"
             factors = d_logits * _inverse_lengths(votes) if cosine else d_logits
-            b = _fold(factors[:, :, None] * votes, 0)
+            b = _sum_halves(factors[:, :, None] * votes, 0)
         if wanted.q is not None:
-            deviations = votes - term.state.z[None]
-            z = _fold(d_logits[:, :, None] * deviations, 0)
-            q = -0.5 * _fold(d_logits[:, :, None] * deviations * deviations, 0)
+            differences = votes - term.state.z[None]
+            z = _sum_halves(d_logits[:, :, None] * differences, 0)
+            q = -0.5 * _sum_halves(d_logits[:, :, None] * differences * differences, 0)
         return jax.tree.map(jnp.add, carry, State(k, b, z, q)), None
 
-    tiles = _cut(config, spec, inputs)
+    tiles = _split(config, spec, inputs)
     start = jax.tree.map(lambda x: _zeros(inputs, *x.shape[1:], tiles.examples), wanted)
-    parents = _cut_parents(tiles, inputs, _prepared(spec, inputs, term))
-    found = _join_parents(inputs, _walk(tiles, parents, step, start)[0])
+    parents = _split_parents(tiles, inputs, _prepared(spec, inputs, term))
+    found = _join_parents(inputs, _scan_tiles(tiles, parents, step, start)[0])
     return found if wanted.q is None else found._replace(z=wanted.q * found.z)
 
 
@@ -136,15 +136,15 @@ def input_gradients(
     constant_couplings: bool,
     config: XlaConfig,
 ) -> Inputs:
-    """Returns the gradients of the inputs, summed over iterations."""
+    """Compute the gradients of the inputs, summed over `terms`."""
     if inputs.weights is None:
         return reference.input_gradients(spec, inputs, terms, constant_couplings=constant_couplings)
-    tiles = _cut(config, spec, inputs)
-    cut = [_cut_parents(tiles, inputs, x) for x in _prepared(spec, inputs, tuple(terms))]
-    # The couplings of a uniform pass are constants, whatever the votes.
-    uniform = [x for x, term in zip(cut, terms, strict=True) if is_uniform(inputs, term.state)]
-    others = [x for x, term in zip(cut, terms, strict=True) if not is_uniform(inputs, term.state)]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x, 1), *_alike(others)) if others else None
+    tiles = _split(config, spec, inputs)
+    split = [_split_parents(tiles, inputs, x) for x in _prepared(spec, inputs, tuple(terms))]
+    # Uniform couplings do not depend on the votes, so they are constants.
+    uniform = [x for x, term in zip(split, terms, strict=True) if is_uniform(inputs, term.state)]
+    others = [x for x, term in zip(split, terms, strict=True) if not is_uniform(inputs, term.state)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x, 1), *_aligned(others)) if others else None
 
     def one_tile(tile: Tile, uniform: Sequence[Term], stacked: Term | None) -> Tile:
         votes = _votes(spec, inputs, tile)
@@ -158,7 +158,8 @@ def input_gradients(
             d_votes += _through_moments(spec, tile, votes, term, found.couplings)
             d_gates = d_gates if found.d_gates is None else d_gates + found.d_gates
         if stacked is not None:
-            # What a loop returns is in memory; else XLA:CPU computes it anew for each of D numbers.
+            # A loop, because it writes its results to memory: without one XLA:CPU recomputes them
+            # for each of D components.
             step = partial(factors, constant_couplings=constant_couplings)
             all_found = lax.map(step, stacked)
             for t in range(len(others)):
@@ -181,32 +182,32 @@ def input_gradients(
     def like(tile: Tile) -> Tile:
         return jax.tree.map(lambda x: _zeros(inputs, *x.shape), tile)
 
-    def one_tile_of_children(whole: Tile, xs: Any) -> tuple[Tile, tuple[Tile, Tile]]:
+    def one_child_tile(untiled: Tile, xs: Any) -> tuple[Tile, tuple[Tile, Tile]]:
         both, children = xs
 
-        def one_tile_of_both(carry: tuple[Tile, Tile], xs: Any) -> tuple[tuple[Tile, Tile], Tile]:
+        def one_example_tile(carry: tuple[Tile, Tile], xs: Any) -> tuple[tuple[Tile, Tile], Tile]:
             both, *parents = xs
-            found = one_tile(_joined(both, children, tiles.whole), *parents)
+            found = one_tile(_combined(both, children, tiles.untiled), *parents)
             summed = found._replace(
                 prior=None if children.prior is None else jnp.sum(found.prior, -1, keepdims=True),
                 coordinates=None
                 if children.coordinates is None
                 else jnp.sum(found.coordinates, -1, keepdims=True),
             )
-            carry = jax.tree.map(jnp.add, carry, tuple(_kept(summed, x) for x in carry))
-            return carry, _kept(found, both._replace(gates=inputs.gates))
+            carry = jax.tree.map(jnp.add, carry, tuple(_selected(summed, x) for x in carry))
+            return carry, _selected(found, both._replace(gates=inputs.gates))
 
-        start = like(children._replace(gates=None)), whole
-        (children, whole), both = lax.scan(one_tile_of_both, start, (both, uniform, stacked))
-        return whole, (both, children)
+        start = like(children._replace(gates=None)), untiled
+        (children, untiled), both = lax.scan(one_example_tile, start, (both, uniform, stacked))
+        return untiled, (both, children)
 
     by_children = jax.tree.map(lambda x: x.swapaxes(0, 1), tiles.both)
-    whole, found = lax.scan(one_tile_of_children, like(tiles.whole), (by_children, tiles.children))
-    return _join_inputs(inputs, _joined(*found, whole))
+    untiled, found = lax.scan(one_child_tile, like(tiles.untiled), (by_children, tiles.children))
+    return _join_inputs(inputs, _combined(*found, untiled))
 
 
 def couplings(spec: Spec, inputs: Inputs, state: State, *, config: XlaConfig) -> Array:
-    """Returns the couplings `[B, I, J]`, before gates."""
+    """Compute the couplings `[B, I, J]`, without gates."""
     if inputs.weights is None or is_uniform(inputs, state):
         return reference.couplings(spec, inputs, state)
 
@@ -214,31 +215,32 @@ def couplings(spec: Spec, inputs: Inputs, state: State, *, config: XlaConfig) ->
         return None, _gated(tile, _couplings(spec, tile, _votes(spec, inputs, tile), state))
 
     inputs = inputs._replace(gates=None)
-    tiles = _cut(config, spec, inputs)
-    parents = _cut_parents(tiles, inputs, _masked(inputs, state))
-    _, found = _walk(tiles, parents, step, None)  # [M, N, n, J, m]
+    tiles = _split(config, spec, inputs)
+    parents = _split_parents(tiles, inputs, _masked(inputs, state))
+    _, found = _scan_tiles(tiles, parents, step, None)  # [M, N, n, J, m]
     found = found.transpose(0, 4, 1, 2, 3)
     batch, children = inputs.poses.shape[:2]
     return found.reshape(-1, found.shape[2] * found.shape[3], spec.num_parents)[:batch, :children]
 
 
-# One tile: votes [n, J, D, m]; mass and k [J, m]; moments and other states [J, D, m].
+# Functions of one tile: votes are [n, J, D, m], mass and k [J, m], other moments and states
+# [J, D, m].
 
 
 def _votes(spec: Spec, inputs: Inputs, tile: Tile) -> Array:
-    """Rebuilds the tile's votes."""
+    """Compute the votes of a tile."""
     letters = "npx,npy->nxy" if tile.weights.ndim == 3 else "px,npy->nxy"
     dtype = accumulation_dtype(tile.poses.dtype)
     votes = jnp.einsum(letters, tile.weights, tile.poses, preferred_element_type=dtype)
-    # Without the barriers in this file XLA:CPU computes votes and couplings anew in every sum
-    # that reads them.
+    # The barriers in this file keep XLA:CPU from fusing votes and couplings into every sum that
+    # reads them, which recomputes them.
     depth = votes_depth(inputs)
     votes = lax.optimization_barrier(votes).reshape(len(votes), spec.num_parents, depth, -1)
     return votes if tile.coordinates is None else votes + tile.coordinates
 
 
 def _through_product(tile: Tile, d_votes: Array) -> tuple[Array, Array]:
-    """Returns the gradients of the tile's poses and weights."""
+    """Compute the gradients of a tile's poses and weights from those of its votes."""
     d_votes = d_votes.reshape(len(d_votes), tile.weights.shape[-1], -1)
     own = "n" if tile.weights.ndim == 3 else ""
     weights, poses = (x.astype(d_votes.dtype) for x in (tile.weights, tile.poses))
@@ -247,7 +249,7 @@ def _through_product(tile: Tile, d_votes: Array) -> tuple[Array, Array]:
 
 
 def _couplings(spec: Spec, tile: Tile, votes: Array, state: State) -> Array:
-    """Returns the couplings `[n, J, m]`, before gates."""
+    """Compute the couplings `[n, J, m]`, without gates."""
     shape = votes.shape[0], votes.shape[1], votes.shape[3]
     if tile.prior is None and state.is_empty:
         return jnp.full(shape, 1 / (spec.num_parents + spec.leaky), votes.dtype)
@@ -257,11 +259,11 @@ def _couplings(spec: Spec, tile: Tile, votes: Array, state: State) -> Array:
     if state.k is not None:
         logits += state.k[None]
     if state.b is not None:
-        agreement = _fold(votes * state.b[None], 2)
+        agreement = _sum_halves(votes * state.b[None], 2)
         logits += agreement * _inverse_lengths(votes) if spec.logits == "cosine" else agreement
     if state.q is not None:
-        deviations = votes - state.z[None]
-        logits -= 0.5 * _fold(deviations * deviations * state.q[None], 2)
+        differences = votes - state.z[None]
+        logits -= 0.5 * _sum_halves(differences * differences * state.q[None], 2)
     logits = lax.optimization_barrier(logits)
     if spec.leaky:
         return lax.optimization_barrier(reference.softmax(logits, leaky=True, axis=1))
@@ -278,17 +280,17 @@ def _factors(
     gates: bool = False,
     constant_couplings: bool = False,
 ) -> Factors:
-    """Returns couplings and gradients of one iteration, from a prepared term."""
+    """Compute couplings, and gradients of gates and logits, from a result of `_prepared`."""
     if couplings is None:
         couplings = _couplings(spec, tile, votes, term.state)
     if constant_couplings and not gates:
         return Factors(couplings, None, None)
     mass, first, second = term.cotangent
     if spec.moments == "sums":
-        d_weights = _fold(votes * first[None], 2)
+        d_weights = _sum_halves(votes * first[None], 2)
     else:
-        deviations = votes - term.moments.first[None]
-        d_weights = _fold(deviations * (first[None] + deviations * second[None]), 2)
+        differences = votes - term.moments.first[None]
+        d_weights = _sum_halves(differences * (first[None] + differences * second[None]), 2)
     if mass is not None:
         d_weights += mass[None]
     d_gates = jnp.sum(couplings * d_weights, 1, keepdims=True) if gates else None
@@ -300,20 +302,20 @@ def _factors(
 
 
 def _through_moments(spec: Spec, tile: Tile, votes: Array, term: Term, couplings: Array) -> Array:
-    """Returns the gradient of the votes as what is summed."""
+    """Compute the gradient of the votes through the moments, at constant couplings."""
     weights = _gated(tile, couplings)[:, :, None]
     if spec.moments == "sums":
         return weights * term.cotangent.first[None]
-    deviations = votes - term.moments.first[None]
-    return weights * (term.cotangent.first[None] + 2 * deviations * term.cotangent.second[None])
+    differences = votes - term.moments.first[None]
+    return weights * (term.cotangent.first[None] + 2 * differences * term.cotangent.second[None])
 
 
 def _through_logits(spec: Spec, votes: Array, state: State, d_logits: Array) -> Array:
-    """Returns the gradient of the votes as what the logits depend on."""
+    """Compute the gradient of the votes through the logits."""
     d_votes = jnp.zeros_like(votes)
     if state.b is not None and spec.logits == "cosine":
         inverse = _inverse_lengths(votes)
-        cosine = _fold(votes * state.b[None], 2) * inverse
+        cosine = _sum_halves(votes * state.b[None], 2) * inverse
         unit = votes * inverse[:, :, None]
         d_votes = (d_logits * inverse)[:, :, None] * (state.b[None] - cosine[:, :, None] * unit)
     elif state.b is not None:
@@ -328,28 +330,28 @@ def _gated(tile: Tile, couplings: Array) -> Array:
 
 
 def _inverse_lengths(votes: Array) -> Array:
-    """Returns 1/|v|, `[n, J, m]`; 0 for the zero vote."""
-    squares = _fold(votes * votes, 2)
+    """Compute 1/|v|, `[n, J, m]`, with 0 for zero votes."""
+    squares = _sum_halves(votes * votes, 2)
     return jnp.where(squares > 0, lax.rsqrt(jnp.where(squares > 0, squares, 1)), 0)
 
 
 def _divide(sums: Array, mass: Array) -> Array:
-    """Returns `[J, D, m]` divided by a mass `[J, m]`, 0 for a parent without children."""
+    """Divide sums `[J, D, m]` by a mass `[J, m]`; return 0 where the mass is 0."""
     inverse = jnp.where(mass > 0, 1 / jnp.where(mass > 0, mass, 1), 0)
     return sums * inverse[:, None]
 
 
 def _merge(a: Moments, b: Moments) -> Moments:
-    """Merges central moments of disjoint sets of children (Chan, Golub and LeVeque 1979)."""
+    """Merge central moments of disjoint sets of children (Chan, Golub and LeVeque 1979)."""
     mass = a.mass + b.mass
-    share = (b.mass / jnp.where(mass > 0, mass, 1))[:, None]
+    fraction = (b.mass / jnp.where(mass > 0, mass, 1))[:, None]
     step = b.first - a.first
-    second = a.second + b.second + step * step * share * a.mass[:, None]
-    return Moments(mass, a.first + share * step, second)
+    second = a.second + b.second + step * step * fraction * a.mass[:, None]
+    return Moments(mass, a.first + fraction * step, second)
 
 
-def _fold(x: Array, axis: int) -> Array:
-    """Sums over an axis, by halves while it is even: XLA:CPU runs this twice as fast."""
+def _sum_halves(x: Array, axis: int) -> Array:
+    """Sum over an axis; XLA:CPU is twice as fast with halves added first, up to four times."""
     for _ in range(4):
         half, odd = divmod(x.shape[axis], 2)
         if odd:
@@ -358,51 +360,51 @@ def _fold(x: Array, axis: int) -> Array:
     return jnp.sum(x, axis)
 
 
-# Cutting into tiles, and putting together again.
+# Splitting arrays into tiles, and joining tiles.
 
 
-def _walk(
+def _scan_tiles(
     tiles: Tiles, parents: Any, step: Callable[..., tuple[Any, Any]], start: Any
 ) -> tuple[Any, Any]:
-    """Walks over the children of each tile of examples: `step(carry, tile, parents)`."""
+    """Scan `step(carry, tile, parents)` over the tiles of children, for each tile of examples."""
 
     def all_children(xs: Any) -> Any:
         both, parents = xs
 
         def one_tile(carry: Any, xs: Any) -> tuple[Any, Any]:
-            return step(carry, _joined(*xs, tiles.whole), parents)
+            return step(carry, _combined(*xs, tiles.untiled), parents)
 
         return lax.scan(one_tile, start, (both, tiles.children))
 
     return lax.map(all_children, (tiles.both, parents))
 
 
-def _joined(*parts: Tile) -> Tile:
-    """Joins tiles that have different fields."""
+def _combined(*parts: Tile) -> Tile:
+    """Combine parts of a tile that have different fields."""
     return Tile(
         *(next((x for x in same if x is not None), None) for same in zip(*parts, strict=True))
     )
 
 
-def _kept(tile: Tile, fields: Tile) -> Tile:
-    """Returns the fields of a tile that another one has."""
+def _selected(tile: Tile, fields: Tile) -> Tile:
+    """Return the fields of a tile that are not None in `fields`."""
     return Tile(*(None if f is None else x for x, f in zip(tile, fields, strict=True)))
 
 
 def _zeros(inputs: Inputs, *shape: Any) -> Array:
-    """Returns zeros that vary over a mesh as the poses do."""
+    """Return zeros in the accumulation dtype, which vary over the mesh axes of the poses."""
     return jnp.zeros_like(inputs.poses, accumulation_dtype(inputs.poses.dtype), shape)
 
 
-def _cut(config: XlaConfig, spec: Spec, inputs: Inputs) -> Tiles:
+def _split(config: XlaConfig, spec: Spec, inputs: Inputs) -> Tiles:
     children = inputs.poses.shape[1]
     dtype = accumulation_dtype(inputs.poses.dtype)
     depth, columns = votes_depth(inputs), inputs.weights.shape[-1]
     count = -(-children // config.children)
     gates = _gates(inputs)
-    filled_up = count * config.children != children
-    if filled_up and gates is None and (spec.mass or spec.moments == "central"):
-        gates = jnp.ones(children, dtype)  # children that fill up are not there
+    is_padded = count * config.children != children
+    if is_padded and gates is None and (spec.mass or spec.moments == "central"):
+        gates = jnp.ones(children, dtype)  # the padding gets gate 0
 
     def by_children(x: Array, axis: int = 0) -> Array:
         missing = count * config.children - children
@@ -410,13 +412,13 @@ def _cut(config: XlaConfig, spec: Spec, inputs: Inputs) -> Tiles:
         return x.reshape(*x.shape[:axis], count, config.children, *x.shape[axis + 1 :])
 
     def by_both(x: Array) -> Array:  # [B, I, …] to [M, N, n, …, m]
-        return _cut_examples(config.examples, by_children(x, 1))
+        return _split_examples(config.examples, by_children(x, 1))
 
     length, rows = inputs.poses.shape[3], inputs.poses.shape[2]
     poses = by_both(inputs.poses.swapaxes(2, 3).reshape(-1, children, length * rows))
     prior = inputs.prior
     if prior is not None:
-        prior = jnp.maximum(prior.astype(dtype), OFF)
+        prior = jnp.maximum(prior.astype(dtype), MASKED_LOGIT)
     is_shared = inputs.weights.ndim == 3
     weights = inputs.weights.reshape(*inputs.weights.shape[:-2], spec.num_parents * columns)
     coordinates = inputs.coordinates
@@ -437,20 +439,20 @@ def _cut(config: XlaConfig, spec: Spec, inputs: Inputs) -> Tiles:
             prior=by_children(prior[..., None]) if prior is not None and prior.ndim == 2 else None,
             coordinates=coordinates,
         ),
-        whole=Tile(weights=weights if is_shared else None),
+        untiled=Tile(weights=weights if is_shared else None),
         examples=config.examples,
     )
 
 
-def _cut_examples(size: Any, x: Array) -> Array:
-    """`[B, …]` to `[M, …, m]`."""
+def _split_examples(size: Any, x: Array) -> Array:
+    """Split `[B, …]` into tiles of examples, `[M, …, m]`."""
     count = -(-x.shape[0] // size)
     x = jnp.pad(x, ((0, count * size - x.shape[0]), *[(0, 0)] * (x.ndim - 1)))
     return jnp.moveaxis(x.reshape(count, size, *x.shape[1:]), 1, -1)
 
 
 def _join_inputs(inputs: Inputs, found: Tile) -> Inputs:
-    """Puts gradients together: `both` are [N, M, …, m], others [N, …] or whole."""
+    """Join gradients: those tiled by both are [N, M, …, m], by children [N, …]."""
     batch, children = inputs.poses.shape[:2]
 
     def of_both(x: Array) -> Array:  # [N, M, n, …, m] to [B, I, …]
@@ -486,14 +488,14 @@ def _join_inputs(inputs: Inputs, found: Tile) -> Inputs:
     return jax.tree.map(lambda x, y: x.astype(y.dtype), gradients, like)
 
 
-def _cut_parents(tiles: Tiles, inputs: Inputs, tree: Any) -> Any:
-    """`[B, J]` to `[M, J, m]`, `[B, J, D]` to `[M, J, D, m]`."""
-    cut = partial(_cut_examples, tiles.examples)
-    return jax.tree.map(lambda x: cut(_columns_first(inputs, x) if x.ndim == 3 else x), tree)
+def _split_parents(tiles: Tiles, inputs: Inputs, tree: Any) -> Any:
+    """Split arrays `[B, J]` or `[B, J, D]` into tiles, `[M, J, m]` or `[M, J, D, m]`."""
+    split = partial(_split_examples, tiles.examples)
+    return jax.tree.map(lambda x: split(_columns_first(inputs, x) if x.ndim == 3 else x), tree)
 
 
 def _join_parents(inputs: Inputs, tree: Any) -> Any:
-    """`[M, J, m]` to `[B, J]`, `[M, J, D, m]` to `[B, J, D]`."""
+    """Join tiles `[M, J, m]` or `[M, J, D, m]` to arrays `[B, J]` or `[B, J, D]`."""
 
     def join(x: Array) -> Array:
         x = jnp.moveaxis(x, -1, 1)
@@ -504,35 +506,35 @@ def _join_parents(inputs: Inputs, tree: Any) -> Any:
 
 
 def _columns_first(inputs: Inputs, x: Array) -> Array:
-    """Reorders a last axis D, by rows then columns of a matrix pose, to columns then rows."""
-    return _transposed(x, inputs.poses.shape[2])
+    """Transpose the matrices [R, E] along the last axis, D, to [E, R]."""
+    return _transpose(x, inputs.poses.shape[2])
 
 
 def _rows_first(inputs: Inputs, x: Array) -> Array:
-    """The inverse of `_columns_first`."""
-    return _transposed(x, x.shape[-1] // inputs.poses.shape[2])
+    """Invert `_columns_first`."""
+    return _transpose(x, x.shape[-1] // inputs.poses.shape[2])
 
 
-def _transposed(x: Array, rows: int) -> Array:
+def _transpose(x: Array, rows: int) -> Array:
     return x.reshape(*x.shape[:-1], rows, -1).swapaxes(-2, -1).reshape(x.shape)
 
 
 def uniform_sums(spec: Spec, inputs: Inputs) -> Array:
-    """Returns the sums with equal couplings, one matrix product, `[B, J, D]`."""
+    """Compute the sums `[B, J, D]` with uniform couplings, by one matrix product."""
     dtype = accumulation_dtype(inputs.poses.dtype)
     poses = inputs.poses
     if inputs.gates is not None:
         poses = poses.astype(dtype) * inputs.gates.astype(dtype)[..., None, None]
     batch, children, rows, length = poses.shape
     poses = poses.swapaxes(1, 2).reshape(batch * rows, children, length)
-    letters = "bip,ipjc->bjc" if inputs.weights.ndim == 4 else "bip,pjc->bjc"
+    letters = "bip,ipje->bje" if inputs.weights.ndim == 4 else "bip,pje->bje"
     sums = jnp.einsum(letters, poses, inputs.weights, preferred_element_type=dtype)
     sums = sums.reshape(batch, rows, *sums.shape[1:]).swapaxes(1, 2)
     return sums.reshape(*sums.shape[:2], -1) / (spec.num_parents + spec.leaky)
 
 
 def _gates(inputs: Inputs) -> Array | None:
-    """Returns the gates `[I]` or `[B, I]`, 0 for a child that has no parent left."""
+    """Return the gates, `[I]` or `[B, I]`, with 0 for children without a reachable parent."""
     dtype = accumulation_dtype(inputs.poses.dtype)
     reachable = _reachable(inputs)
     if reachable is None or inputs.gates is None:
@@ -543,9 +545,9 @@ def _gates(inputs: Inputs) -> Array | None:
 
 
 def _reachable(inputs: Inputs) -> Array | None:
-    """Returns whether a child has a parent with a logit above -infinity; None: all have.
+    """Return whether prior and parent mask allow a child any parent; None if they do for all.
 
-    Logits in a tile are finite, which keeps its softmax a plain one.
+    The logits of a tile are finite, so its softmax is never 0: a gate of 0 masks other children.
     """
     batch, children = inputs.poses.shape[:2]
     if inputs.parent_mask is None:
@@ -558,16 +560,16 @@ def _reachable(inputs: Inputs) -> Array | None:
 
 
 def _masked(inputs: Inputs, state: State) -> State:
-    """Puts the mask of the parents into their logits."""
+    """Add the parent mask to the state, as a masked logit."""
     if inputs.parent_mask is None:
         return state
     dtype = accumulation_dtype(inputs.poses.dtype)
     k = jnp.zeros(inputs.parent_mask.shape, dtype) if state.k is None else state.k
-    return state._replace(k=jnp.where(inputs.parent_mask, k, OFF))
+    return state._replace(k=jnp.where(inputs.parent_mask, k, MASKED_LOGIT))
 
 
 def _prepared(spec: Spec, inputs: Inputs, terms: Any) -> Any:
-    """Masks the states of a term, or of several; the gradient of a mean is divided by its mass."""
+    """Mask the states of one term or several, and divide cotangents of means by the mass."""
     if not isinstance(terms, Term):
         return tuple(_prepared(spec, inputs, term) for term in terms)
     state = _masked(inputs, terms.state)
@@ -577,8 +579,8 @@ def _prepared(spec: Spec, inputs: Inputs, terms: Any) -> Any:
     return Term(state, terms.moments, terms.cotangent._replace(first=first))
 
 
-def _alike(terms: Sequence[Term]) -> list[Term]:
-    """Gives all terms the same states: zeros for those that an iteration does not have."""
+def _aligned(terms: Sequence[Term]) -> list[Term]:
+    """Give all terms the same states, with zeros for absent ones, so that they can be stacked."""
     fields = []
     for same in zip(*(term.state for term in terms), strict=True):
         like = next((x for x in same if x is not None), None)

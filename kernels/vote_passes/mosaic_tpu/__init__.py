@@ -1,4 +1,4 @@
-"""The passes with linear logits for TPUs, by Pallas-Mosaic."""
+"""Pallas-Mosaic kernels for TPUs, of the passes with linear logits and sums."""
 
 from capsjax.kernels.vote_passes.mosaic_tpu.kernels import chain as chain
 from capsjax.kernels.vote_passes.mosaic_tpu.kernels import config_for as config_for

@@ -1,11 +1,13 @@
-"""Dynamic routing for TPUs: passes whose votes are never formed, not even in a tile.
+"""Kernels for TPUs that compute no votes, not even in a tile.
 
-Logits are `Σ_p u[b,p,i] (V[b,j,:] · W[p,j,:,i])`, weighted sums `Σ_{p,i} (c u)[b,p,i] W[p,j,:,i]`:
-products for the matrix unit, and sums over p of whole vectors. Capsules lie along the lanes. That
-is how a TPU keeps such arrays by itself (poses as `[B, P, I]`, weights as `[P, J, D, I]`: nothing
-is padded, the transpositions below move no byte), so a pass reads just the bytes that there are.
+With states V, logits are `Σ_p u[b,p,i] (V[b,j,:] · W[p,j,:,i])`, and weighted sums are
+`Σ_{p,i} (c u)[b,p,i] W[p,j,:,i]`: a product for the matrix unit and elementwise work for each p.
+Input capsules lie along the lanes: poses are `[B, P, I]`, weights `[P, J, D, I]`. XLA's own layouts
+on a TPU are the same, so the transpositions below copy nothing, and no axis needs padding in HBM.
 
-A tile has n capsules and m examples; there are S tiles of examples, and Q panels of them.
+A tile has n input capsules and m examples. A panel is several tiles of examples whose states are in
+vector memory together. Grid indices: q of the panel, s of the tile within it, i of the capsules'
+tile.
 """
 
 from collections.abc import Sequence
@@ -33,18 +35,19 @@ from capsjax.kernels.vote_passes.passes import (
 
 
 def config_for(spec: Spec, inputs: Inputs, others: Any, *, device: Device) -> MosaicTpuConfig:
-    """Returns the configuration for a pass.
+    """Return the configuration for a pass.
 
     Raises:
-      Unsupported: It is not what `linear.check` allows, or the weights of 128 capsules are too
-        many for the vector memory of the device.
+      Unsupported: `linear.check` refuses the pass, or the weights of 128 input capsules do not fit
+        into the vector memory of the device.
     """
     linear.check(spec, inputs, others, device)
     terms = others if isinstance(others, tuple) and not isinstance(others, State | Term) else (1,)
     config = mosaic_tpu_config_for(case_of(spec, inputs, len(terms)), device.kind)
     if config is None:
         raise Unsupported(
-            f"tiles of weights [I, P, J, D] = {inputs.weights.shape} exceed its vector memory"
+            f"routing: tiles of weights [I, P, J, D] = {inputs.weights.shape} exceed the TPU's "
+            "vector memory"
         )
     return config
 
@@ -52,7 +55,7 @@ def config_for(spec: Spec, inputs: Inputs, others: Any, *, device: Device) -> Mo
 def moments(
     spec: Spec, inputs: Inputs, state: State, *, config: MosaicTpuConfig, interpret: Any
 ) -> Moments:
-    """Sums couplings times votes over the children."""
+    """Compute the moments: sums over children of couplings times votes."""
     del spec
     states = () if state.b is None else (state.b,)
     return Moments(None, _weighted_sums(config, interpret, *linear.arrays(inputs), states))
@@ -61,7 +64,7 @@ def moments(
 def chain(
     spec: Spec, inputs: Inputs, term: Term, *, config: MosaicTpuConfig, interpret: Any
 ) -> State:
-    """Returns the gradient of the state from that of the moments."""
+    """Compute the cotangent of the state from that of the moments."""
     del spec
     states = term.state.b, term.cotangent.first
     return State(b=_weighted_sums(config, interpret, *linear.arrays(inputs), states))
@@ -76,7 +79,7 @@ def input_gradients(
     config: MosaicTpuConfig,
     interpret: Any,
 ) -> Inputs:
-    """Returns the gradients of the inputs, summed over iterations."""
+    """Compute the gradients of the inputs, summed over `terms`."""
     del spec
     full, arrays = not constant_couplings, linear.arrays(inputs)
     found = _input_gradients(config, interpret, *arrays, linear.states(terms), full)
@@ -89,13 +92,13 @@ def _weighted_sums(
     poses: Array,
     weights: Array,
     prior: Array | None,
-    states: tuple[Array, ...],
+    states: tuple[Array, ...],  # V; or V and the cotangent of the sums
 ) -> Array:
-    """The sum over I of couplings, or with two states of the logits' gradients, times votes."""
+    """Sum votes over I, times couplings, or with two states times gradients of logits."""
     problem = tiles.Problem(config, *poses.shape, *weights.shape[2:])
     m, n, panel = config.examples, problem.n, problem.panel
     uniform = prior is None and not states
-    operands, specs = tiles.cut_operands(problem, ("q", "i", "s"), poses, weights, prior, states)
+    operands, specs = tiles.tile_operands(problem, ("q", "i", "s"), poses, weights, prior, states)
 
     def kernel(*all_refs: Any) -> None:
         q, i, s = (pl.program_id(axis) for axis in range(3))
@@ -108,7 +111,7 @@ def _weighted_sums(
         def _() -> None:
             sums_ref[s] = jnp.zeros(sums_ref.shape[1:], jnp.float32)
 
-        inputs.spread_poses(poses_ref, q * panel + s)
+        inputs.transpose_poses(poses_ref, q * panel + s)
         total, d_sums = (*(ref.at[s] for ref in state_refs), None, None)[:2]
         if not uniform:
             tiles.write_factors(inputs, poses_ref, total, d_sums, couplings_ref, d_logits_ref)
@@ -127,10 +130,10 @@ def _weighted_sums(
 
     sums = pl.pallas_call(
         kernel,
-        grid=(problem.Q, problem.N, panel),
+        grid=(problem.panels, problem.capsule_tiles, panel),
         in_specs=specs,
         out_specs=pl.BlockSpec((panel, problem.J, problem.D, m), lambda q, i, s: (q, 0, 0, 0)),
-        out_shape=ShapedArray((problem.S, problem.J, problem.D, m), jnp.float32),
+        out_shape=ShapedArray((problem.example_tiles, problem.J, problem.D, m), jnp.float32),
         scratch_shapes=[
             pltpu.VMEM((problem.P, m, n), jnp.float32),
             *(pltpu.VMEM((problem.J, m, n), jnp.float32) for _ in range(2)),
@@ -140,8 +143,8 @@ def _weighted_sums(
             products=1 + len(states),
             softmaxes=1 - uniform,
             hbm_bytes=tiles.nbytes(poses)
-            + problem.Q * (tiles.nbytes(weights) + tiles.nbytes(prior))
-            + 4 * (1 + len(states)) * problem.S * problem.J * problem.D * m,
+            + problem.panels * (tiles.nbytes(weights) + tiles.nbytes(prior))
+            + 4 * (1 + len(states)) * problem.example_tiles * problem.J * problem.D * m,
         ),
         compiler_params=tiles.compiler_params(problem),
         name="dynamic_routing_sums",
@@ -156,20 +159,20 @@ def _input_gradients(
     poses: Array,
     weights: Array,
     prior: Array | None,
-    routes: Sequence[tuple[Array | None, Array]],  # V before an iteration, gradient of its sums
-    full: bool,  # or constant couplings
+    iterations: Sequence[tuple[Array | None, Array]],  # V, cotangent of the sums
+    full: bool,  # False: at constant couplings
 ) -> tuple[Array, Array, Array | None]:
-    """Returns the gradients of poses, weights and prior.
+    """Compute the gradients of poses, weights and prior.
 
-    The gradient of a vote is a sum of terms, each a factor `[b, i, j]` times a state `[b, j, :]`:
-    couplings times `d_sums`, and gradients of logits times V.
+    The gradient of a vote is, summed over iterations, its coupling times the cotangent of the sums,
+    plus the gradient of its logit times V: terms of a factor `[b, i, j]` and a state `[b, j, :]`.
     """
     problem = tiles.Problem(config, *poses.shape, *weights.shape[2:])
     m, n, panel = config.examples, problem.n, problem.panel
     has_prior = prior is not None
-    states = [state for r in routes for state in r if state is not None]
-    softmaxes = sum(has_prior or total is not None for total, _ in routes)
-    operands, specs = tiles.cut_operands(problem, ("i", "q", "s"), poses, weights, prior, states)
+    states = [state for pair in iterations for state in pair if state is not None]
+    softmaxes = sum(has_prior or total is not None for total, _ in iterations)
+    operands, specs = tiles.tile_operands(problem, ("i", "q", "s"), poses, weights, prior, states)
 
     def kernel(*all_refs: Any) -> None:
         i, q, s = (pl.program_id(axis) for axis in range(3))
@@ -186,12 +189,12 @@ def _input_gradients(
             if d_prior_ref is not None:
                 d_prior_ref[...] = jnp.zeros(d_prior_ref.shape, jnp.float32)
 
-        inputs.spread_poses(poses_ref, q * panel + s)
+        inputs.transpose_poses(poses_ref, q * panel + s)
         d_poses_sums_ref[...] = jnp.zeros(d_poses_sums_ref.shape, jnp.float32)
 
-        terms: list[tuple[Any, Any]] = []  # a factor, None for uniform couplings, and a state
+        terms: list[tuple[Any, Any]] = []  # (factor, state); None: uniform couplings
         d_logits_refs = []
-        for has_total in [total is not None for total, _ in routes]:
+        for has_total in [total is not None for total, _ in iterations]:
             total: Any = None if not has_total else next(state_refs)
             d_sums: Any = next(state_refs)
             if total is None and not has_prior:
@@ -221,7 +224,7 @@ def _input_gradients(
                 for factor, column, row in zip(factors, columns, rows, strict=True):
                     d_poses.append(factor * tiles.dot(row, weights, 1, 0))
                     d_weights.append(tiles.dot(column, factor * poses, 1, 0))
-                # Terms of one vote first: they cancel in part.
+                # Terms of one vote are added first, because they partly cancel.
                 d_poses_sums_ref[p] += sum(d_poses[1:], d_poses[0])
                 d_weights_sums_ref[p, j] += sum(d_weights[1:], d_weights[0])
 
@@ -231,7 +234,7 @@ def _input_gradients(
         d_poses_ref[...] = jnp.swapaxes(d_poses_sums_ref[...], 0, 1).astype(poses.dtype)
         if d_weights_sums_ref is not d_weights_ref:
 
-            @pl.when((q == problem.Q - 1) & (s == panel - 1))
+            @pl.when((q == problem.panels - 1) & (s == panel - 1))
             def _() -> None:
                 d_weights_ref[...] = d_weights_sums_ref[...].astype(weights.dtype)
 
@@ -239,7 +242,7 @@ def _input_gradients(
     prior_shapes = [ShapedArray((problem.J, 1, problem.I), jnp.float32)] * has_prior
     d_poses, d_weights, *d_prior = pl.pallas_call(
         kernel,
-        grid=(problem.N, problem.Q, panel),
+        grid=(problem.capsule_tiles, problem.panels, panel),
         in_specs=specs,
         out_specs=[*specs[:2], *prior_specs],
         out_shape=[*(ShapedArray(x.shape, x.dtype) for x in operands[:2]), *prior_shapes],
@@ -259,8 +262,8 @@ def _input_gradients(
             + 2 * tiles.nbytes(prior)
             + 4
             * len(states)
-            * (problem.N if problem.Q > 1 else 1)
-            * problem.S
+            * (problem.capsule_tiles if problem.panels > 1 else 1)
+            * problem.example_tiles
             * problem.J
             * problem.D
             * m,
@@ -278,7 +281,7 @@ def _input_gradients(
 
 def _add_over_examples(sums_ref: Any, terms_refs: Sequence[Any]) -> None:
     def add(j: Array, _: None) -> None:
-        # Terms of one vote first: they cancel in part.
+        # Terms of one vote are added first, because they partly cancel.
         terms = sum((ref[j] for ref in terms_refs[1:]), terms_refs[0][j])
         sums_ref[j] += jnp.sum(terms, axis=0, keepdims=True)
 

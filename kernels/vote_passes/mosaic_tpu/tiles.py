@@ -1,6 +1,6 @@
-"""Tiles of the TPU kernels: how arrays are cut, and what is computed with one tile.
+"""Tiles of the TPU kernels: block specifications, and functions of one tile.
 
-The letters are those of `kernels`.
+Local sizes and grid indices are those of `mosaic_tpu.kernels`.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,12 +14,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from capsjax.kernels.vote_passes.config import TPU_LANES, MosaicTpuConfig
 
-# Loops over the length of a pose up to this are written out.
-UNROLLED = 16
+# Loops of up to this many steps are unrolled.
+MAX_UNROLLED = 16
 
 
 class Problem(NamedTuple):
-    """Sizes, in the shape letters, and how they are cut."""
+    """Sizes of a routing problem, and of its tiles."""
 
     config: MosaicTpuConfig
     B: int
@@ -29,32 +29,32 @@ class Problem(NamedTuple):
     D: int
 
     @property
-    def S(self) -> int:  # noqa: N802
-        """Tiles of examples."""
+    def example_tiles(self) -> int:
+        """Number of tiles of examples."""
         return pl.cdiv(self.B, self.config.examples)
 
     @property
     def panel(self) -> int:
-        """Tiles of a panel: all panels are full."""
-        return next(n for n in range(self.config.panel, 0, -1) if self.S % n == 0)
+        """Number of tiles of examples in a panel; all panels are full."""
+        return next(k for k in range(self.config.panel, 0, -1) if self.example_tiles % k == 0)
 
     @property
-    def Q(self) -> int:  # noqa: N802
-        """Panels."""
-        return self.S // self.panel
+    def panels(self) -> int:
+        """Number of panels."""
+        return self.example_tiles // self.panel
 
     @property
     def n(self) -> int:
-        """Capsules of a tile."""
+        """Number of input capsules in a tile."""
         return min(self.I, TPU_LANES)
 
     @property
-    def N(self) -> int:  # noqa: N802
-        """Tiles of capsules."""
+    def capsule_tiles(self) -> int:
+        """Number of tiles of input capsules."""
         return pl.cdiv(self.I, self.n)
 
 
-def cut_operands(
+def tile_operands(
     problem: Problem,
     order: tuple[str, str, str],
     poses: Array,
@@ -62,7 +62,7 @@ def cut_operands(
     prior: Array | None,
     states: Sequence[Array],
 ) -> tuple[list[Array], list[pl.BlockSpec]]:
-    """The kernels' operands and their blocks; `order` names the grid's axes q, i and s."""
+    """Return a kernel's operands and their blocks; `order` is that of the grid axes q, i, s."""
     m, n, panel = problem.config.examples, problem.n, problem.panel
 
     def spec(shape: tuple[int, ...], index: Callable[..., Any], buffers: int = 2) -> pl.BlockSpec:
@@ -84,24 +84,24 @@ def cut_operands(
     if prior is not None:
         operands.append(prior.astype(jnp.float32).T[:, None])
         specs.append(spec((problem.J, 1, n), lambda q, i, s: (0, 0, i)))
-    padding = (0, problem.S * m - problem.B)
-    for state in states:  # [B, J, D] to [S, J, D, m]
+    padding = (0, problem.example_tiles * m - problem.B)
+    for state in states:  # [B, J, D] to [example_tiles, J, D, m]
         padded = jnp.pad(state, (padding, (0, 0), (0, 0)))
-        cut = padded.reshape(problem.S, m, problem.J, problem.D)
-        operands.append(cut.transpose(0, 2, 3, 1))
+        tiled = padded.reshape(problem.example_tiles, m, problem.J, problem.D)
+        operands.append(tiled.transpose(0, 2, 3, 1))
         specs.append(spec((panel, problem.J, problem.D, m), lambda q, i, s: (q, 0, 0, 0)))
     return operands, specs
 
 
 def compiler_params(problem: Problem) -> pltpu.CompilerParams:
-    """A grid walked in order, as sums over its steps need, and the memory of the config."""
+    """Return the compiler's parameters: a sequential grid, because its steps accumulate sums."""
     return pltpu.CompilerParams(
         dimension_semantics=("arbitrary",) * 3, vmem_limit_bytes=problem.config.memory
     )
 
 
 def cost(problem: Problem, *, products: int, softmaxes: int, hbm_bytes: int) -> pl.CostEstimate:
-    """What a pass costs, for XLA: products with all weights, and the blocks that are moved."""
+    """Estimate the cost of a pass from its number of products with all weights, for XLA."""
     couplings = problem.B * problem.I * problem.J
     return pl.CostEstimate(
         flops=2 * products * couplings * problem.P * problem.D,
@@ -111,35 +111,35 @@ def cost(problem: Problem, *, products: int, softmaxes: int, hbm_bytes: int) -> 
 
 
 def nbytes(array: Array | None) -> int:
-    """Bytes of an array, 0 if there is none."""
+    """Return the bytes of an array, 0 for None."""
     return 0 if array is None else array.size * array.dtype.itemsize
 
 
 class Inputs(NamedTuple):
-    """A tile's inputs; what lies past the end of an array is read as 0."""
+    """References to the inputs of a tile; elements past the end of an array are read as 0."""
 
     problem: Problem
     poses_ref: Any  # [m, P, n]
     weights_ref: Any  # [P, J, D, n]
     prior_ref: Any | None  # [J, 1, n]
-    exists: Array | None  # [1, n], which capsules there are; None: all
+    exists: Array | None  # booleans [1, n], False past the end of I; None: all True
 
-    def spread_poses(self, spread_ref: Any, example_tile: Array) -> None:
-        """Writes the poses as [P, m, n]: whole vectors for each component."""
+    def transpose_poses(self, transposed_ref: Any, example_tile: Array) -> None:
+        """Write the poses as [P, m, n], so that each component is a contiguous matrix."""
         m = self.problem.config.examples
         exists = self.exists
         if self.problem.B % m:
             row = lax.broadcasted_iota(jnp.int32, (m, 1), 0) < self.problem.B - example_tile * m
             exists = row if exists is None else row & exists
         poses = jnp.swapaxes(self.poses_ref[...].astype(jnp.float32), 0, 1)
-        spread_ref[...] = poses if exists is None else jnp.where(exists[None], poses, 0.0)
+        transposed_ref[...] = poses if exists is None else jnp.where(exists[None], poses, 0.0)
 
     def weights(self, p: Array, j: Array) -> Array:
-        """[D, n], float32."""
+        """Return the weights of component p for parent j, [D, n], in float32."""
         return self._existing(self.weights_ref[p, j].astype(jnp.float32))
 
     def with_prior(self, logits: Array, j: Array) -> Array:
-        """The logits [m, n] for one parent, the prior's included."""
+        """Add the prior, if any, to the logits [m, n] for parent j."""
         return logits if self.prior_ref is None else logits + self._existing(self.prior_ref[j])
 
     def _existing(self, x: Array) -> Array:
@@ -149,7 +149,7 @@ class Inputs(NamedTuple):
 def split_refs(
     problem: Problem, all_refs: Sequence[Any], *, capsule_tile: Array, has_prior: bool
 ) -> tuple[Inputs, list[Any]]:
-    """The inputs among a kernel's references, and the other references."""
+    """Split a kernel's references into the inputs and the others."""
     poses_ref, weights_ref, *refs = all_refs
     prior_ref = refs.pop(0) if has_prior else None
     exists, n = None, problem.n
@@ -162,13 +162,13 @@ def split_refs(
 def write_factors(
     inputs: Inputs, poses_ref: Any, total: Any, d_sums: Any, couplings_ref: Any, d_logits_ref: Any
 ) -> None:
-    """Writes couplings [J, m, n], and if `d_sums` is given the gradients of their logits.
+    """Write the couplings, and if `d_sums` is given, the gradients of their logits.
 
     Args:
-      inputs: The tile's.
-      poses_ref: [P, m, n].
-      total: V, [J, D, m], or None for zero.
-      d_sums: The gradient of the weighted sums, [J, D, m], or None.
+      inputs: Inputs of the tile.
+      poses_ref: [P, m, n], the poses.
+      total: [J, D, m], the state V of the logits; None for zeros.
+      d_sums: [J, D, m], the cotangent of the weighted sums, or None.
       couplings_ref: [J, m, n], written.
       d_logits_ref: [J, m, n], written if `d_sums` is given.
     """
@@ -185,22 +185,22 @@ def write_factors(
 
         agreements = loop(inputs.problem.P, add_component, [zeros] * len(states))
         if d_sums is not None:
-            d_logits_ref[j] = agreements[-1]  # of the couplings, so far
+            d_logits_ref[j] = agreements[-1]  # gradients of the couplings, until the last loop
         logits = inputs.with_prior(zeros if total is None else agreements[0], j)
         couplings_ref[j] = logits
         return jnp.maximum(largest, logits)
 
     largest = lax.fori_loop(0, parents, agree, jnp.full_like(zeros, -jnp.inf))
 
-    def exponentiate(j: Array, whole: Array) -> Array:
+    def exponentiate(j: Array, denominator: Array) -> Array:
         exponential = jnp.exp(couplings_ref[j] - largest)
         couplings_ref[j] = exponential
-        return whole + exponential
+        return denominator + exponential
 
-    whole = lax.fori_loop(0, parents, exponentiate, zeros)
+    denominator = lax.fori_loop(0, parents, exponentiate, zeros)
 
     def normalise(j: Array, mean: Array) -> Array:
-        couplings = couplings_ref[j] / whole
+        couplings = couplings_ref[j] / denominator
         couplings_ref[j] = couplings
         return mean if d_sums is None else mean + couplings * d_logits_ref[j]
 
@@ -214,7 +214,7 @@ def write_factors(
 
 
 def dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
-    """A matrix product. Mosaic has two precisions: any but the lowest means the highest."""
+    """Multiply matrices in Mosaic's higher precision, unless JAX's default is the lowest."""
     asked = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     lowest = asked in (None, "default", "fastest", "bfloat16")
     return lax.dot_general(
@@ -227,5 +227,5 @@ def dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
 
 
 def loop(count: int, body: Callable[[Array, Any], Any], init: Any) -> Any:
-    """As `lax.fori_loop` from 0 to count, written out if that is short."""
-    return lax.fori_loop(0, count, body, init, unroll=count <= UNROLLED)
+    """Run `lax.fori_loop` from 0 to `count`, unrolled if short."""
+    return lax.fori_loop(0, count, body, init, unroll=count <= MAX_UNROLLED)

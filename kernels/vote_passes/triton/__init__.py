@@ -1,4 +1,4 @@
-"""The passes with linear logits for NVIDIA GPUs (sm_80 and newer), by Pallas-Triton."""
+"""Pallas-Triton kernels for NVIDIA GPUs (sm_80 and newer), of the passes with linear logits."""
 
 from collections.abc import Sequence
 
@@ -18,23 +18,23 @@ from capsjax.kernels.vote_passes.passes import (
 from capsjax.kernels.vote_passes.triton.gradients import gradients
 from capsjax.kernels.vote_passes.triton.sums import weighted_sums
 
-# The products over poses are written out one after the other, 16 components each.
+# Matrix products over P are unrolled, 16 components each.
 MAX_LENGTH = 128
-# A tile holds all of at least one parent.
+# A tile holds all components of at least one parent.
 MAX_DEPTH = 256
 
 
 def config_for(spec: Spec, inputs: Inputs, others: object, *, device: Device) -> TritonConfig:
-    """Returns the configuration for a pass.
+    """Return the configuration for a pass.
 
     Raises:
-      Unsupported: It is not what `linear.check` allows, or poses or outputs are too long.
+      Unsupported: `linear.check` refuses the pass, or P or D is too large.
     """
     linear.check(spec, inputs, others, device)
     case = case_of(spec, inputs)
     if case.length > MAX_LENGTH or case.depth > MAX_DEPTH:
         raise Unsupported(
-            f"P must be at most {MAX_LENGTH} and D at most {MAX_DEPTH}, "
+            f"routing: P must be at most {MAX_LENGTH} and D at most {MAX_DEPTH}, "
             f"got {case.length} and {case.depth}"
         )
     return triton_config_for(case)
@@ -43,7 +43,7 @@ def config_for(spec: Spec, inputs: Inputs, others: object, *, device: Device) ->
 def moments(
     spec: Spec, inputs: Inputs, state: State, *, config: TritonConfig, interpret: bool
 ) -> Moments:
-    """Sums couplings times votes over the children."""
+    """Compute the moments: sums over children of couplings times votes."""
     if is_uniform(inputs, state):  # one matrix product
         return Moments(None, xla.uniform_sums(spec, inputs))
     return Moments(None, weighted_sums(config, interpret, *linear.arrays(inputs), state.b, None))
@@ -52,7 +52,7 @@ def moments(
 def chain(
     spec: Spec, inputs: Inputs, term: Term, *, config: TritonConfig, interpret: bool
 ) -> State:
-    """Returns the gradient of the state from that of the moments."""
+    """Compute the cotangent of the state from that of the moments."""
     del spec
     states = term.state.b, term.cotangent.first
     return State(b=weighted_sums(config, interpret, *linear.arrays(inputs), *states))
@@ -67,7 +67,7 @@ def input_gradients(
     config: TritonConfig,
     interpret: bool,
 ) -> Inputs:
-    """Returns the gradients of the inputs, summed over iterations."""
+    """Compute the gradients of the inputs, summed over `terms`."""
     del spec
     full, arrays = not constant_couplings, linear.arrays(inputs)
     found = gradients(config, interpret, *arrays, linear.states(terms), full)

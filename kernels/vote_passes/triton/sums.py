@@ -1,11 +1,11 @@
-"""The passes for GPUs that return sums over children, votes in registers.
+"""The Triton kernel for sums over input capsules, with votes in registers.
 
-A small matrix product makes one capsule's votes of a tile of examples; agreements, softmax and
-weighted sums follow in the same registers. A program walks over a range of capsules, and the
-ranges' sums are added afterwards, in order, so two runs give the same bits.
+A small matrix product computes the votes of one input capsule for a tile of examples; agreements,
+softmax and weighted sums use the same registers. A program loops over a range of input capsules.
+The partial sums of the ranges are added afterwards, in order, so the result is deterministic.
 
-Where the parents of a capsule fill several tiles ("chunks"), their softmax takes two walks: one
-for its statistics, one that uses them.
+If the parents fill several tiles ("chunks"), a program loops over them twice: first for the
+statistics of the softmax, then to use them.
 """
 
 from collections.abc import Callable
@@ -31,10 +31,10 @@ from capsjax.kernels.vote_passes.triton.tiles import (
     loop,
     make_logits,
     make_votes,
-    span,
     states_block,
     statistics_of,
     store_statistics,
+    tile_indices,
     tiling_of,
 )
 
@@ -48,28 +48,28 @@ def weighted_sums(
     total: Array | None,
     d_sums: Array | None,
 ) -> Array:
-    """The sum over I of couplings, or with `d_sums` of the logits' gradients, times votes."""
+    """Sum votes over I, times couplings, or if `d_sums` is given, times gradients of logits."""
     tiling = tiling_of(poses, weights, config.sums)
     parents, depth = weights.shape[2:]
-    # As many ranges of capsules as keep the processors busy, however large I.
-    ranges = max(1, tiling.cut.programs // tiling.example_tiles)
+    # Enough ranges of input capsules to occupy the GPU.
+    ranges = max(1, tiling.config.programs // tiling.example_tiles)
     capsules = pl.cdiv(tiling.capsules, ranges)
-    group = capsules if tiling.chunks == 1 else min(tiling.cut.capsules, capsules)
+    group = capsules if tiling.chunks == 1 else min(tiling.config.capsules, capsules)
     groups = pl.cdiv(capsules, group)
     ranges = pl.cdiv(tiling.capsules, groups * group)
     programs = tiling.example_tiles * ranges
     sums, _ = pl.pallas_call(
         partial(_kernel, tiling, group, groups, interpret),
-        # Programs that differ in examples only run side by side and share the weights in L2.
+        # Examples are the fastest axis: programs that run together share their weights in L2.
         grid=(tiling.example_tiles, ranges),
         out_shape=(
             ShapedArray((ranges, tiling.batch, parents * depth), jnp.float32),
             None
             if tiling.chunks == 1
-            else ShapedArray((programs * group, 3, tiling.cut.examples), jnp.float32),
+            else ShapedArray((programs * group, 3, tiling.config.examples), jnp.float32),
         ),
         interpret=interpret,
-        compiler_params=pltriton.CompilerParams(num_warps=tiling.cut.num_warps, num_stages=1),
+        compiler_params=pltriton.CompilerParams(num_warps=tiling.config.num_warps, num_stages=1),
         name="routing_sums" if d_sums is None else "routing_logit_gradient_sums",
     )(poses, flat(weights), prior, *jax.tree.map(flat, (total, d_sums)))
     return jnp.sum(sums, 0).reshape(-1, parents, depth)
@@ -88,14 +88,14 @@ def _kernel(
     sums_ref: Any,
     statistics_ref: Any,
 ) -> None:
-    """The sums over `groups * group` capsules.
+    """Sum over a range of `groups * group` input capsules.
 
-    Several chunks of parents are taken one after the other, each for all capsules of a group; a
-    chunk's sums wait in memory for the next group.
+    For each group, chunks of parents are processed one after the other; the partial sums of a chunk
+    are in memory between groups.
     """
-    example_tile, portion = pl.program_id(0), pl.program_id(1)
-    examples = span(example_tile, tiling.cut.examples)
-    first_slot = (portion * tiling.example_tiles + example_tile) * group
+    example_tile, range_index = pl.program_id(0), pl.program_id(1)
+    examples = tile_indices(example_tile, tiling.config.examples)
+    first_slot = (range_index * tiling.example_tiles + example_tile) * group
 
     def over_group(index: Array, chunk: Array, step: Callable[..., Any], carry: Any) -> Any:
         load = partial(load_states, tiling, examples=examples, chunk=chunk)
@@ -103,7 +103,7 @@ def _kernel(
         d_sums = None if d_sums_ref is None else load(d_sums_ref)
 
         def one_capsule(k: Array, carry: Any) -> Any:
-            capsule = (portion * groups + index) * group + k
+            capsule = (range_index * groups + index) * group + k
             votes = make_votes(tiling, poses_ref, weights_ref, examples, capsule, chunk)
             logits = make_logits(tiling, votes, prior_ref, total, capsule, chunk)
             d_couplings = None if d_sums is None else agreements(votes, d_sums)
@@ -139,7 +139,7 @@ def _kernel(
             factors = couplings if d_logits is None else d_logits
             return sums + factors[:, :, None] * votes
 
-        place = states_block(tiling, examples, chunk).under(portion)
+        place = states_block(tiling, examples, chunk).with_leading(range_index)
         if groups == 1:
             before = jnp.zeros(tiling.tile, jnp.float32)
         else:

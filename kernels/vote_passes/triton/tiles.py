@@ -1,9 +1,9 @@
-"""What the Pallas-Triton kernels do with one tile: load it, make its votes, take their softmax.
+"""Functions of one tile in the Triton kernels: loads, stores, votes and softmax.
 
-A tile is one capsule's votes of some examples for some parents, `[b, j, d]`: b and j powers of two
-chosen by the configuration, d the power of two that holds D. What a tile has beyond the arrays is
-loaded as zero, and parents beyond J have logits of -infinity. Arrays are whole, in the GPU's
-memory, and J and D one axis: poses `[B, I, P]`, weights `[I, P, J * D]`, states `[B, J * D]`.
+A tile is the votes of one input capsule, `[b, j, d]`: b examples and j parents as in the
+configuration, and the smallest power of two d that is at least D. Elements beyond the arrays are
+loaded as 0; parents beyond J have logits of -infinity. Arrays are in the GPU's memory, with J and D
+merged: poses `[B, I, P]`, weights `[I, P, J·D]`, states `[B, J·D]`.
 """
 
 from collections.abc import Callable
@@ -16,97 +16,97 @@ from jax.experimental.pallas import triton as pltriton
 
 from capsjax.kernels.vote_passes.config import TritonTile, power_of_two
 
-# A product over the components of poses takes this many at once, as matrix instructions do.
+# Components of poses contracted by one matrix product: those of a matrix instruction.
 LENGTH = 16
 
 
 class Tiling(NamedTuple):
-    """The sizes of a problem, and how it is cut."""
+    """Sizes of a routing problem, and of its tiles."""
 
     batch: int  # B
     capsules: int  # I
     length: int  # P
     parents: int  # J
     depth: int  # D
-    cut: TritonTile
+    config: TritonTile
 
     @property
     def tile(self) -> tuple[int, int, int]:
-        """Examples, parents and depth of a tile of votes."""
-        return self.cut.examples, self.cut.parents, power_of_two(self.depth)
+        """Shape of a tile of votes, [b, j, d]."""
+        return self.config.examples, self.config.parents, power_of_two(self.depth)
 
     @property
     def example_tiles(self) -> int:
-        """How many tiles hold B."""
-        return pl.cdiv(self.batch, self.cut.examples)
+        """Number of tiles of examples."""
+        return pl.cdiv(self.batch, self.config.examples)
 
     @property
     def chunks(self) -> int:
-        """How many tiles hold J."""
-        return pl.cdiv(self.parents, self.cut.parents)
+        """Number of tiles of parents."""
+        return pl.cdiv(self.parents, self.config.parents)
 
     @property
     def products(self) -> int:
-        """How many products hold P."""
+        """Number of matrix products over P."""
         return pl.cdiv(self.length, LENGTH)
 
 
-def tiling_of(poses: Array, weights: Array, cut: TritonTile) -> Tiling:
-    """Poses `[B, I, P]` and weights `[I, P, J, D]`, cut into such tiles."""
+def tiling_of(poses: Array, weights: Array, config: TritonTile) -> Tiling:
+    """Return the tiling of poses `[B, I, P]` and weights `[I, P, J, D]`."""
     batch, capsules, length = poses.shape
-    return Tiling(batch, capsules, length, weights.shape[2], weights.shape[3], cut)
+    return Tiling(batch, capsules, length, weights.shape[2], weights.shape[3], config)
 
 
 def flat(x: Array) -> Array:
-    """`[..., J, D]` as `[..., J * D]`."""
+    """Reshape `[..., J, D]` to `[..., J·D]`."""
     return x.reshape(*x.shape[:-2], -1)
 
 
 def loop(count: int, step: Callable[[Array, Any], Any], carry: Any) -> Any:
-    """`lax.fori_loop` from 0, whose index is an int32 also where JAX counts in 64 bits."""
+    """Run `lax.fori_loop` from 0 with an int32 index, also if JAX's default is int64."""
     if count == 1:
         return step(jnp.int32(0), carry)
     return lax.fori_loop(0, count, lambda k, carry: step(k.astype(jnp.int32), carry), carry)
 
 
 def barrier(interpret: bool) -> None:
-    """Between a program's writing to memory and the reading of it by its other threads."""
+    """Synchronise a program's threads, so that each can load what the others stored."""
     if not interpret:
         pltriton.debug_barrier()
 
 
-def span(tile: Array, size: int) -> Array:
-    """Indices of the tile of that number, `[size]`."""
+def tile_indices(tile: Array, size: int) -> Array:
+    """Return the indices of elements in a tile, `[size]`."""
     return tile * size + jnp.arange(size, dtype=jnp.int32)
 
 
 class Block(NamedTuple):
-    """Rows by columns of an array, some of them beyond its end."""
+    """Elements of an array to load or store, some of which may be beyond its end."""
 
-    at: tuple[Array, ...]  # an index an axis; together they have the shape of `inside`
-    inside: Array  # whether the array has that element
+    at: tuple[Array, ...]  # indices for each axis, broadcastable to the shape of `inside`
+    inside: Array  # booleans, False beyond the end
 
-    def under(self, *leading: Array) -> "Block":
-        """The same block of one of several such arrays."""
+    def with_leading(self, *leading: Array) -> "Block":
+        """Prepend indices of leading axes."""
         return Block((*leading, *self.at), self.inside)
 
     def load(self, ref: Any, when: Array | None = None, other: float = 0) -> Array:
-        """The block, `other` outside of the array, or everywhere unless `when`."""
+        """Load the elements, `other` beyond the end; if `when` is False, `other` everywhere."""
         mask = self.inside if when is None else self.inside & when
         return pltriton.load(ref.at[self.at], mask=mask, other=other)
 
     def store(self, ref: Any, value: Array, when: Array | None = None) -> None:
-        """Writes what lies inside of the array, or nothing unless `when`."""
+        """Store the elements that are not beyond the end; if `when` is False, nothing."""
         mask = self.inside if when is None else self.inside & when
         pltriton.store(ref.at[self.at], value.astype(ref.dtype), mask=mask)
 
 
 def columns(tiling: Tiling, chunk: Array) -> tuple[Array, Array]:
-    """Indices of a chunk's parents and depth in the flat axis, `[j * d]`, and which exist."""
+    """Return a chunk's indices along the axis J·D, `[j·d]`, and which are inside of the array."""
     _, parents, depth = tiling.tile
     column = jnp.arange(parents * depth, dtype=jnp.int32)
     parent = chunk * parents + lax.div(column, jnp.int32(depth))
-    if depth == tiling.depth:  # the same numbers, seen to be contiguous
+    if depth == tiling.depth:  # equal to the below, but visibly contiguous to the compiler
         return chunk * (parents * depth) + column, parent < tiling.parents
     component = lax.rem(column, jnp.int32(depth))
     inside = (parent < tiling.parents) & (component < tiling.depth)
@@ -114,7 +114,7 @@ def columns(tiling: Tiling, chunk: Array) -> tuple[Array, Array]:
 
 
 def poses_block(tiling: Tiling, examples: Array, capsule: Array, product: int) -> Block:
-    """Of poses `[B, I, P]`: `[b, 16]`."""
+    """Return the block `[b, 16]` of poses `[B, I, P]` for one matrix product."""
     component = product * LENGTH + jnp.arange(LENGTH, dtype=jnp.int32)
     inside = (examples < tiling.batch) & (capsule < tiling.capsules)
     return Block(
@@ -124,7 +124,7 @@ def poses_block(tiling: Tiling, examples: Array, capsule: Array, product: int) -
 
 
 def weights_block(tiling: Tiling, capsule: Array, product: int, chunk: Array) -> Block:
-    """Of weights `[I, P, J * D]`: `[16, j * d]`."""
+    """Return the block `[16, j·d]` of weights `[I, P, J·D]` for one matrix product."""
     component = product * LENGTH + jnp.arange(LENGTH, dtype=jnp.int32)
     column, inside = columns(tiling, chunk)
     rows = (component < tiling.length) & (capsule < tiling.capsules)
@@ -132,7 +132,7 @@ def weights_block(tiling: Tiling, capsule: Array, product: int, chunk: Array) ->
 
 
 def states_block(tiling: Tiling, examples: Array, chunk: Array) -> Block:
-    """Of states `[B, J * D]`: `[b, j * d]`."""
+    """Return the block `[b, j·d]` of states `[B, J·D]`."""
     column, inside = columns(tiling, chunk)
     return Block(
         (examples[:, None], column[None, :]),
@@ -141,28 +141,28 @@ def states_block(tiling: Tiling, examples: Array, chunk: Array) -> Block:
 
 
 def prior_block(tiling: Tiling, capsule: Array, chunk: Array) -> Block:
-    """Of prior logits `[I, J]`: `[j]`."""
-    parent = span(chunk, tiling.cut.parents)
+    """Return the block `[j]` of prior logits `[I, J]`."""
+    parent = tile_indices(chunk, tiling.config.parents)
     return Block((capsule, parent), (parent < tiling.parents) & (capsule < tiling.capsules))
 
 
-def growing_poses_block(tiling: Tiling, slot: Array, product: int) -> Block:
-    """Of float32 sums `[n, b, P]`: `[b, 16]`."""
-    row = jnp.arange(tiling.cut.examples, dtype=jnp.int32)
+def accumulator_block(tiling: Tiling, slot: Array, product: int) -> Block:
+    """Return the block `[b, 16]` of accumulators `[slots, b, P]` of the poses' gradients."""
+    row = jnp.arange(tiling.config.examples, dtype=jnp.int32)
     component = product * LENGTH + jnp.arange(LENGTH, dtype=jnp.int32)
     inside = (row >= 0)[:, None] & (component < tiling.length)[None, :]
     return Block((slot, row[:, None], component[None, :]), inside)
 
 
 def load_states(tiling: Tiling, ref: Any, examples: Array, chunk: Array) -> Array:
-    """A tile of states, `[b, j, d]`."""
+    """Load a tile of states, `[b, j, d]`."""
     return states_block(tiling, examples, chunk).load(ref).reshape(tiling.tile)
 
 
 def make_votes(
     tiling: Tiling, poses_ref: Any, weights_ref: Any, examples: Array, capsule: Array, chunk: Array
 ) -> Array:
-    """A tile of votes `[b, j, d]`, float32."""
+    """Compute a tile of votes, `[b, j, d]`, in float32."""
     examples_in_tile, parents, depth = tiling.tile
     votes = jnp.zeros((examples_in_tile, parents * depth), jnp.float32)
     for product in range(tiling.products):
@@ -173,14 +173,14 @@ def make_votes(
 
 
 def agreements(votes: Array, states: Array) -> Array:
-    """Dot products over the depth, `[b, j]`."""
+    """Compute the dot products of votes and states over the depth, `[b, j]`."""
     return jnp.sum(votes * states, 2)
 
 
 def make_logits(
     tiling: Tiling, votes: Array, prior_ref: Any, total: Array | None, capsule: Array, chunk: Array
 ) -> Array:
-    """Logits `[b, j]` of prior and agreements, -infinity for parents beyond J."""
+    """Compute logits `[b, j]`: prior plus agreements; -infinity for parents beyond J."""
     examples, parents, _ = tiling.tile
     logits = jnp.zeros((examples, parents), jnp.float32)
     if prior_ref is not None:
@@ -188,29 +188,29 @@ def make_logits(
         logits += prior.astype(jnp.float32)[None, :]
     if total is not None:
         logits += agreements(votes, total)
-    exists = span(chunk, parents) < tiling.parents
+    exists = tile_indices(chunk, parents) < tiling.parents
     return jnp.where(exists[None, :], logits, -jnp.inf)
 
 
 class Statistics(NamedTuple):
-    """What a softmax over J and its gradient must know of all parents, `[b]` each."""
+    """Sums over parents for a softmax over J and its gradient, `[b]` each."""
 
     largest: Array  # the largest logit
-    total: Array  # the sum over J of e = exp(logit - largest)
-    weighted: Array  # the sum over J of e times the coupling's gradient
+    total: Array  # Σ_j exp(logit - largest)
+    weighted: Array  # Σ_j exp(logit - largest) · gradient of the coupling
 
 
-# Statistics of no parents. A logit may be -infinity, which the largest may not be.
-NO_STATISTICS = (float(jnp.finfo(jnp.float32).min), 0.0, 0.0)
+# Initial values of the accumulators: the largest logit stays finite even if all are -infinity.
+INITIAL_STATISTICS = (float(jnp.finfo(jnp.float32).min), 0.0, 0.0)
 
 
 def statistics_of(
     logits: Array, d_couplings: Array | None, before: Statistics | None = None
 ) -> Statistics:
-    """The statistics of a chunk of parents, and of those before."""
+    """Compute the statistics of a chunk of parents, merged with those of chunks before."""
     if before is None:
         shape = logits.shape[:1]
-        before = Statistics(*(jnp.full(shape, value, jnp.float32) for value in NO_STATISTICS))
+        before = Statistics(*(jnp.full(shape, value, jnp.float32) for value in INITIAL_STATISTICS))
     largest = jnp.maximum(jnp.max(logits, 1), before.largest)
     shrink = jnp.exp(before.largest - largest)
     exponentials = jnp.exp(logits - largest[:, None])
@@ -222,32 +222,33 @@ def statistics_of(
 
 
 def load_statistics(tiling: Tiling, ref: Any, slot: Array, when: Array | None = None) -> Statistics:
-    """Of an array `[n, 3, b]`; those of no parents unless `when`."""
+    """Load statistics from an array `[slots, 3, b]`; initial ones if `when` is False."""
     blocks = statistics_blocks(tiling, slot)
     values = (
-        block.load(ref, when, other) for block, other in zip(blocks, NO_STATISTICS, strict=True)
+        block.load(ref, when, other)
+        for block, other in zip(blocks, INITIAL_STATISTICS, strict=True)
     )
     return Statistics(*values)
 
 
 def store_statistics(tiling: Tiling, ref: Any, slot: Array, statistics: Statistics) -> None:
-    """Into an array `[n, 3, b]`."""
+    """Store statistics into an array `[slots, 3, b]`."""
     for block, value in zip(statistics_blocks(tiling, slot), statistics, strict=True):
         block.store(ref, value)
 
 
 def statistics_blocks(tiling: Tiling, slot: Array) -> list[Block]:
-    """Where an array `[n, 3, b]` has the largest logit, the total and the weighted sum."""
-    row = jnp.arange(tiling.cut.examples, dtype=jnp.int32)
+    """Return the blocks of largest, total and weighted in an array `[slots, 3, b]`."""
+    row = jnp.arange(tiling.config.examples, dtype=jnp.int32)
     return [Block((slot, jnp.int32(kind), row), row >= 0) for kind in range(3)]
 
 
 def couplings_and_gradients(
     logits: Array, d_couplings: Array | None, statistics: Statistics | None
 ) -> tuple[Array, Array | None]:
-    """Couplings `[b, j]`, and the gradients of the logits if those of the couplings are given.
+    """Compute couplings `[b, j]`, and from gradients of couplings those of the logits.
 
-    Statistics of None means that the logits are those of all parents.
+    If statistics is None, the logits are those of all parents.
     """
     if statistics is None:
         statistics = statistics_of(logits, d_couplings)
