@@ -29,6 +29,16 @@ def _compiled_once(tmp_path_factory):
         os.environ[name.upper()] = str(value)
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Programs of a module are compiled without costly optimizations: most of them run once."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, True)
+    yield
+    jax.config.update(name, before)
+
+
 @pytest.fixture
 def small_disk():
     """Writing past the given size of a file fails, as it does on a full disk."""

@@ -1,6 +1,6 @@
-"""Routing on eight host devices: the programs of `test_sharding.py`, each in a process of its own.
+"""Routing on eight host devices: the programs of `test_sharding.py`, all in one process.
 
-Prints what it found as one JSON object. The oracle is as in `test_conformance.py`.
+Prints what it found as one JSON object: by program, then by case.
 """
 
 import itertools
@@ -10,16 +10,19 @@ import pathlib
 import re
 import subprocess
 import sys
+import traceback
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
+import test_unroll as algorithms
 from jax import P
 from jax.sharding import AxisType, NamedSharding
 
 import capsjax
+from capsjax.kernels.vote_passes.config import XlaConfig
 from capsjax.kernels.vote_passes.passes import PLATFORMS, Implementation
 from experiments.compilers import targets
 
@@ -135,26 +138,23 @@ def make_mesh(sizes, names, kind=AxisType.Auto):
 def capsules_over_an_axis():
     """The routing itself split by input capsules, for each implementation that runs anywhere."""
     mesh = make_mesh((2, 4), ("data", "capsules"))
-    checked = [(t, FULL) for t in (1, 2, 3)] + [(3, LAST)]
     cases = [
-        *itertools.product(("reference", "xla"), ("float64",), checked, (True,)),
-        *itertools.product(("reference", "xla"), ("float64",), [(3, FULL), (2, LAST)], (False,)),
-        *itertools.product(("reference", "xla"), ("float32",), [(3, FULL)], (True,)),
+        ("xla", 1, FULL, True),
+        *itertools.product(("reference", "xla"), (3,), (FULL, LAST), (True,)),
+        *itertools.product(("reference", "xla"), (3,), (FULL,), (False,)),
+        ("xla", 2, LAST, False),
     ]
-    for implementation, dtype, (num_iterations, gradient), check_vma in cases:
+    arrays = arguments("float64", SIZES["batch"])
+    for implementation, num_iterations, gradient, check_vma in cases:
         settings = {
             "implementation": implementation,
             "num_iterations": num_iterations,
             "gradient": gradient,
         }
-        arrays = arguments(dtype, SIZES["batch"])
-        if dtype == "float64":
-            wanted = oracle(num_iterations, gradient)
-        else:
-            wanted = jax.jit(gradients_of(partial(route, **settings)))(*arrays)
         function = partial(route, axis_name="capsules", **settings)
         program = gradients_of(split(function, mesh, check_vma=check_vma))
-        name = f"{implementation} {dtype} T={num_iterations} {gradient}"
+        name = f"{implementation} T={num_iterations} {gradient}"
+        wanted = oracle(num_iterations, gradient)
         yield f"{name}{'' if check_vma else ' unchecked'}", found(program, wanted, arrays)
 
 
@@ -162,12 +162,11 @@ def kernels_over_an_axis():
     """The kernels, interpreted, split alike."""
     mesh = make_mesh((2, 4), ("data", "capsules"))
     arrays = arguments("float32", SIZES["batch"])
-    for implementation, check_vma in itertools.product(KERNELS, (True, False)):
-        settings = {"implementation": KERNELS[implementation], "num_iterations": 2}
+    for (implementation, kernel), check_vma in zip(KERNELS.items(), (True, False), strict=True):
+        settings = {"implementation": kernel, "num_iterations": 2}
         function = partial(route, axis_name="capsules", **settings)
         program = gradients_of(split(function, mesh, check_vma=check_vma))
-        name = f"{implementation}{'' if check_vma else ' unchecked'}"
-        yield name, found(program, oracle(2, FULL), arrays)
+        yield implementation, found(program, oracle(2, FULL), arrays)
 
 
 def other_ways_to_write_it():
@@ -238,11 +237,17 @@ def other_options():
 
         return run
 
-    ways = {"own": weights, "shared": weights[0], "shared by parents": weights[0, :, 0]}
-    for name, own in ways.items():
-        both = P("data", "capsules")
+    ways = {
+        "own": (weights, ("reference", "xla"), (True, False)),
+        "shared": (weights[0], ("xla",), (True, False)),
+        "shared by parents": (weights[0, :, 0], ("reference",), (True, False)),
+    }
+    both = P("data", "capsules")
+    for name, (own, implementations, checks) in ways.items():
         specs = both, P("capsules") if name == "own" else P(), both, P(), both, P("data")
-        for implementation, check_vma in itertools.product(("reference", "xla"), (True, False)):
+        arrays = poses, own, prior, bias
+        wanted = oracle_of_all(arrays, mask, parent_mask, cotangent)
+        for implementation, check_vma in itertools.product(implementations, checks):
             function = jax.shard_map(
                 partial(route_all, axis_name="capsules", implementation=implementation),
                 mesh=mesh,
@@ -250,10 +255,54 @@ def other_options():
                 out_specs=P("data"),
                 check_vma=check_vma,
             )
-            arrays = poses, own, prior, bias
-            wanted = gradients(partial(route_all, implementation="reference"))(*arrays)
             case = f"{name} {implementation}{'' if check_vma else ' unchecked'}"
             yield case, found(gradients(function), wanted, arrays)
+
+
+def oracle_of_all(arrays, mask, parent_mask, cotangent):
+    """Outputs and gradients in float64 of a leaky routing with these masks."""
+    poses, weights, prior, bias = map(np.asarray, arrays)
+    _, capsules, length, parents, depth = SIZES.values()
+    kept = np.asarray(mask, np.float64)[..., None]
+    shared = {4: (), 3: (0,), 2: (0, 2)}[weights.ndim]
+    outputs, _, (d_poses, d_weights, *others) = oracles.dynamic_routing(
+        poses * kept,
+        np.broadcast_to(np.expand_dims(weights, shared), (capsules, length, parents, depth)),
+        prior,
+        bias,
+        cotangent,
+        num_iterations=3,
+        gradient=FULL,
+        leaky=True,
+        parent_mask=parent_mask,
+    )
+    return outputs, (d_poses * kept, d_weights.sum(shared), *others)
+
+
+def other_algorithms():
+    """Algorithms of `test_unroll.py`: central moments are merged, sums added."""
+    mesh = make_mesh((2, 4), ("data", "capsules"))
+    arrays = [x.astype("float64") for x in algorithms.arguments()]
+    small = Implementation("xla", XlaConfig(children=1, examples=1))
+    cases = [
+        ("toy", small, True),
+        ("mixture", Implementation("reference"), True),
+        ("mixture", small, True),
+        ("mixture", small, False),
+    ]
+    for name, implementation, check_vma in cases:
+        function, definition = algorithms.ALGORITHMS[name]
+        over_shards = jax.shard_map(
+            partial(function, implementation=implementation, axis_name="capsules"),
+            mesh=mesh,
+            in_specs=(P("data", "capsules"), P("capsules"), P()),
+            out_specs=P("data"),
+            check_vma=check_vma,
+        )
+        outputs, gradients = algorithms.values_and_gradients(over_shards)(*arrays)
+        wanted = algorithms.exact(definition)
+        case = f"{name} {implementation.name}{'' if check_vma else ' unchecked'}"
+        yield case, {"distance": distance((outputs, gradients), wanted)}
 
 
 def placed(arrays, mesh, examples, others):
@@ -270,45 +319,41 @@ def batches():
     everywhere = [P()] * 3
     ways = {
         "one axis": (make_mesh(*one), P("data"), everywhere),
-        "explicit": (make_mesh(*one, AxisType.Explicit), P("data"), everywhere),
         "one of two axes": (make_mesh(*two), P("data"), everywhere),
         "one of two explicit axes": (make_mesh(*two, AxisType.Explicit), P("data"), everywhere),
         "cut both ways": (make_mesh(*two), P("data", "capsules"), [*[P("capsules")] * 2, P()]),
     }
+    wanted = oracle(3, FULL, batch)
     for name, way in ways.items():
+        implementation = "xla" if name == "one of two axes" else None
         arrays = placed(arguments("float64", batch), *way)
-        yield name, found(gradients_of(route), oracle(3, FULL, batch), arrays)
-    # The arrays lie on one device, until `in_shardings` says where they belong.
-    for name in ("one axis", "one of two axes"):
-        mesh, examples, others = ways[name]
-        specs = [examples, *others, *[P("data")] * 2]
-        shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
-        program = jax.jit(gradients_of(route), in_shardings=shardings)
-        arrays = arguments("float64", batch)
-        yield f"{name} by in_shardings", found(program, oracle(3, FULL, batch), arrays)
-    for name in ("one axis", "one of two axes"):
-        arrays = placed(arguments("float64", batch), *ways[name])
-        function = gradients_of(partial(route, implementation="xla"))
-        yield f"{name} by name", found(function, oracle(3, FULL, batch), arrays)
+        function = gradients_of(partial(route, implementation=implementation))
+        yield name, found(function, wanted, arrays)
+    arrays = placed(arguments("float64", batch), *ways["one of two axes"])
     outputs = route(*arrays[:-1], num_iterations=2)
     yield "eager", {"outputs": str(outputs.sharding.spec)}
+    # The arrays lie on one device, until `in_shardings` says where they belong.
+    mesh, examples, others = ways["one axis"]
+    specs = [examples, *others, *[P("data")] * 2]
+    shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
+    program = jax.jit(gradients_of(route), in_shardings=shardings)
+    yield "one axis by in_shardings", found(program, wanted, arguments("float64", batch))
 
 
 def kernels_on_batches():
     """Batches over Explicit axes, which kernels take where they are, and over Auto axes."""
-    for sizes, names in ((8,), ("data",)), ((2, 4), ("data", "capsules")):
-        for implementation, kernel in KERNELS.items():
-            function = gradients_of(partial(route, implementation=kernel))
-            mesh = make_mesh(sizes, names, AxisType.Explicit)
-            arrays = placed(arguments("float32", 16), mesh, P("data"), [P()] * 3)
-            name = f"{implementation} over {' and '.join(names)}"
-            yield name, found(function, oracle(3, FULL, 16), arrays)
-            mesh = make_mesh(sizes, names)
-            arrays = placed(arguments("float32", 16), mesh, P("data"), [P()] * 3)
-            try:
-                found(function, oracle(3, FULL, 16), arrays)
-            except capsjax.Unsupported as error:
-                yield f"{name}, Auto", {"refused": str(error)}
+    meshes = ((8,), ("data",)), ((2, 4), ("data", "capsules"))
+    arrays, wanted = arguments("float32", 16), oracle(3, FULL, 16)
+    for (implementation, kernel), (sizes, names) in zip(KERNELS.items(), meshes, strict=True):
+        function = gradients_of(partial(route, implementation=kernel))
+        mesh = make_mesh(sizes, names, AxisType.Explicit)
+        name = f"{implementation} over {' and '.join(names)}"
+        yield name, found(function, wanted, placed(arrays, mesh, P("data"), [P()] * 3))
+        mesh = make_mesh(sizes, names)
+        try:
+            found(function, wanted, placed(arrays, mesh, P("data"), [P()] * 3))
+        except capsjax.Unsupported as error:
+            yield f"{name}, Auto", {"refused": str(error)}
 
 
 def for_absent_devices(target):
@@ -344,18 +389,24 @@ def for_absent_devices(target):
     yield "capsules", found({"data": 2, "capsules": 4}, function, specs)
 
 
-PROGRAMS = {
-    program.__name__: program
+def on_host_devices():
+    """What each of these programs found, or why it failed."""
     for program in (
         capsules_over_an_axis,
         kernels_over_an_axis,
         other_ways_to_write_it,
         other_options,
+        other_algorithms,
         batches,
         kernels_on_batches,
-        for_absent_devices,
-    )
-}
+    ):
+        try:
+            yield program.__name__, dict(program())
+        except Exception:
+            yield program.__name__, {"failed": traceback.format_exc()}
+
+
+PROGRAMS = {program.__name__: program for program in (on_host_devices, for_absent_devices)}
 
 
 if __name__ == "__main__":

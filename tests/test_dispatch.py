@@ -1,10 +1,13 @@
-"""The dispatcher: by name, by platform, and past what is unsupported."""
+"""Implementations chosen by name and by platform, and what kernels refuse."""
+
+import importlib
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from capsjax.kernels.dispatch import Unsupported, dispatch
+from capsjax.kernels.vote_passes.passes import PLATFORMS, Device, Inputs, Spec, State
 
 
 def _double(x, *, times=1):
@@ -57,3 +60,52 @@ def test_an_unknown_name_lists_the_known_ones():
     message = "op: implementation must be None or one of double, triple, refuse, got 'gpu'"
     with pytest.raises(ValueError, match=message):
         dispatch("op", TABLE, {"default": ("double",)}, "gpu", 1.0)
+
+
+B, I, P, J, D = 2, 6, 4, 3, 5  # noqa: E741
+
+
+def struct(*shape, dtype="float32"):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+LINEAR = Spec(J)
+INPUTS = Inputs(struct(B, I, 1, P), struct(I, P, J, D), prior=struct(I, J))
+NO_OTHERS = r"must have no gates, coordinates or parent_mask"
+ONLY_SUMS = "must have linear logits and sums, no leak and no mass"
+REFUSED = {  # how the arguments of a pass are changed, and what kernels say
+    "float16": ({"poses": struct(B, I, 1, P, dtype="float16")}, "must be float32 or bfloat16"),
+    "leaky": ({"spec": Spec(J, leaky=True)}, ONLY_SUMS),
+    "mass": ({"spec": Spec(J, mass=True)}, ONLY_SUMS),
+    "cosine": ({"spec": Spec(J, logits="cosine")}, ONLY_SUMS),
+    "gaussian": ({"spec": Spec(J, logits="gaussian", moments="central")}, ONLY_SUMS),
+    "matrices": ({"poses": struct(B, I, 2, P)}, "must have vectors as poses"),
+    "shared weights": ({"weights": struct(P, J, D)}, r"must have weights \[I, P, J, D\]"),
+    "votes": ({"weights": None}, r"must have weights \[I, P, J, D\]"),
+    "prior of each example": (
+        {"prior": struct(B, I, J)},
+        r"must have one prior \[I, J\] for all examples",
+    ),
+    "gates": ({"gates": struct(B, I)}, NO_OTHERS),
+    "coordinates": ({"coordinates": struct(I, D)}, NO_OTHERS),
+    "parent mask": ({"parent_mask": struct(B, J, dtype="bool")}, NO_OTHERS),
+    "logits of parents": ({"state": State(k=struct(B, J))}, NO_OTHERS),
+    "several devices": ({"device": Device(num_devices=2)}, "must lie on one device"),
+}
+
+
+@pytest.mark.parametrize("option", REFUSED)
+@pytest.mark.parametrize("name", PLATFORMS)
+def test_kernels_say_which_arguments_they_do_not_take(name, option):
+    changes, reason = REFUSED[option]
+    others = {"spec": LINEAR, "state": State(b=struct(B, J, D)), "device": Device()}
+    others |= {key: changes[key] for key in others.keys() & changes.keys()}
+    inputs = INPUTS._replace(**{key: changes[key] for key in changes.keys() - others.keys()})
+    backend = importlib.import_module(f"capsjax.kernels.vote_passes.{name}")
+
+    def config_for(spec, state, device, inputs=inputs):
+        return backend.config_for(spec, inputs, state, device=device)
+
+    with pytest.raises(Unsupported, match=f"routing: inputs of this kernel {reason}"):
+        config_for(**others)
+    assert config_for(LINEAR, State(), Device(), INPUTS)

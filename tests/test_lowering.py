@@ -59,10 +59,11 @@ def shapes_of(case):
 
 def traced(case, implementation=None, mapped=False, **settings):
     """The program for value and gradients, of two problems at once if `mapped`."""
+    settings = {"num_iterations": case.num_iterations} | settings
 
     def function(poses, weights):
         route = lambda u, w: capsjax.dynamic_routing(  # noqa: E731
-            u, w, num_iterations=case.num_iterations, implementation=implementation, **settings
+            u, w, implementation=implementation, **settings
         )
         outputs, vjp = jax.vjp(route, poses, weights)
         return outputs, vjp(outputs)
@@ -80,29 +81,55 @@ def lowered(platform, case, implementation=None, *, device_kind=None, **settings
         return program.lower(lowering_platforms=(platform,)).as_text()
 
 
-@pytest.mark.parametrize("gradient", ["full", "last"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *((name, {}) for name in CASES),
+        ("capsnet_mnist", {"gradient": "last"}),
+        ("capsnet_mnist", {"num_iterations": 1}),
+    ],
+    ids=lambda x: x if isinstance(x, str) else ", ".join(map(str, x.values())) or "full",
+)
 @pytest.mark.parametrize("platform", KERNEL)
-def test_each_case_is_lowered_to_kernels(platform, name, gradient):
-    text = lowered(platform, CASES[name], gradient=gradient)
+def test_each_case_is_lowered_to_kernels(platform, name, settings):
+    text = lowered(platform, CASES[name], **settings)
     assert KERNEL[platform] in text
     assert LOOP not in text
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("device_kind", [SMALL_TPU, "TPU v5p", "TPU v6 lite", "TPU7x"])
-def test_each_case_is_lowered_for_every_tpu(device_kind, name):
-    text = lowered("tpu", CASES[name], device_kind=device_kind)
-    fits = device_kind != SMALL_TPU or name not in TOO_LARGE
-    assert (KERNEL["tpu"] in text) == fits
-    if fits:
-        lowered(
-            "tpu", CASES[name]._replace(num_iterations=1), "mosaic_tpu", device_kind=device_kind
-        )
-    else:
-        assert LOOP in text
-        with pytest.raises(Unsupported, match=r"weights \[I, P, J, D\] = .* exceed the TPU's"):
-            lowered("tpu", CASES[name], "mosaic_tpu", device_kind=device_kind)
+# Each kind of TPU, with the cases that get tiles of their own there.
+OTHER_TPUS = [
+    (SMALL_TPU, "capsnet_mnist"),
+    (SMALL_TPU, "conv_capsules"),
+    ("TPU v5p", "many_parents"),
+    ("TPU v5p", "conv_capsules"),
+    ("TPU v6 lite", "capsnet_mnist"),
+    ("TPU7x", "many_parents"),
+]
+
+
+@pytest.mark.parametrize(("device_kind", "name"), OTHER_TPUS)
+def test_cases_are_lowered_for_other_tpus(device_kind, name):
+    assert KERNEL["tpu"] in lowered("tpu", CASES[name], device_kind=device_kind)
+
+
+@pytest.mark.parametrize("name", TOO_LARGE)
+def test_what_exceeds_the_memory_of_a_tpu_is_left_to_the_plain_form(name):
+    text = lowered("tpu", CASES[name], device_kind=SMALL_TPU)
+    assert KERNEL["tpu"] not in text
+    assert LOOP in text
+    with pytest.raises(Unsupported, match=r"weights \[I, P, J, D\] = .* exceed the TPU's"):
+        lowered("tpu", CASES[name], "mosaic_tpu", device_kind=SMALL_TPU)
+
+
+@pytest.mark.parametrize("device_kind", [SMALL_TPU, *TPU_MEMORY])
+def test_every_tpu_has_tiles_for_each_case(device_kind):
+    for name, case in CASES.items():
+        config = mosaic_tpu_config_for(case._replace(num_iterations=1), device_kind)
+        fits = device_kind != SMALL_TPU or name not in TOO_LARGE
+        assert (config is not None) == fits, name
+        if fits:
+            assert config.memory <= 2**20 * (0.75 * TPU_MEMORY.get(device_kind, 16) + 8), name
 
 
 def test_the_least_memory_is_assumed_of_an_unknown_tpu():
@@ -137,7 +164,7 @@ print(*(name for name in (*ours, *pallas) if name in sys.modules))
 def test_a_program_for_a_cpu_imports_nothing_of_other_platforms():
     command = [sys.executable, "-W", "error", "-c", IN_A_FRESH_PROCESS]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["capsjax.kernels.vote_passes.xla"]
 
 
@@ -243,12 +270,7 @@ def assert_close(found, wanted):
 
 MANY_WEIGHTS = jnp.stack([SMALL[1], -SMALL[1] / 2, SMALL[1] / 3])
 IN_ONE_ARTEFACT = {
-    "forward": (capsjax.dynamic_routing, SMALL),
     "gradients": (gradients_of(capsjax.dynamic_routing), SMALL),
-    "mapped over examples": (
-        gradients_of(jax.vmap(capsjax.dynamic_routing, (0, None))),
-        (jnp.stack([SMALL[0], 2 * SMALL[0], -SMALL[0]]), SMALL[1]),
-    ),
     "mapped over weights": (
         gradients_of(jax.vmap(capsjax.dynamic_routing, (None, 0))),
         (SMALL[0], MANY_WEIGHTS),
@@ -298,7 +320,7 @@ def test_however_it_is_run_the_choice_is_the_same():
             inner = over_capsules(
                 gradients_of(route_over_capsules), SPLIT, mesh=mesh, check_vma=check_vma
             )
-            for function in (outer, inner, jax.jit(outer), jax.jit(inner)):
+            for function in (outer, jax.jit(inner)):
                 assert_close(function(*SMALL), wanted)
 
     def lower_everywhere():
@@ -355,17 +377,18 @@ def test_over_auto_axes_kernels_are_left_to_the_plain_form(name, platform, axis_
             lower(name)
 
 
-@pytest.mark.parametrize("platforms", [("cpu",), ("tpu",), ("cuda",), ALL_PLATFORMS])
+@pytest.mark.parametrize("platforms", [("tpu",), ("cuda",), ALL_PLATFORMS])
 def test_a_batch_of_symbolic_size_is_left_to_the_plain_form(platforms):
     batch = jax.export.symbolic_shape("batch")[0]
     poses = jax.ShapeDtypeStruct((batch, 6, 4), "float32")
-    for function in (capsjax.dynamic_routing, gradients_of(capsjax.dynamic_routing)):
-        exported = jax.export.export(jax.jit(function), platforms=platforms)(poses, SMALL[1])
-        text = exported.mlir_module()
-        assert not any(kernel in text for kernel in KERNEL.values())
-        for size in (1, 5) if "cpu" in platforms else ():
-            arrays = jnp.stack([SMALL[0][0] * k for k in range(1, size + 1)]), SMALL[1]
-            assert_close(exported.call(*arrays), function(*arrays))
+    function = jax.jit(gradients_of(capsjax.dynamic_routing))
+    exported = jax.export.export(function, platforms=platforms)(poses, SMALL[1])
+    text = exported.mlir_module()
+    assert LOOP in text
+    assert not any(kernel in text for kernel in KERNEL.values())
+    if "cpu" in platforms:
+        arrays = jnp.stack([SMALL[0][0] * k for k in range(1, 6)]), SMALL[1]
+        assert_close(exported.call(*arrays), function(*arrays))
 
 
 def test_a_named_kernel_refuses_a_batch_of_symbolic_size():
@@ -377,22 +400,15 @@ def test_a_named_kernel_refuses_a_batch_of_symbolic_size():
             jax.export.export(function, platforms=(platform,))(poses, SMALL[1])
 
 
-# What kernels do not take: keywords, or the weights.
-OPTIONS = {
-    "prior of each example": {"prior": jnp.zeros((2, 6, 3))},
-    "parent mask": {"parent_mask": jnp.ones(3, bool)},
-    "leaky": {"leaky": True},
-    "shared": {"weights": jnp.ones((4, 3, 5))},
-}
-
-
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(
+    ("settings", "weights"),
+    [({"leaky": True}, SMALL[1]), ({}, SMALL[1][0])],
+    ids=["leaky", "shared"],
+)
 @pytest.mark.parametrize(("name", "platform"), PLATFORMS.items())
-def test_options_that_kernels_do_not_take_are_left_to_the_plain_form(name, platform, option):
-    settings = OPTIONS[option]
-    weights = settings.get("weights", SMALL[1])
-    settings = {key: value for key, value in settings.items() if key != "weights"}
-
+def test_options_that_kernels_do_not_take_are_left_to_the_plain_form(
+    name, platform, settings, weights
+):
     def lower(implementation):
         function = partial(capsjax.dynamic_routing, implementation=implementation, **settings)
         with lowering_for(platform):

@@ -1,6 +1,7 @@
-"""Priors of each example, masked parents, leaks and shared weights, against the oracle."""
+"""The whole procedure with every option, in plain JAX, against the float64 oracle."""
 
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,14 @@ import oracles
 import pytest
 
 import capsjax
+from capsjax.kernels.vote_passes.config import XlaConfig
+from capsjax.kernels.vote_passes.passes import Implementation
 
-B, I, P, J, D = 3, 7, 4, 5, 6  # noqa: E741
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 class Options(NamedTuple):
-    """What a call has beside poses, weights and a bias."""
+    """What a call has beside poses and weights."""
 
     prior: str = ""  # or "IJ", "BIJ"
     infinite: bool = False  # some logits of the prior are -infinity
@@ -22,35 +25,48 @@ class Options(NamedTuple):
     mask: bool = False
     leaky: bool = False
     weights: str = "IPJD"  # or "PJD", "PD"
+    bias: bool = True
     num_iterations: int = 3
     gradient: str = "full"
+    sizes: tuple[int, int, int, int, int] = (3, 7, 4, 5, 6)  # B, I, P, J, D
 
 
 OPTIONS = {
-    "prior of each example": Options("BIJ"),
-    "infinite": Options("IJ", infinite=True),
-    "infinite, of each example": Options("BIJ", infinite=True, mask=True),
+    "T=1": Options(bias=False, num_iterations=1),
+    "T=1, last": Options(num_iterations=1, gradient="last"),
+    "T=1, prior": Options("IJ", num_iterations=1),
+    "T=2": Options(num_iterations=2),
+    "T=5": Options("IJ", True, mask=True, num_iterations=5),
+    "last": Options("IJ", mask=True, gradient="last"),
+    "one of each": Options("IJ", bias=False, sizes=(1, 1, 1, 1, 1)),
+    "prior of each example": Options("BIJ", infinite=True, mask=True, bias=False),
     "mask of parents": Options(parent_mask="J"),
-    "mask of parents for each example": Options(parent_mask="BJ", mask=True),
     "a child without parents": Options("IJ", infinite=True, parent_mask="BJ"),
     "leaky": Options(leaky=True),
-    "leaky T=1": Options(leaky=True, num_iterations=1),
+    "leaky, T=1": Options(leaky=True, num_iterations=1),
     "shared by children": Options(weights="PJD"),
     "shared by children, T=1": Options(weights="PJD", num_iterations=1),
     "shared by children, last": Options(weights="PJD", gradient="last"),
     "shared by all": Options("IJ", weights="PD"),
-    "shared by all, of each example": Options("BIJ", weights="PD"),
     "all": Options("BIJ", True, "BJ", True, True),
-    "all last": Options("IJ", True, "BJ", True, True, gradient="last"),
-    "all shared": Options("BIJ", True, "BJ", True, True, "PJD"),
-    "all shared by all": Options("BIJ", True, "BJ", True, True, "PD", num_iterations=2),
+    "all, last": Options("IJ", True, "BJ", True, True, gradient="last"),
+    "all, shared by children": Options("BIJ", True, "BJ", True, True, "PJD"),
+    "all, shared by all": Options("BIJ", True, "BJ", True, True, "PD", num_iterations=2),
 }
+SMALL_TILES = Implementation("xla", XlaConfig(children=4, examples=2))
+
+
+class Problem(NamedTuple):
+    """The arrays of a call."""
+
+    arrays: tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]  # … prior, bias
+    cotangent: jax.Array
+    settings: dict[str, Any]
 
 
 def make(options):
-    """Poses, weights, prior, bias and cotangent; mask and parent mask."""
     rng = np.random.default_rng(0)
-    sizes = dict(zip("BIPJD", (B, I, P, J, D), strict=True))
+    sizes = dict(zip("BIPJD", options.sizes, strict=True))
 
     def normal(scale, letters):
         return rng.normal(size=[sizes[x] for x in letters]) * scale
@@ -59,43 +75,53 @@ def make(options):
     prior = normal(1, options.prior) if options.prior else None
     if options.infinite:
         prior[..., 1, 2] = prior[..., 3, :] = prior[..., 5, :4] = -np.inf
-    parent_mask = np.ones([sizes[x] for x in options.parent_mask or "J"], bool)
-    parent_mask[..., 4] = False  # which leaves child 5 without a parent
-    if options.parent_mask == "BJ":
-        parent_mask[0, 1] = False
-    mask = rng.random((B, I)) < 0.7 if options.mask else None
-    arrays = poses, weights, prior, bias, normal(1, "BJD")
+    parent_mask = None
+    if options.parent_mask:
+        parent_mask = np.ones([sizes[x] for x in options.parent_mask], bool)
+        parent_mask[..., 4] = False  # which leaves child 5 without a parent
+        if options.parent_mask == "BJ":
+            parent_mask[0, 1] = False
+    mask = rng.random(options.sizes[:2]) < 0.7 if options.mask else None
+    arrays = poses, weights, prior, bias if options.bias else None
+    settings = {
+        "mask": mask,
+        "parent_mask": parent_mask,
+        "leaky": options.leaky,
+        "num_iterations": options.num_iterations,
+    }
     arrays = tuple(None if x is None else jnp.asarray(x) for x in arrays)
-    return arrays, mask, parent_mask if options.parent_mask else None
+    return Problem(arrays, jnp.asarray(normal(1, "BJD")), settings)
 
 
+@cache
 def exact(options):
     """The oracle's outputs, couplings and gradients."""
-    (poses, weights, prior, bias, cotangent), mask, parent_mask = make(options)
-    kept = np.ones((B, I)) if mask is None else np.asarray(mask)
+    (poses, weights, prior, bias), cotangent, settings = make(options)
+    batch, children, length, parents, depth = options.sizes
+    mask, parent_mask = settings.pop("mask"), settings.pop("parent_mask")
+    kept = np.ones((batch, children)) if mask is None else np.asarray(mask)
     own = {"IPJD": weights, "PJD": weights[None], "PD": weights[None, :, None]}[options.weights]
+    if parent_mask is not None:
+        parent_mask = np.broadcast_to(parent_mask, (batch, parents))
     outputs, couplings, gradients = oracles.dynamic_routing(
         poses * kept[..., None],
-        np.broadcast_to(own, (I, P, J, D)),
+        np.broadcast_to(own, (children, length, parents, depth)),
         prior,
         bias,
         cotangent,
-        num_iterations=options.num_iterations,
         gradient=options.gradient,
-        leaky=options.leaky,
-        parent_mask=None if parent_mask is None else np.broadcast_to(parent_mask, (B, J)),
+        parent_mask=parent_mask,
+        **settings,
     )
     d_poses, d_weights, *others = gradients
-    d_weights = {
-        "IPJD": d_weights,
-        "PJD": d_weights.sum(0),
-        "PD": d_weights.sum((0, 2)),
-    }[options.weights]
-    return outputs, couplings * kept[..., None], (d_poses * kept[..., None], d_weights, *others)
+    shared = {"IPJD": (), "PJD": (0,), "PD": (0, 2)}[options.weights]
+    gradients = d_poses * kept[..., None], d_weights.sum(shared), *others
+    return outputs, couplings * kept[..., None], gradients
 
 
 def assert_exact(actual, wanted):
     for a, w in zip(*map(jax.tree.leaves, (actual, wanted)), strict=True):
+        assert a.dtype == jnp.float64
         np.testing.assert_allclose(a, w, rtol=1e-11, atol=1e-13)
 
 
@@ -105,11 +131,11 @@ def _float64():
         yield
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla", None])
 @pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("implementation", ["reference", SMALL_TILES], ids=["reference", "xla"])
 def test_options_match_the_oracle(name, implementation):
     options = OPTIONS[name]
-    (*arrays, cotangent), mask, parent_mask = make(options)
+    arrays, cotangent, settings = make(options)
 
     @jax.jit
     def run(*arrays):
@@ -119,12 +145,9 @@ def test_options_match_the_oracle(name, implementation):
                 weights,
                 prior=prior,
                 bias=bias,
-                mask=mask,
-                parent_mask=parent_mask,
-                leaky=options.leaky,
-                num_iterations=options.num_iterations,
                 gradient=options.gradient,
                 implementation=implementation,
+                **settings,
             )
 
         outputs, vjp = jax.vjp(route, *arrays)
@@ -134,24 +157,50 @@ def test_options_match_the_oracle(name, implementation):
     assert_exact(run(*arrays), (outputs, gradients))
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIONS if OPTIONS[name].gradient == "full"])
+@pytest.mark.parametrize("name", ["all", "all, shared by children", "all, shared by all"])
+def test_options_match_the_oracle_under_vmap(name):
+    options = OPTIONS[name]
+    (*arrays, bias), cotangent, settings = make(options)
+    mask, parent_mask = settings.pop("mask"), settings.pop("parent_mask")
+
+    def route(poses, weights, prior, mask, parent_mask):
+        return capsjax.dynamic_routing(
+            poses, weights, prior=prior, bias=bias, mask=mask, parent_mask=parent_mask, **settings
+        )
+
+    @jax.jit
+    def run(*arrays):
+        function = jax.vmap(route, (0, None, 0, 0, 0))
+        outputs, vjp = jax.vjp(lambda *arrays: function(*arrays, mask, parent_mask), *arrays)
+        return outputs, vjp(cotangent)
+
+    outputs, _, gradients = exact(options)
+    assert_exact(run(*arrays), (outputs, gradients[:3]))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "T=5",
+        "a child without parents",
+        "leaky, T=1",
+        "shared by all",
+        "all",
+        "all, shared by children",
+        "all, shared by all",
+    ],
+)
 def test_couplings_and_given_votes_match_the_oracle(name):
     options = OPTIONS[name]
-    (poses, weights, prior, bias, _), mask, parent_mask = make(options)
-    settings = {
-        "prior": prior,
-        "bias": bias,
-        "mask": mask,
-        "parent_mask": parent_mask,
-        "leaky": options.leaky,
-        "num_iterations": options.num_iterations,
-    }
+    (poses, weights, prior, bias), _, settings = make(options)
+    settings |= {"prior": prior, "bias": bias}
     outputs, couplings, _ = exact(options)
     found = jax.jit(lambda u, w: capsjax.routing_couplings(u, w, **settings))(poses, weights)
     assert_exact(found, couplings)
     letters = {"IPJD": "bip,ipjd->bijd", "PJD": "bip,pjd->bijd", "PD": "bip,pd->bid"}
     votes = jnp.einsum(letters[options.weights], poses, weights)
-    votes = jnp.broadcast_to(votes if votes.ndim == 4 else votes[:, :, None], (B, I, J, D))
+    votes = votes if votes.ndim == 4 else votes[:, :, None]
+    votes = jnp.broadcast_to(votes, couplings.shape[1:] + votes.shape[-1:])
     route = jax.jit(lambda votes: capsjax.dynamic_routing_from_votes(votes, **settings))
     assert_exact(route(votes), outputs)
 
@@ -171,19 +220,18 @@ def test_shared_weights_make_no_votes():
     assert needed < batch * children * parents * depth * 4 / 4
 
 
-@pytest.mark.parametrize("leading", [(), (2, 3)])
-def test_options_with_other_leading_axes(leading):
-    rng = np.random.default_rng(1)
-    poses, prior = rng.normal(size=(*leading, I, P)), rng.normal(size=(*leading, I, J))
-    weights = jnp.asarray(rng.normal(size=(I, P, J, D)))
-    parent_mask = rng.random((*leading, J)) < 0.8
-    together = capsjax.dynamic_routing(poses, weights, prior=prior, parent_mask=parent_mask)
-    assert together.shape == (*leading, J, D)
-    for index in np.ndindex(leading):
-        one = capsjax.dynamic_routing(
-            poses[index], weights, prior=prior[index], parent_mask=parent_mask[index]
-        )
-        assert_exact(together[index], one)
+def test_options_with_other_leading_axes():
+    (poses, weights, prior, bias), _, settings = make(OPTIONS["all"])
+    route = jax.jit(lambda u, **arrays: capsjax.dynamic_routing(u, weights, bias=bias, **arrays))
+    arrays = {"prior": prior, **{name: settings[name] for name in ("mask", "parent_mask")}}
+    flat = route(poses, **arrays)
+
+    def twice(x):
+        return jnp.stack([x, x[::-1]])
+
+    together = route(twice(poses), **{name: twice(x) for name, x in arrays.items()})
+    assert_exact(together, twice(flat))
+    assert_exact(route(poses[1], **{name: x[1] for name, x in arrays.items()}), flat[1])
 
 
 def test_a_float16_prior_of_minus_infinity():

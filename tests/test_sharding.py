@@ -1,22 +1,36 @@
-"""Routing over several devices: eight of the host's, in processes of their own."""
+"""Routing over several devices: eight of the host's, in a process of their own."""
+
+from functools import cache
 
 import jax
 import jax.numpy as jnp
 import pytest
+import sharded_programs
 from jax import P
 from jax.sharding import AxisType
-from sharded_programs import run
 
 import capsjax
 
 STATE = "2,3,5"  # the sums of the examples of a device, [B, J, D]
 
 
+@cache
+def programs():
+    return sharded_programs.run("on_host_devices")
+
+
+def cases_of(program):
+    """What a program of `sharded_programs.py` found, by the name of the case."""
+    cases = programs()[program]
+    assert "failed" not in cases, cases["failed"]
+    return cases
+
+
 def test_capsules_over_an_axis_are_routed_as_on_one_device():
-    cases = run("capsules_over_an_axis")
-    assert len(cases) == 14
+    cases = cases_of("capsules_over_an_axis")
+    assert len(cases) == 8
     for name, case in cases.items():
-        assert case["distance"] < (1e-12 if "float64" in name else 1e-6), name
+        assert case["distance"] < 1e-12, name
         # An iteration adds up the states once, forward and backward, and at the end the
         # gradients of what devices share are added up over the examples. Nothing else is sent.
         iterations = int(name.split("T=")[1][0])
@@ -29,32 +43,38 @@ def test_capsules_over_an_axis_are_routed_as_on_one_device():
         assert len(case["sent"]) - states <= (2 if "unchecked" in name else 1), name
 
 
-def test_kernels_over_an_axis_are_too():
-    cases = run("kernels_over_an_axis")
-    assert len(cases) == 4
+def test_kernels_route_capsules_over_an_axis():
+    cases = cases_of("kernels_over_an_axis")
+    assert len(cases) == 2
     for name, case in cases.items():
         assert case["distance"] < 1e-6, name
         assert {kind for _, kind in case["sent"]} == {"all-reduce"}, name
 
 
-def test_so_they_are_however_it_is_written():
-    cases = run("other_ways_to_write_it")
+def test_gradients_inside_of_a_shard_map_vmap_several_axes_votes_and_couplings():
+    cases = cases_of("other_ways_to_write_it")
     assert len(cases) == 5
     assert all(case["distance"] < 1e-12 for case in cases.values()), cases
 
 
 def test_every_option_is_routed_over_an_axis_as_on_one_device():
-    cases = run("other_options")
-    assert len(cases) == 12
+    cases = cases_of("other_options")
+    assert len(cases) == 8
     for name, case in cases.items():
         assert case["distance"] < 1e-12, name
         assert {kind for _, kind in case["sent"]} == {"all-reduce"}, name
 
 
+def test_other_algorithms_run_over_an_axis_as_on_one_device():
+    cases = cases_of("other_algorithms")
+    assert len(cases) == 4
+    assert all(case["distance"] < 1e-12 for case in cases.values()), cases
+
+
 def test_a_sharded_batch_stays_where_it_is():
-    cases = run("batches")
+    cases = cases_of("batches").copy()
     assert cases.pop("eager")["outputs"].startswith("P('data'")
-    assert len(cases) == 9
+    assert len(cases) == 5
     for name, case in cases.items():
         assert case["distance"] < 1e-12, name
         assert case["outputs"].startswith("P('data'"), (name, case["outputs"])
@@ -64,9 +84,9 @@ def test_a_sharded_batch_stays_where_it_is():
 
 
 def test_kernels_take_a_batch_over_explicit_axes_and_refuse_one_over_auto_axes():
-    cases = run("kernels_on_batches")
+    cases = cases_of("kernels_on_batches")
     refused = {name: case for name, case in cases.items() if name.endswith("Auto")}
-    assert len(cases) == 2 * len(refused) == 8
+    assert len(cases) == 2 * len(refused) == 4
     for case in refused.values():
         assert "must lie on one device (jax.shard_map, or Explicit axes)" in case["refused"]
     for name in cases.keys() - refused.keys():
@@ -82,7 +102,7 @@ def on_one_device(function, *specs):
 
 
 @pytest.mark.parametrize("axis_name", ["parents", ("capsules", "parents"), (), 3])
-def test_an_axis_that_is_not_there_is_named(axis_name):
+def test_an_unknown_axis_name_is_refused_with_the_known_ones(axis_name):
     poses, weights = jnp.ones((2, 6, 4)), jnp.ones((6, 4, 3, 5))
 
     def route(poses, weights):

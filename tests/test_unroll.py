@@ -1,9 +1,9 @@
-"""A second algorithm in ten lines gets kernels, gradients, shards and export from the engine."""
+"""Other algorithms on the engine: gradients, kernels and export.
 
-import os
-import pathlib
-import subprocess
-import sys
+`test_sharding.py` runs them over several devices.
+"""
+
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,10 @@ from capsjax.kernels.vote_passes.config import XlaConfig
 from capsjax.kernels.vote_passes.passes import Implementation, Inputs, Moments, Spec, State
 from capsjax.kernels.vote_passes.unroll import Routing, unroll
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 B, I, P, J, D, T = 4, 8, 3, 5, 6, 3  # noqa: E741
-ROOT = pathlib.Path(__file__).parents[1]
+SMALL_TILES = Implementation("xla", XlaConfig(children=3, examples=3))
 
 
 def unit(x):
@@ -107,82 +109,56 @@ def values_and_gradients(function):
     return jax.jit(run)
 
 
+@cache
 def exact(definition=definition, **settings):
     with jax.enable_x64(True):
         run = values_and_gradients(lambda *a: definition(*a, **settings))
         return jax.tree.map(np.asarray, run(*(x.astype("float64") for x in arguments())))
 
 
-@pytest.mark.parametrize("gradient", ["full", "last"])
-@pytest.mark.parametrize("name", ["reference", "xla", "mosaic_tpu", "triton"])
-def test_a_toy_algorithm_has_kernels_and_gradients(name, gradient):
-    settings = {"implementation": Implementation(name, interpret=name not in ("reference", "xla"))}
-    settings["gradient"] = gradient
+@cache
+def plain(gradient):
+    """Values and gradients of the toy's definition, in float32."""
+    return values_and_gradients(lambda *a: definition(*a, gradient=gradient))(*arguments())
+
+
+@pytest.mark.parametrize(
+    ("implementation", "gradient"),
+    [
+        (Implementation("reference"), "full"),
+        (Implementation("reference"), "last"),
+        (SMALL_TILES, "full"),
+        (SMALL_TILES, "last"),
+        (Implementation("mosaic_tpu", interpret=True), "full"),
+        (Implementation("triton", interpret=True), "last"),
+    ],
+    ids=lambda x: getattr(x, "name", x),
+)
+def test_a_toy_algorithm_has_kernels_and_gradients(implementation, gradient):
+    settings = {"implementation": implementation, "gradient": gradient}
     actual = values_and_gradients(lambda *a: toy(*a, **settings))(*arguments())
-    plain = values_and_gradients(lambda *a: definition(*a, gradient=gradient))(*arguments())
-    tolerances.assert_as_exact(actual, plain, exact(gradient=gradient))
+    tolerances.assert_as_exact(actual, plain(gradient), exact(gradient=gradient))
 
 
 def test_a_toy_algorithm_exports_with_a_symbolic_batch_for_all_platforms():
     poses, weights, temperature, _ = arguments()
     (batch,) = jax.export.symbolic_shape("b")
     shape = jax.ShapeDtypeStruct((batch, I, P), "float32")
-    export = jax.export.export(
-        jax.jit(lambda u: toy(u, weights, temperature)), platforms=("cpu", "cuda", "tpu")
-    )
-    exported = export(shape)
-    for size in (1, 3, 129):
+    run = jax.jit(lambda u: toy(u, weights, temperature))
+    exported = jax.export.export(run, platforms=("cpu", "cuda", "tpu"))(shape)
+    for size in (1, 129):
         more = jnp.concatenate([poses] * 40)[:size]
-        wanted = toy(more, weights, temperature)
-        np.testing.assert_allclose(exported.call(more), wanted, atol=1e-5)
+        np.testing.assert_allclose(exported.call(more), run(more), atol=1e-5)
 
 
-SHARDS = """
-import itertools
-import jax, numpy as np, test_unroll as t
-from jax import P
-from jax.sharding import AxisType
-arrays = [x.astype("float64") for x in t.arguments()]
-mesh = jax.make_mesh((2, 2), ("data", "capsules"), axis_types=(AxisType.Auto,) * 2)
-for algorithm, name, checked in itertools.product(
-    t.ALGORITHMS, ("reference", "xla"), (True, False)
-):
-    function, definition = t.ALGORITHMS[algorithm]
-    wanted = t.exact(definition)
-    small = t.XlaConfig(children=2, examples=1) if name == "xla" else None
-    settings = dict(implementation=t.Implementation(name, small), axis_name="capsules")
-    split = jax.shard_map(
-        lambda *a: function(*a, **settings),
-        mesh=mesh,
-        in_specs=(P("data", "capsules"), P("capsules"), P()),
-        out_specs=P("data"),
-        check_vma=checked,
-    )
-    found = t.values_and_gradients(split)(*arrays)
-    for a, w in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
-        np.testing.assert_allclose(a, w, atol=1e-12, err_msg=f"{algorithm} {name} {checked}")
-"""
-
-
-def test_algorithms_run_on_shards_of_their_children():
-    environment = os.environ | {
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_ENABLE_X64": "1",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-    }
-    command = [sys.executable, "-W", "error", "-c", SHARDS]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("name", ["reference", "xla"])
-def test_a_mixture_has_values_and_gradients(name):
-    config = XlaConfig(children=3, examples=2) if name == "xla" else None
+@pytest.mark.parametrize(
+    "implementation",
+    [Implementation("reference"), SMALL_TILES],
+    ids=lambda x: x.name,
+)
+def test_a_mixture_has_values_and_gradients(implementation):
     with jax.enable_x64(True):
-        run = values_and_gradients(
-            lambda *a: mixture(*a, implementation=Implementation(name, config))
-        )
+        run = values_and_gradients(lambda *a: mixture(*a, implementation=implementation))
         actual = run(*(x.astype("float64") for x in arguments()))
     for a, w in zip(*map(jax.tree.leaves, (actual, exact(mixture_definition))), strict=True):
         np.testing.assert_allclose(a, w, rtol=1e-10, atol=1e-12)
@@ -192,13 +168,15 @@ def test_a_state_before_the_first_pass_has_a_gradient():
     poses, weights, temperature, cotangent = arguments()
     start = 0.3 * cotangent[..., ::-1]
 
-    def loss(start, implementation):
+    @partial(jax.jit, static_argnums=1)
+    @jax.grad
+    def gradient(start, implementation):
         routing = Routing(Spec(J), toy_step, 2, implementation=Implementation(implementation))
         inputs = Inputs(poses[:, :, None], weights)
         outputs = unroll(routing, inputs, temperature, (None, State(b=start)))
         return jnp.sum(outputs * cotangent)
 
-    found, wanted = (jax.grad(loss)(start, name) for name in ("xla", "reference"))
+    found, wanted = (gradient(start, name) for name in ("xla", "reference"))
     assert np.abs(wanted).max() > 1e-3
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 
@@ -207,7 +185,7 @@ def test_shared_weights_move_into_the_step_of_any_algorithm():
     poses, weights, temperature, cotangent = arguments()
     shared = weights[0]
     own = jnp.broadcast_to(shared, weights.shape)
-    run = values_and_gradients(lambda u, w, s: toy(u, w, s))
+    run = values_and_gradients(toy)
     outputs, (d_poses, d_weights, d_temperature) = run(poses, shared, temperature, cotangent)
     wanted, (d_poses_own, d_own, d_own_temperature) = run(poses, own, temperature, cotangent)
     for a, w in [

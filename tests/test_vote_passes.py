@@ -1,6 +1,6 @@
-"""Each pass x options against the definition with stored votes, which a NumPy program checks."""
+"""Each pass of the plain implementations x options against the float64 oracle."""
 
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax
@@ -13,10 +13,11 @@ from capsjax.kernels.vote_passes import passes, reference
 from capsjax.kernels.vote_passes.config import XlaConfig
 from capsjax.kernels.vote_passes.passes import Implementation, Inputs, Moments, Spec, State, Term
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 B, I, J = 3, 11, 4  # noqa: E741
 # Several tiles of children and of examples, the last ones not full.
 SMALL_TILES = Implementation("xla", XlaConfig(children=4, examples=2))
-ONE_TILE = Implementation("xla", XlaConfig(children=11, examples=3))
 
 
 class Problem(NamedTuple):
@@ -30,9 +31,8 @@ class Problem(NamedTuple):
     parent_mask: bool = False
 
 
-LINEAR = Spec(J)
 SPECS = {
-    "linear": LINEAR,
+    "linear": Spec(J),
     "linear leaky": Spec(J, leaky=True),
     "linear mass": Spec(J, mass=True),
     "cosine": Spec(J, logits="cosine"),
@@ -45,11 +45,9 @@ PROBLEMS = {
     "plain": Problem(),
     "prior": Problem(prior="IJ"),
     "prior of each example": Problem(prior="BIJ"),
-    "gates": Problem(gates=True),
-    "gates and prior": Problem(prior="IJ", gates=True),
+    "matrices and gates": Problem((4, 4, 4), gates=True),
     "coordinates": Problem(coordinates=True),
     "parent mask": Problem(parent_mask=True),
-    "matrices": Problem((4, 4, 4)),
     "matrices, all": Problem((2, 3, 5), prior="BIJ", **ALL),
     "vectors, all": Problem(prior="IJ", **ALL),
     "shared": Problem((2, 3, 5), "shared"),
@@ -57,14 +55,38 @@ PROBLEMS = {
     "given": Problem(weights="given", prior="IJ", gates=True, parent_mask=True),
     "common": Problem(weights="common", prior="BIJ", gates=True, parent_mask=True),
 }
-
-
-# Linear logits with each option, the others with all at once.
-PAIRS = [("linear", problem) for problem in PROBLEMS] + [
-    (spec, problem)
-    for spec in SPECS
-    for problem in ("plain", "matrices, all", "vectors, all", "shared, all", "common")
-    if spec != "linear"
+# Linear logits with each option; the others where an option and a spec meet in the code.
+PAIRS = [
+    *(("linear", problem) for problem in PROBLEMS),
+    ("linear leaky", "plain"),
+    ("linear leaky", "matrices, all"),
+    ("linear mass", "plain"),
+    ("linear mass", "vectors, all"),
+    ("cosine", "plain"),
+    ("cosine", "shared, all"),
+    ("cosine", "common"),
+    ("gaussian", "plain"),
+    ("gaussian", "matrices, all"),
+    ("gaussian", "shared, all"),
+    ("gaussian", "common"),
+    ("gaussian leaky", "vectors, all"),
+    ("cosine mass leaky", "matrices, all"),
+    ("cosine mass leaky", "common"),
+]
+# With the couplings as constants: sums and central moments, with gates and without.
+CONSTANT_COUPLINGS = {
+    ("linear", "plain"),
+    ("linear", "vectors, all"),
+    ("gaussian", "plain"),
+    ("gaussian", "matrices, all"),
+}
+# Without weights the plain form calls the reference: one pair shows that.
+IMPLEMENTATIONS = [
+    *(("reference", *pair) for pair in PAIRS),
+    *(("xla", *pair) for pair in PAIRS if PROBLEMS[pair[1]].weights in ("own", "shared")),
+    ("xla", "cosine mass leaky", "common"),
+    ("xla, one tile", "linear", "vectors, all"),
+    ("xla, one tile", "gaussian", "plain"),
 ]
 
 
@@ -97,21 +119,45 @@ def make(spec, problem, seed=0):
         state = State(k=normal(1, B, J), z=normal(0.5, B, J, depth), q=precision)
     else:
         state = State(k=normal(1, B, J), b=normal(1, B, J, depth))
-    found = reference.moments(spec, inputs, state)
-    cotangent = jax.tree.map(lambda x: normal(1, *x.shape), found)
+    depth_of = {"mass": (), "first": (depth,), "second": (depth,)}
+    central = spec.moments == "central"
+    present = {"mass": spec.mass or central, "first": True, "second": central}
+    cotangent = Moments(
+        *(normal(1, B, J, *depth_of[name]) if present[name] else None for name in Moments._fields)
+    )
     return inputs, state, cotangent
 
 
-def terms_of(spec, inputs, state, cotangent):
-    """A first iteration without a state, then one with it."""
-    terms = []
-    for each in (State(), state):
-        found = reference.moments(spec, inputs, each)
-        terms.append(Term(each, found if spec.moments == "central" else None, cotangent))
-    return terms
+class Passes(NamedTuple):
+    """The results of all passes; those of moments and couplings for each of two states."""
+
+    moments: list[Moments]
+    couplings: list[jax.Array]
+    chain: State
+    input_gradients: list[Inputs]  # then, if wanted, with constant couplings
+
+
+def exact_passes(spec, inputs, state, cotangent, constants):
+    """The oracle's results for an empty state and for this one."""
+    states = State(), state
+    found = [oracles.vote_moments(spec, inputs, each) for each in states]
+    gradients = [
+        [
+            Inputs(*oracles.vote_gradients(spec, inputs, each, cotangent, constant_couplings=c)[0])
+            for each in states
+        ]
+        for c in constants
+    ]
+    return Passes(
+        [Moments(*moments) for _, moments in found],
+        [couplings for couplings, _ in found],
+        State(*oracles.vote_gradients(spec, inputs, state, cotangent)[1]),
+        [jax.tree.map(np.add, *pair) for pair in gradients],
+    )
 
 
 def assert_close(actual, wanted, tolerance=1e-12):
+    assert jax.tree.structure(actual) == jax.tree.structure(wanted)
     pairs = zip(*map(jax.tree.leaves_with_path, (actual, wanted)), strict=True)
     for (path, a), (_, w) in pairs:
         assert a.shape == w.shape
@@ -126,54 +172,36 @@ def _float64():
         yield
 
 
-@pytest.mark.parametrize(("spec", "problem"), PAIRS)
-def test_the_definition_is_what_its_formulas_say(spec, problem):
-    spec, problem = SPECS[spec], PROBLEMS[problem]
-    inputs, state, _ = make(spec, problem)
-
-    @jax.jit
-    def run(inputs, state):
-        found = [reference.couplings(spec, inputs, each) for each in (State(), state)]
-        return found, [reference.moments(spec, inputs, each) for each in (State(), state)]
-
-    for each, *found in zip((State(), state), *run(inputs, state), strict=True):
-        couplings, moments = oracles.vote_moments(spec, inputs, each)
-        assert_close(found, [couplings, Moments(*moments)])
-
-
-@pytest.mark.parametrize(("spec", "problem"), PAIRS)
-def test_passes_match_the_definition(spec, problem):
+@pytest.mark.parametrize(("implementation", "spec", "problem"), IMPLEMENTATIONS)
+def test_passes_match_the_oracle(implementation, spec, problem):
+    constants = (False, True) if (spec, problem) in CONSTANT_COUPLINGS else (False,)
     spec, problem = SPECS[spec], PROBLEMS[problem]
     inputs, state, cotangent = make(spec, problem)
-    terms = terms_of(spec, inputs, state, cotangent)
+    wanted = exact_passes(spec, inputs, state, cotangent, constants)
+    module = reference if implementation == "reference" else passes
+    settings = {
+        "reference": {},
+        "xla": {"implementation": SMALL_TILES},
+        "xla, one tile": {"implementation": Implementation("xla")},
+    }[implementation]
 
-    @partial(jax.jit, static_argnums=0)
-    def run(stored, inputs, terms):
-        module = reference if stored else passes
-        settings = {} if stored else {"implementation": SMALL_TILES}
-        return (
-            [module.moments(spec, inputs, term.state, **settings) for term in terms],
-            [module.couplings(spec, inputs, term.state, **settings) for term in terms],
+    @jax.jit
+    def run(inputs, state, both):
+        terms = [
+            Term(each, moments if spec.moments == "central" else None, cotangent)
+            for each, moments in zip((State(), state), both, strict=True)
+        ]
+        return Passes(
+            [module.moments(spec, inputs, each, **settings) for each in (State(), state)],
+            [module.couplings(spec, inputs, each, **settings) for each in (State(), state)],
             module.chain(spec, inputs, terms[1], **settings),
             [
                 module.input_gradients(spec, inputs, terms, constant_couplings=c, **settings)
-                for c in (False, True)
+                for c in constants
             ],
         )
 
-    actual = run(False, inputs, terms)
-    assert_close(actual, run(True, inputs, terms))
-    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(actual))
-
-
-@pytest.mark.parametrize("spec", SPECS)
-def test_tiles_change_nothing(spec):
-    spec, problem = SPECS[spec], PROBLEMS["matrices, all"]
-    inputs, state, _ = make(spec, problem)
-    several, one = (
-        passes.moments(spec, inputs, state, implementation=x) for x in (SMALL_TILES, ONE_TILE)
-    )
-    assert_close(several, one)
+    assert_close(run(inputs, state, wanted.moments), wanted)
 
 
 def test_central_moments_of_far_votes_keep_their_digits():
@@ -193,16 +221,15 @@ def test_central_moments_of_far_votes_keep_their_digits():
 EXAMPLES = "poses", "gates", "parent_mask", "state"
 
 
-@pytest.mark.parametrize(
-    "mapped", [EXAMPLES, ("poses",), ("state",), ("weights",), ("poses", "weights", "coordinates")]
-)
-@pytest.mark.parametrize("spec", ["linear", "gaussian"])
-def test_passes_under_vmap(spec, mapped):
-    spec, problem = SPECS[spec], PROBLEMS["vectors, all"]
-    inputs, state, cotangent = make(spec, problem)
+@cache
+def pass_functions(spec):
+    """All passes of the plain form for the arguments of "vectors, all", as they are and jitted."""
+    spec = SPECS[spec]
+    _, _, cotangent = make(spec, PROBLEMS["vectors, all"])
 
     def run(arguments):
-        inputs, state = Inputs(**arguments["inputs"]), arguments["state"]
+        inputs = Inputs(*(arguments[name] for name in Inputs._fields))
+        state = arguments["state"]
         found = reference.moments(spec, inputs, state)
         term = Term(state, found if spec.moments == "central" else None, cotangent)
         return (
@@ -211,26 +238,37 @@ def test_passes_under_vmap(spec, mapped):
             passes.input_gradients(spec, inputs, [term], implementation=SMALL_TILES),
         )
 
-    arguments = {**inputs._asdict(), "state": state}
-    both = {
-        name: jax.tree.map(lambda x: jnp.stack([x, x if x.dtype == bool else x / 2], 1), value)
-        if name in mapped
-        else value
-        for name, value in arguments.items()
-    }
+    return run, jax.jit(run)
 
-    def split(arguments):
-        return {"state": arguments.pop("state"), "inputs": arguments}
 
-    axes = split({name: 1 if name in mapped else None for name in arguments})
-    actual = jax.jit(jax.vmap(run, (axes,)))(split(dict(both)))
-    run_one = jax.jit(run)
-    for index in range(2):
-        one = {
-            name: jax.tree.map(lambda x: x[:, index], value) if name in mapped else value  # noqa: B023
-            for name, value in both.items()
+@pytest.mark.parametrize(
+    ("spec", "mapped"),
+    [
+        ("linear", EXAMPLES),
+        ("linear", ("state",)),
+        ("linear", ("weights",)),
+        ("gaussian", ("poses",)),
+        ("gaussian", ("poses", "weights", "coordinates")),
+    ],
+)
+def test_passes_under_vmap_equal_passes_in_turn(spec, mapped):
+    inputs, state, _ = make(SPECS[spec], PROBLEMS["vectors, all"])
+    run, run_one = pass_functions(spec)
+
+    def change_mapped(change, arguments):
+        return {
+            name: jax.tree.map(change, x) if name in mapped else x for name, x in arguments.items()
         }
-        assert_close(jax.tree.map(lambda x: x[index], actual), run_one(split(one)))  # noqa: B023
+
+    def two(x):
+        return jnp.stack([x, x if x.dtype == bool else x / 2], 1)
+
+    both = change_mapped(two, {**inputs._asdict(), "state": state})
+    axes = {name: 1 if name in mapped else None for name in both}
+    actual = jax.jit(jax.vmap(run, (axes,)))(both)
+    for index in range(2):
+        one = change_mapped(lambda x: x[:, index], both)  # noqa: B023
+        assert_close(jax.tree.map(lambda x: x[index], actual), run_one(one))  # noqa: B023
 
 
 def test_moments_under_vmap_of_vmap():
@@ -243,25 +281,26 @@ def test_moments_under_vmap_of_vmap():
 
     poses, priors = (jnp.stack([x, x / 2, -x]) for x in (inputs.poses, inputs.prior))
     twice = jax.jit(jax.vmap(jax.vmap(run, (0, None)), (None, 0)))(poses, priors)
+    run_one = jax.jit(run)
     for row, prior in zip(twice, priors, strict=True):
         for found, one in zip(row, poses, strict=True):
-            assert_close(found, run(one, prior))
+            assert_close(found, run_one(one, prior))
 
 
-def test_passes_have_the_derivatives_of_the_definition():
+def test_passes_have_the_derivatives_of_the_reference_in_both_modes():
     spec = SPECS["gaussian"]
     inputs, state, _ = make(spec, PROBLEMS["vectors, all"])
     mask = inputs.parent_mask
 
-    def loss(moments, inputs, state):
-        found = moments(spec, inputs._replace(parent_mask=mask), state)
-        return sum(jnp.sum(x**2) for x in jax.tree.leaves(found))
+    @partial(jax.jit, static_argnums=0)
+    def derivatives(moments, *arguments):
+        def loss(inputs, state):
+            found = moments(spec, inputs._replace(parent_mask=mask), state)
+            return sum(jnp.sum(x**2) for x in jax.tree.leaves(found))
+
+        tangents = jax.tree.map(jnp.ones_like, arguments)
+        return jax.grad(loss, (0, 1))(*arguments), jax.jvp(loss, arguments, tangents)
 
     arguments = inputs._replace(parent_mask=None), state
-    wanted = jax.grad(lambda *a: loss(reference.moments, *a), (0, 1))(*arguments)
-    actual = jax.grad(lambda *a: loss(passes.moments, *a), (0, 1))(*arguments)
-    assert_close(actual, wanted, 1e-11)
-    tangents = jax.tree.map(jnp.ones_like, arguments)
-    wanted = jax.jvp(lambda *a: loss(reference.moments, *a), arguments, tangents)
-    actual = jax.jvp(lambda *a: loss(passes.moments, *a), arguments, tangents)
+    actual, wanted = (derivatives(x.moments, *arguments) for x in (passes, reference))
     assert_close(actual, wanted, 1e-11)

@@ -24,3 +24,15 @@ def assert_as_exact(actual, plain, exact):
         allowed = 2 * np.abs(np.asarray(p, np.float64) - e).max() + unit
         error = np.abs(np.asarray(a, np.float64) - e).max()
         assert error <= allowed, f"{jax.tree_util.keystr(path)}: error {error:.2e} > {allowed:.2e}"
+
+
+def assert_within_units(actual, exact, *, units):
+    """Asserts that `actual` errs at most so many last places of the largest entry of each leaf."""
+    pairs = zip(*map(jax.tree.leaves_with_path, (actual, exact)), strict=True)
+    for (path, a), (_, e) in pairs:
+        assert a.shape == e.shape, f"{path}: {a.shape}, {e.shape}"
+        unit = float(jnp.finfo(a.dtype).eps) * max(np.abs(e).max(), 1e-3)
+        error = np.abs(np.asarray(a, np.float64) - e).max()
+        assert error <= units * unit, (
+            f"{jax.tree_util.keystr(path)}: error {error / unit:.1f} units"
+        )
