@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from experiments.data.affine import Pose, random_affine, uniform, warped
+from experiments.data.affine import Pose, random_affine, uniform, warp
 
 
 def by_scipy(image, rotation, shift, scale, shear, *, order):
@@ -43,7 +43,7 @@ def test_a_move_is_the_one_that_scipy_makes(shape, order):
         scale=np.array([[1.2, 0.7], [0.9, 0.9], [1.0, 1.6], [1.0, 1.0]]),
         shear=np.array([17.0, -8.0, 40.0, 0.0]),
     )
-    found = warped(images, pose, order=order)
+    found = warp(images, pose, order=order)
     assert found.dtype == np.float32
     for n, c in np.ndindex(4, 2):
         wanted = by_scipy(images[n, ..., c], *(part[n] for part in pose), order=order)
@@ -58,25 +58,25 @@ def test_a_rotation_is_the_one_that_pillow_makes(size):
     image[6:14, 5:15] = np.random.default_rng(1).random((8, 10))  # a margin: edges are treated so
     # Pillow turns the other way.
     wanted = Image.fromarray(image).rotate(-30, resample=Image.Resampling.BILINEAR)
-    found = warped(image[None, ..., None], Pose.of(1, rotation=30))
+    found = warp(image[None, ..., None], Pose.broadcast(1, rotation=30))
     np.testing.assert_allclose(found[0, ..., 0], np.asarray(wanted), atol=1e-4)
 
 
 def test_quarter_turns_are_clockwise_and_shifts_go_right_and_down():
     image = np.random.default_rng(2).random((1, 6, 6, 1), np.float32)
-    turned = warped(image, Pose.of(1, rotation=90))
+    turned = warp(image, Pose.broadcast(1, rotation=90))
     np.testing.assert_allclose(turned[0], np.rot90(image[0], -1), atol=1e-5)
-    moved = warped(image, Pose.of(1, shift=(2, 1)))
+    moved = warp(image, Pose.broadcast(1, shift=(2, 1)))
     wanted = np.zeros_like(image)
     wanted[:, 1:, 2:] = image[:, :-1, :-2]
     np.testing.assert_array_equal(moved, wanted)
-    np.testing.assert_array_equal(warped(image, Pose.of(1)), image)
+    np.testing.assert_array_equal(warp(image, Pose.broadcast(1)), image)
 
 
 def test_a_positive_shear_leans_to_the_right():
     image = np.zeros((1, 15, 15, 1), np.float32)
     image[:, 2:13, 7] = 1
-    columns = warped(image, Pose.of(1, shear=30))[0, ..., 0].argmax(1)
+    columns = warp(image, Pose.broadcast(1, shear=30))[0, ..., 0].argmax(1)
     assert columns[2] == 10
     assert columns[7] == 7
     assert columns[12] == 4

@@ -8,7 +8,7 @@ import pytest
 from scipy import io
 
 from experiments.data import affnist
-from experiments.data.affine import Pose, warped
+from experiments.data.affine import Pose, warp
 from experiments.data.datasets import Dataset, Split, centred
 from experiments.errors import InputError
 
@@ -53,12 +53,12 @@ def test_a_column_is_an_image_row_after_row(tmp_path, name, kind):
         ({"image": np.zeros((784, 7), np.uint8)}, r"image must be uint8 of shape \(1600, N\), got"),
         ({"image": np.zeros((1600, 7))}, "image must be uint8 .* got float64"),
         ({"image": np.zeros((1600, 7, 1, 2), np.uint8)}, "image must be uint8 .* got uint8 of"),
-        ({"image": np.zeros((1600, 0), np.uint8)}, "label_int must have shape .* one at least"),
-        ({"image": "text"}, "image is no array of numbers"),
-        ({"image": {"a": 1}}, "image is no array of numbers"),
-        ({"label_int": np.zeros((1, 6))}, r"label_int must have shape \(1, N\) with the N = 7"),
-        ({"label_int": "1234567"}, "label_int is no array of numbers"),
-        ({"label_int": np.ones((1, 7)) * 1j}, "complex numbers"),
+        ({"image": np.zeros((1600, 0), np.uint8)}, "label_int must have shape .* at least 1"),
+        ({"image": "text"}, "image is not a numeric array"),
+        ({"image": {"a": 1}}, "image is not a numeric array"),
+        ({"label_int": np.zeros((1, 6))}, r"label_int must have shape \(1, N\), N = 7"),
+        ({"label_int": "1234567"}, "label_int is not a numeric array"),
+        ({"label_int": np.ones((1, 7)) * 1j}, "an array is complex"),
         ({"label_int": np.full((1, 7), 10)}, "label_int must be whole numbers from 0 to 9"),
         ({"label_int": np.full((1, 7), 0.5)}, "label_int must be whole numbers from 0 to 9"),
         ({"label_int": np.full((1, 7), np.nan)}, "label_int must be whole numbers from 0 to 9"),
@@ -116,7 +116,7 @@ def split():
 
 
 def test_no_ink_of_the_set_like_it_falls_off_and_all_places_occur(split):
-    made = affnist.affnist_like(split)
+    made = affnist.make_affnist_like(split)
     assert made.images.shape == (400, 40, 40, 1)
     assert made.images.dtype == np.uint8
     np.testing.assert_array_equal(made.labels, split.labels)
@@ -137,7 +137,7 @@ def test_no_ink_of_the_set_like_it_falls_off_and_all_places_occur(split):
 
 
 def test_the_set_like_it_is_the_same_in_every_call(split):
-    once, again = affnist.affnist_like(split), affnist.affnist_like(split)
+    once, again = affnist.make_affnist_like(split), affnist.make_affnist_like(split)
     np.testing.assert_array_equal(once.images, again.images)
     assert len(np.unique(once.images, axis=0)) > 390
 
@@ -148,43 +148,47 @@ def dataset(split):
 
 
 def test_cases_are_called_what_they_are(dataset, tmp_path):
-    assert affnist.cases(dataset, 28, folder="") == {}
-    assert [*affnist.cases(dataset, 40, folder="")] == ["affnist_like"]
+    assert affnist.load_test_sets(dataset, 28, folder="") == {}
+    assert [*affnist.load_test_sets(dataset, 40, folder="")] == ["affnist_like"]
     save(tmp_path, fields())
-    assert [*affnist.cases(dataset, 40, folder=str(tmp_path))] == ["affnist"]
+    assert [*affnist.load_test_sets(dataset, 40, folder=str(tmp_path))] == ["affnist"]
     with pytest.raises(
         InputError, match=r"^--affnist_dir needs runs with --canvas=40, got .*28x28"
     ):
-        affnist.cases(dataset, 28, folder=str(tmp_path))
+        affnist.load_test_sets(dataset, 28, folder=str(tmp_path))
 
 
 def test_a_named_folder_without_files_is_refused(dataset, tmp_path):
     save(tmp_path, fields())
     named = str(tmp_path / "none")
     with pytest.raises(InputError, match=r"none has none of transformed/test\.mat, "):
-        affnist.cases(dataset, 40, folder=named, data_dir=str(tmp_path))
+        affnist.load_test_sets(dataset, 40, folder=named, data_dir=str(tmp_path))
 
 
 def test_the_data_folder_may_have_affnist(dataset, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     empty = tmp_path / "empty"
-    assert [*affnist.cases(dataset, 40, folder="", data_dir=str(empty))] == ["affnist_like"]
+    assert [*affnist.load_test_sets(dataset, 40, folder="", data_dir=str(empty))] == [
+        "affnist_like"
+    ]
     (message,) = caplog.messages
-    assert message.startswith("affnist_like is made from the test images in place of affNIST: ")
+    assert message.startswith("using affnist_like, made from the test images, instead of affNIST: ")
     assert f"--data_dir={empty} has none of transformed/test.mat" in message
     path = save(tmp_path, fields())
-    assert affnist.cases(dataset, 40, folder="", data_dir=str(tmp_path))["affnist"].size == 7
-    assert affnist.cases(dataset, 28, folder="", data_dir=str(tmp_path)) == {}
+    assert (
+        affnist.load_test_sets(dataset, 40, folder="", data_dir=str(tmp_path))["affnist"].size == 7
+    )
+    assert affnist.load_test_sets(dataset, 28, folder="", data_dir=str(tmp_path)) == {}
     path.write_bytes(b"damaged")
     with pytest.raises(InputError, match="is not a MATLAB file"):
-        affnist.cases(dataset, 40, folder="", data_dir=str(tmp_path))
+        affnist.load_test_sets(dataset, 40, folder="", data_dir=str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["mnist_small", "tfds:mnist", "tfds:mnist/3.0.1"])
 def test_affnist_is_for_mnists_digits_by_any_name(dataset, tmp_path, name):
     save(tmp_path, fields())
     digits = dataclasses.replace(dataset, name=name)
-    assert [*affnist.cases(digits, 40, folder=str(tmp_path))] == ["affnist"]
+    assert [*affnist.load_test_sets(digits, 40, folder=str(tmp_path))] == ["affnist"]
 
 
 @pytest.mark.parametrize(
@@ -196,11 +200,13 @@ def test_affnist_is_not_for_other_images(dataset, tmp_path, caplog, name, channe
     images = np.repeat(dataset.test.images, channels, axis=-1)
     others = dataclasses.replace(dataset, name=name, test=dataset.test._replace(images=images))
     own = f"{name} with images of 28x28x{channels}"
-    with pytest.raises(InputError, match=f"^--affnist_dir needs runs on MNIST's .*, got {own}$"):
-        affnist.cases(others, 40, folder=str(tmp_path))
-    found = affnist.cases(others, 40, folder="", data_dir=str(tmp_path))
+    with pytest.raises(
+        InputError, match=f"^--affnist_dir needs runs on MNIST digits.*, got {own}$"
+    ):
+        affnist.load_test_sets(others, 40, folder=str(tmp_path))
+    found = affnist.load_test_sets(others, 40, folder="", data_dir=str(tmp_path))
     assert [*found] == ["affnist_like"]
-    expected = np.repeat(affnist.affnist_like(dataset.test).images, channels, axis=-1)
+    expected = np.repeat(affnist.make_affnist_like(dataset.test).images, channels, axis=-1)
     np.testing.assert_array_equal(found["affnist_like"].images, expected)
     assert f"the runs are on {own}" in caplog.text
 
@@ -211,5 +217,5 @@ def test_moved_digits_start_from_the_middle(split):
     np.testing.assert_array_equal(images[:, 6:34, 6:34], split.images)
     assert images.sum() == split.images.sum()
     np.testing.assert_array_equal(centred(split.images, 28), split.images)
-    still = warped(images[:2] / np.float32(255), Pose.of(2))
+    still = warp(images[:2] / np.float32(255), Pose.broadcast(2))
     np.testing.assert_array_equal(still, images[:2] / np.float32(255))

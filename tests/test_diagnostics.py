@@ -31,20 +31,22 @@ def middles(split, size):
 def test_entropy_of_undecided_decided_and_half_decided_children():
     couplings = jnp.array([[[[0.25] * 4] * 2], [[[1.0, 0, 0, 0], [0.5, 0.5, 0, 0]]]])
     wanted = [math.log(4), math.log(2) / 2]
-    np.testing.assert_allclose(diagnostics.entropies(couplings), wanted, rtol=1e-6)
+    np.testing.assert_allclose(diagnostics.mean_coupling_entropy(couplings), wanted, rtol=1e-6)
 
 
 def test_a_clear_parent_gets_more_than_all_others_together():
     undecided, half, clear = [0.25] * 4, [0.5, 0.5, 0, 0], [0.1, 0.1, 0.6, 0.2]
     couplings = jnp.array([[[undecided, half]], [[half, clear]], [[clear, clear]]])
-    np.testing.assert_allclose(diagnostics.clear_parents(couplings), [0, 0.5, 1])
-    np.testing.assert_allclose(diagnostics.clear_parents(couplings, threshold=0.3), [0.5, 1, 1])
+    np.testing.assert_allclose(diagnostics.clear_parent_fraction(couplings), [0, 0.5, 1])
+    np.testing.assert_allclose(
+        diagnostics.clear_parent_fraction(couplings, threshold=0.3), [0.5, 1, 1]
+    )
 
 
 def test_a_dead_capsule_is_short_in_every_example():
     lengths = jnp.array([[0.05, 0.9, 0.1, 0.0], [0.05, 0.0, 0.1, 0.2]])
-    np.testing.assert_allclose(diagnostics.dead(lengths), 0.5)
-    np.testing.assert_allclose(diagnostics.dead(lengths, threshold=0.01), 0.0)
+    np.testing.assert_allclose(diagnostics.dead_fraction(lengths), 0.5)
+    np.testing.assert_allclose(diagnostics.dead_fraction(lengths, threshold=0.01), 0.0)
 
 
 def test_gradient_shares_are_of_squared_norms_over_all_arrays_of_a_part():
@@ -53,7 +55,7 @@ def test_gradient_shares_are_of_squared_norms_over_all_arrays_of_a_part():
         "capsules": {"weights": jnp.array([4.0])},  # 16
         "primary": {"kernel": jnp.zeros(3)},
     }
-    shares = diagnostics.gradient_shares(gradients)
+    shares = diagnostics.gradient_fractions(gradients)
     wanted = {"decoder": 9 / 25, "capsules": 16 / 25, "primary": 0}
     assert shares.keys() == wanted.keys()
     for part, share in wanted.items():
@@ -61,7 +63,7 @@ def test_gradient_shares_are_of_squared_norms_over_all_arrays_of_a_part():
 
 
 def test_without_any_gradient_no_part_has_a_share():
-    assert float(diagnostics.gradient_shares({"a": jnp.zeros(2)})["a"]) == 0
+    assert float(diagnostics.gradient_fractions({"a": jnp.zeros(2)})["a"]) == 0
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,7 @@ def small():
 
 def test_a_row_is_what_the_parts_say_of_the_first_moved_examples(small):
     trainer, params, examples = small
-    row = diagnostics.measurement(trainer, examples)(params)
+    row = diagnostics.make_diagnostics(trainer, examples)(params)
     images, labels = examples.images[: diagnostics.EXAMPLES], examples.labels[:64]
     key = jax.random.key(0)
     images = trainer.objective.augment(transforms.scaled(jnp.asarray(images)), key)
@@ -132,8 +134,8 @@ def test_a_row_is_what_the_parts_say_of_the_first_moved_examples(small):
 def test_a_network_without_capsules_is_refused(small):
     model = networks.build(networks.Settings(network="pooling_cnn"), (19, 19, 1), 10, seed=0)
     trainer = loop.Trainer(model, SoftmaxClassification(10, 1, 0), optax.adam(0.01))
-    with pytest.raises(InputError, match=r"^--diagnostics are of routing, .* no capsules$"):
-        diagnostics.measurement(trainer, small[2])
+    with pytest.raises(InputError, match=r"^--diagnostics measures routing, .* no capsules$"):
+        diagnostics.make_diagnostics(trainer, small[2])
 
 
 def test_training_asks_for_them_before_anything_is_written(tmp_path, monkeypatch):
@@ -156,7 +158,7 @@ def test_the_figure_is_drawn_where_there_are_rows_for_it(small, monkeypatch, tmp
     scores = np.eye(10, dtype=np.float32)[examples.labels]
     for rows in ([{"epoch": 1.0}], [{"epoch": 1.0} | ROW]):
         evaluation = loop.Evaluation(scores, 0.5)
-        inspection.draw(trainer, params, examples, evaluation, rows, tmp_path)
+        inspection.draw_figures(trainer, params, examples, evaluation, rows, tmp_path)
     assert drawn.count("routing_diagnostics.png") == 1
     assert drawn[-1] == "learning_curves.png"  # its presence says that all are drawn
 

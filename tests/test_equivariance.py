@@ -49,7 +49,7 @@ def test_jumps_and_zigzags_are_not_smooth():
 def test_random_order_is_the_zero_of_smoothness():
     assert abs(equivariance.direction_smoothness(noise())) < 0.1
     vectors = arcs(VALUES)
-    shuffled = equivariance._shuffled(vectors, seed=0)
+    shuffled = equivariance._shuffle_steps(vectors, seed=0)
     assert abs(equivariance.direction_smoothness(shuffled)) < 0.1
     # Every example keeps its vectors, in an order of its own.
     np.testing.assert_array_equal(np.sort(shuffled, 0), np.sort(vectors, 0))
@@ -63,7 +63,7 @@ def test_what_is_linear_in_the_parameter_is_read_from_it():
     rng = np.random.default_rng(2)
     slopes = rng.normal(size=(4, D))[CLASSES]
     vectors = VALUES[:, None, None] / 60 * slopes + rng.normal(size=(N, D)) * 0.01
-    read = equivariance.decoded(vectors, VALUES, CLASSES)
+    read = equivariance.decode(vectors, VALUES, CLASSES)
     np.testing.assert_allclose(read, np.broadcast_to(VALUES[:, None], (S, N)), atol=5)
     assert equivariance.decodability(read, VALUES, CLASSES) > 0.99
 
@@ -71,10 +71,10 @@ def test_what_is_linear_in_the_parameter_is_read_from_it():
 def test_what_an_example_alone_knows_is_not_read():
     # Enough components to learn every vector by heart: of no use for other examples.
     vectors = np.random.default_rng(3).normal(size=(S, N, 300))
-    read = equivariance.decoded(vectors, VALUES, CLASSES)
+    read = equivariance.decode(vectors, VALUES, CLASSES)
     assert -0.5 < equivariance.decodability(read, VALUES, CLASSES) < 0.1
     still = np.broadcast_to(np.random.default_rng(4).normal(size=(N, D)), (S, N, D))
-    still_read = equivariance.decoded(still, VALUES, CLASSES)
+    still_read = equivariance.decode(still, VALUES, CLASSES)
     assert equivariance.decodability(still_read, VALUES, CLASSES) < 0.01
 
 
@@ -82,7 +82,7 @@ def test_a_unit_that_hardly_ever_acts_does_no_harm():
     vectors = np.concatenate([VALUES[:, None, None] / 60 + 0.1 * noise(), np.zeros((S, N, 1))], -1)
     vectors[..., -1] = 1e-6 * np.random.default_rng(7).normal(size=(S, N))
     vectors[:, 3, -1] = 1  # in one example's other half it is noise
-    read = equivariance.decoded(vectors, VALUES, CLASSES)
+    read = equivariance.decode(vectors, VALUES, CLASSES)
     assert equivariance.decodability(read, VALUES, CLASSES) > 0.9
 
 
@@ -93,7 +93,7 @@ def test_the_regression_minimises_squares_and_penalty():
     targets = np.repeat(VALUES - VALUES.mean(), 8)
     rows = np.concatenate([known, np.sqrt(0.1 * len(known)) * np.eye(D)])
     weights = np.linalg.lstsq(rows, np.concatenate([targets, np.zeros(D)]), rcond=None)[0]
-    found = equivariance._fitted(vectors, VALUES, unknown)(np.array([7.0, 0.1]))[1]
+    found = equivariance._ridge_predictor(vectors, VALUES, unknown)(np.array([7.0, 0.1]))[1]
     np.testing.assert_allclose(found, (unknown - middle) / scale @ weights + VALUES.mean())
 
 
@@ -105,11 +105,11 @@ def test_r2_is_a_mean_over_classes():
 
 def test_reduction_keeps_what_varies_most_within_a_class():
     vectors = noise() * np.array([5.0, 1, 0.1, 0.1, 4, 0.1]) + 100 * CLASSES[:, None]
-    few = equivariance._reduced(vectors, 2, CLASSES)
+    few = equivariance._principal_components(vectors, 2, CLASSES)
     assert few.shape == (S, N, 2)
     assert few[..., 0].std() == pytest.approx(5, rel=0.1)
     assert few[..., 1].std() == pytest.approx(4, rel=0.1)
-    whole = equivariance._reduced(vectors, 99, CLASSES)
+    whole = equivariance._principal_components(vectors, 99, CLASSES)
     assert whole.shape == (S, N, D)
     distances = [np.linalg.norm(x[1:, 0] - x[0, 0], axis=-1) for x in (vectors, whole)]
     np.testing.assert_allclose(*distances)
@@ -118,7 +118,9 @@ def test_reduction_keeps_what_varies_most_within_a_class():
 def test_all_numbers_come_with_their_controls():
     vectors = arcs(VALUES) * np.linspace(0.5, 1, N)[:, None]
     still = arcs(np.zeros(S))[0] * np.linspace(0.5, 1, N)[:, None]
-    numbers, curve = equivariance.measured(still, vectors, VALUES, CLASSES, dimensions=2, seed=0)
+    numbers, curve = equivariance.measure_sweep(
+        still, vectors, VALUES, CLASSES, dimensions=2, seed=0
+    )
     assert (
         numbers["direction_smoothness"] > 0.98 > 0.1 > abs(numbers["direction_smoothness_shuffled"])
     )
@@ -135,11 +137,13 @@ def test_all_numbers_come_with_their_controls():
     }
     np.testing.assert_allclose(curve.lengths, 1)
     np.testing.assert_allclose(curve.angles, np.abs(VALUES)[:, None] + np.zeros(N), atol=1e-5)
-    assert curve.read.shape == (S, N)
+    assert curve.decoded.shape == (S, N)
 
 
 def test_vectors_of_nothing_stay_finite():
     zero = np.zeros((S, N, D))
-    numbers, curve = equivariance.measured(zero[0], zero, VALUES, CLASSES, dimensions=2, seed=0)
+    numbers, curve = equivariance.measure_sweep(
+        zero[0], zero, VALUES, CLASSES, dimensions=2, seed=0
+    )
     assert all(np.isfinite(value) for value in numbers.values())
     assert all(np.isfinite(part).all() for part in curve)

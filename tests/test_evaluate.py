@@ -91,15 +91,15 @@ def test_the_test_set_is_told_in_full_and_nothing_is_written(program, workdir, t
     lines = stdout.splitlines()
     assert lines[0].startswith("confusion matrix")
     assert lines[1].split() == list("0123456789")
-    counts = inspection.confusion(evaluation, dataset.test.labels)
+    counts = inspection.confusion_counts(evaluation, dataset.test.labels)
     assert counts.sum() == 21
     for line, name, row in zip(lines[2:12], "0123456789", counts, strict=True):
         assert line.split() == [name, *(str(count) if count else "." for count in row)]
         assert len(line) == len(lines[1])
     assert lines[12] == ""
-    told = list(evaluate.calibration(evaluation.scores, dataset.test.labels))
+    told = list(evaluate.calibration_lines(evaluation.scores, dataset.test.labels))
     assert lines[13 : 14 + len(told)] == [*told, ""]
-    accuracies = list(inspection.accuracy(evaluation, dataset.test.labels))
+    accuracies = list(inspection.accuracy_lines(evaluation, dataset.test.labels))
     assert lines[14 + len(told) :] == accuracies
     wrong = 21 - np.trace(counts)
     assert lines[-1] == f"test error {100 * wrong / 21:.2f} %: {wrong} of 21 wrong"
@@ -107,10 +107,10 @@ def test_the_test_set_is_told_in_full_and_nothing_is_written(program, workdir, t
 
 def test_accuracy_leaves_out_a_class_without_examples():
     lengths = np.eye(3, dtype=np.float32)[[0, 0, 2, 2]]
-    lines = inspection.accuracy(loop.Evaluation(lengths, 0.0), np.array([0, 0, 0, 2]))
+    lines = inspection.accuracy_lines(loop.Evaluation(lengths, 0.0), np.array([0, 0, 0, 2]))
     assert list(lines) == [
-        "class 0: 66.67 % of 3 right",
-        "class 2: 100.00 % of 1 right",
+        "class 0: 66.67 % of 3 correct",
+        "class 2: 100.00 % of 1 correct",
         "test error 25.00 %: 1 of 4 wrong",
     ]
 
@@ -118,9 +118,9 @@ def test_accuracy_leaves_out_a_class_without_examples():
 def test_scores_are_compared_with_what_is_right():
     scores = np.array([[0.95, 0.1], [0.92, 0.9], [0.2, 0.6], [1.0, 0.0], [0.61, 0.3]])
     labels = np.array([0, 1, 1, 0, 1])
-    lines = list(evaluate.calibration(scores, labels))
+    lines = list(evaluate.calibration_lines(scores, labels))
     assert [line.split() for line in lines[1:-1]] == [
-        ["from", "to", "images", "mean", "right"],
+        ["from", "to", "images", "score", "accuracy"],
         ["0.6", "0.7", "2", "0.605", "0.500"],
         ["0.9", "1.0", "3", "0.957", "0.667"],
     ]
@@ -131,7 +131,7 @@ def test_scores_are_compared_with_what_is_right():
 def test_scores_that_are_right_as_often_as_they_say_have_no_error():
     highest = np.array([0.75, 0.75, 0.75, 0.75])
     scores = np.stack([highest, 1 - highest], 1)
-    *_, last = evaluate.calibration(scores, np.array([0, 0, 0, 1]))
+    *_, last = evaluate.calibration_lines(scores, np.array([0, 0, 0, 1]))
     assert last == "expected calibration error 0.000"
 
 
@@ -153,7 +153,7 @@ def test_images_are_classified_in_either_polarity(program, workdir, trained, ima
     assert status == 0
     assert contents(workdir) == before
     lines = stdout.splitlines()
-    assert lines[0].split() == ["image", "class", "length", "|", *"0123456789"]
+    assert lines[0].split() == ["image", "class", "score", "|", *"0123456789"]
     pixels = datasets.read_images(images, image_size=17, channels=1)
     lengths = trainer.scores(params, pixels)
     assert lengths.shape == (2, 10)
@@ -196,7 +196,7 @@ def test_a_damaged_checkpoint_is_passed_over(program, workdir, trained, monkeypa
     assert status == 0
     assert "2 is damaged" in caplog.text
     older = trainer.evaluate(trainer.initial_state(0).params, dataset.test, batch_size=128)
-    assert stdout.splitlines() == list(evaluate.summary(older, dataset.test.labels))
+    assert stdout.splitlines() == list(evaluate.summary_lines(older, dataset.test.labels))
 
 
 def test_moved_data_are_named_by_the_flag(program, workdir, settings, trained, monkeypatch):

@@ -14,7 +14,7 @@ from scipy import io
 
 from experiments import evaluate_poses
 from experiments.data import affnist, datasets
-from experiments.data.affine import Pose, random_affine, warped
+from experiments.data.affine import Pose, random_affine, warp
 from experiments.training import trained
 
 load = functools.cache(trained.load)  # a network is compiled once
@@ -72,7 +72,7 @@ def test_accuracies_are_those_of_the_networks(program, folder, tmp_path):
         run = load(row["run"], data_dir="")
         images = run.test.images / np.float32(255)
         poses = [random_affine(60, 17, 50, 0.2, key=[4, draw]) for draw in range(2)]
-        drawn = [right(run, warped(images, pose)) for pose in poses]
+        drawn = [right(run, warp(images, pose)) for pose in poses]
         assert {*row} == {"run", "network", "clean", "clean_cases", "affine", "affine_deviation"}
         assert row["clean_cases"] == 60
         assert row["network"] == run.config.network
@@ -80,14 +80,14 @@ def test_accuracies_are_those_of_the_networks(program, folder, tmp_path):
         assert row["affine"] == pytest.approx(np.mean(drawn))
         assert row["affine_deviation"] == pytest.approx(abs(drawn[0] - drawn[1]) / 2**0.5)
         for label, value, pose in (
-            ("rotation (degrees)", 0, Pose.of(60)),
-            ("rotation (degrees)", 90, Pose.of(60, rotation=90)),
-            ("shift (pixels)", 3, Pose.of(60, shift=(3, 0))),
-            ("scale", 0.5, Pose.of(60, scale=(0.5, 0.5))),
-            ("shear (degrees)", 20, Pose.of(60, shear=20)),
+            ("rotation (degrees)", 0, Pose.broadcast(60)),
+            ("rotation (degrees)", 90, Pose.broadcast(60, rotation=90)),
+            ("shift (pixels)", 3, Pose.broadcast(60, shift=(3, 0))),
+            ("scale", 0.5, Pose.broadcast(60, scale=(0.5, 0.5))),
+            ("shear (degrees)", 20, Pose.broadcast(60, shear=20)),
         ):
             found = points[row["run"], label, value]
-            assert found == pytest.approx(right(run, warped(images, pose)))
+            assert found == pytest.approx(right(run, warp(images, pose)))
         assert f"{row['affine']:.2f}" in stdout
     assert (tmp_path / "out/sweeps.png").read_bytes().startswith(b"\x89PNG")
     assert "82.91" in stdout
@@ -98,9 +98,9 @@ def test_seed_interpolation_and_count_reach_the_moves(program, tmp_path, monkeyp
 
     def recorded(images, pose, *, order):
         moved.append((len(images), pose.rotation.sum(), pose.shift.sum(), order))
-        return warped(images, pose, order=order)
+        return warp(images, pose, order=order)
 
-    monkeypatch.setattr(evaluate_poses, "warped", recorded)
+    monkeypatch.setattr(evaluate_poses, "warp", recorded)
 
     def moves(**changes):
         moved.clear()
@@ -122,13 +122,13 @@ def test_seed_interpolation_and_count_reach_the_moves(program, tmp_path, monkeyp
 
 def test_networks_are_called_matched_only_within_a_tenth_of_a_point():
     rows = [{"run": "a", "clean": 99.23}, {"run": "b", "clean": 99.13}]
-    *_, last = evaluate_poses.summary(rows)
-    assert last == "matched: clean accuracies are 0.10 points apart"
+    *_, last = evaluate_poses.summary_lines(rows)
+    assert last == "matched: clean accuracies differ by 0.10 points"
     rows[1]["clean"] = 99.12
-    *_, verdict, warning = evaluate_poses.summary(rows)
-    assert verdict == "not matched: clean accuracies are 0.11 points apart"
-    assert warning.startswith("so differences in the other columns are not those of")
-    assert "matched" not in "".join(evaluate_poses.summary(rows[:1]))
+    *_, verdict, warning = evaluate_poses.summary_lines(rows)
+    assert verdict == "not matched: clean accuracies differ by 0.11 points"
+    assert warning.startswith("differences in the other columns may be due to")
+    assert "matched" not in "".join(evaluate_poses.summary_lines(rows[:1]))
 
 
 def test_a_set_like_affnist_is_not_called_affnist(program, folder, tmp_path):
@@ -137,7 +137,7 @@ def test_a_set_like_affnist_is_not_called_affnist(program, folder, tmp_path):
     (row,) = json.loads((tmp_path / "out/results.json").read_text())[:1]
     run = load("canvas", data_dir="")
     assert run.test.images.shape == (60, 40, 40, 1)
-    cases = affnist.affnist_like(run.dataset.test).images / np.float32(255)
+    cases = affnist.make_affnist_like(run.dataset.test).images / np.float32(255)
     assert row["affnist_like"] == pytest.approx(right(run, cases))
     assert row["affnist_like_cases"] == row["clean_cases"] == 60
     assert row["clean"] == pytest.approx(right(run, run.test.images / np.float32(255)))
@@ -170,7 +170,7 @@ def test_affnist_itself_is_read_where_it_is(program, tmp_path, flag):
 @pytest.fixture
 def measured(monkeypatch):
     """What was measured, by sizes; after so many measurements as `limit` says, the program dies."""
-    counts, count = [], evaluate_poses.right
+    counts, count = [], evaluate_poses.count_correct
 
     def limited(run, split, pose, config):
         if len(counts) == limited.limit:
@@ -178,8 +178,8 @@ def measured(monkeypatch):
         counts.append(split.size)
         return count(run, split, pose, config)
 
-    monkeypatch.setattr(evaluate_poses, "right", limited)
-    monkeypatch.setattr(evaluate_poses, "SLICE", 40)
+    monkeypatch.setattr(evaluate_poses, "count_correct", limited)
+    monkeypatch.setattr(evaluate_poses, "SLICE_SIZE", 40)
     return counts, limited
 
 
@@ -216,8 +216,8 @@ def test_progress_of_other_settings_or_networks_is_refused(
     before = path.read_bytes()
     counts.clear()
     refusal = (
-        "evaluate_poses: .*progress.json holds 9 measurements of other settings or runs; use "
-        "another --output, or remove it to measure anew\n"
+        "evaluate_poses: .*progress.json holds 9 measurements with other settings or runs; use "
+        "another --output, or delete the file to start again\n"
     )
     status, stdout, stderr = program(workdirs="canvas", seed=1)
     assert (status, stdout) == (2, "")
@@ -240,7 +240,7 @@ def test_damaged_progress_is_one_line(program, tmp_path):
     (tmp_path / "out/progress.json").write_text("{")
     status, stdout, stderr = program(workdirs="cnn")
     assert (status, stdout) == (2, "")
-    assert re.fullmatch("evaluate_poses: .*progress.json is damaged .* to measure anew\n", stderr)
+    assert re.fullmatch("evaluate_poses: .*progress.json is damaged .* to start again\n", stderr)
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_damaged_progress_is_one_line(program, tmp_path):
         ({"affnist_dir": 300 * "x", "workdirs": "canvas"}, ".*=x{300} has none of .*"),
         (
             {"affnist_dir": "digits", "workdirs": "clothes"},
-            "--affnist_dir needs runs on MNIST's .*, got fashion_mnist with images of 17x17x1",
+            "--affnist_dir needs runs on MNIST digits.*, got fashion_mnist with images of 17x17x1",
         ),
         ({"rotations": "0,x"}, "--rotations must be numbers .* separated by commas, got '0,x'"),
         ({"shifts": ""}, "--shifts must be numbers .*, got ''"),

@@ -18,19 +18,19 @@ def test_coupling_times_agreement_by_hand():
     couplings = jnp.array([[[0.5], [1.0], [0.25]]])  # T = 1, I = 3, J = 1
     votes = jnp.array([[[6.0, 0.0]], [[1.0, 4.0]], [[0.0, 0.0]]])
     # Their sum is (3, 0) + (1, 4) + 0 = (4, 4): along its direction lie 3 / √2, 5 / √2 and 0.
-    _, shares, lengths = evidence.contributions(couplings, votes)
+    _, shares, lengths = evidence.decompose(couplings, votes)
     np.testing.assert_allclose(shares[0, :, 0], np.array([3, 5, 0]) / np.sqrt(2), rtol=1e-6)
     np.testing.assert_allclose(lengths, [[32 / 33]], rtol=1e-6)
 
 
 def test_a_child_that_votes_against_the_others_has_less_than_none():
     votes = jnp.array([[[2.0]], [[2.0]], [[-1.0]]])
-    _, shares, _ = evidence.contributions(jnp.ones((1, 3, 1)), votes)
+    _, shares, _ = evidence.decompose(jnp.ones((1, 3, 1)), votes)
     np.testing.assert_allclose(shares[0, :, 0], [2, 2, -1])
 
 
 def test_a_parent_without_votes_has_no_evidence():
-    _, shares, lengths = evidence.contributions(jnp.ones((2, 3, 1)), jnp.zeros((3, 1, 4)))
+    _, shares, lengths = evidence.decompose(jnp.ones((2, 3, 1)), jnp.zeros((3, 1, 4)))
     assert not shares.any()
     assert not lengths.any()
 
@@ -58,7 +58,7 @@ def image():
 
 
 def test_all_evidence_is_what_the_capsules_are_made_of(model, image):
-    found = evidence.routed(model, image)
+    found = evidence.trace_routing(model, image)
     assert found.evidence.shape == (3, 24, 5)
     poses = model.primary_poses(jnp.asarray(image))
     np.testing.assert_allclose(found.couplings, model.capsules.couplings(poses), rtol=1e-6)
@@ -74,7 +74,7 @@ def test_all_evidence_is_what_the_capsules_are_made_of(model, image):
 
 
 def test_a_receptive_field_is_every_pixel_that_a_capsule_depends_on(model, image):
-    where = evidence.fields(model, image.shape)
+    where = evidence.receptive_fields(model, image.shape)
     assert (len(where.rows), len(where.columns), where.side) == (3, 2, 17)
     jacobian = jax.jacobian(lambda x: model.primary_poses(x).sum(axis=1))(jnp.asarray(image))
     seen = np.asarray(jacobian)[..., 0].reshape(3, 2, 4, 22, 20).any(axis=2)
@@ -88,18 +88,18 @@ def test_a_receptive_field_is_every_pixel_that_a_capsule_depends_on(model, image
 
 def test_the_paper_sees_17_pixels_around_8_to_18():
     model = CapsNet(conv_channels=1, primary_types=1, hidden=(1,), rngs=nnx.Rngs(0))
-    where = evidence.fields(model, (28, 28, 1))
+    where = evidence.receptive_fields(model, (28, 28, 1))
     np.testing.assert_array_equal(where.rows, [8, 10, 12, 14, 16, 18])
     np.testing.assert_array_equal(where.columns, where.rows)
     assert (where.side, where.positions) == (17, 36)
 
 
-WHERE = trees.Fields(np.array([8.0, 10, 12]), np.array([8.0, 10]), 17)
+WHERE = trees.ReceptiveFields(np.array([8.0, 10, 12]), np.array([8.0, 10]), 17)
 
 
 def test_types_of_a_position_are_added_up():
     shares = np.arange(2 * 24.0).reshape(2, 24)
-    found = evidence.by_position(shares, WHERE)
+    found = evidence.sum_by_position(shares, WHERE)
     assert found.shape == (2, 3, 2)
     assert found[0, 0, 0] == 0 + 1 + 2 + 3
     assert found[0, 0, 1] == 4 + 5 + 6 + 7  # columns before rows
@@ -109,7 +109,7 @@ def test_types_of_a_position_are_added_up():
 def test_the_centre_counts_what_speaks_for_a_capsule_only():
     shares = np.zeros((3, 2))
     shares[0, 0], shares[2, 1], shares[1, 1] = 3, 1, -9
-    np.testing.assert_allclose(evidence.centre(shares, WHERE), [9, 8.5])
+    np.testing.assert_allclose(evidence.evidence_centre(shares, WHERE), [9, 8.5])
 
 
 def test_leading_children_are_at_places_of_their_own():
@@ -118,9 +118,9 @@ def test_leading_children_are_at_places_of_their_own():
     leading = evidence.leading_children(shares, WHERE, 3)
     assert leading.tolist() == [5, 17, 0]  # 6 is at the place of 5
     assert len(evidence.leading_children(shares, WHERE, 12)) == 6
-    others = evidence.leading_children(shares, WHERE, 2, taken=[6, 16])  # where 5 and 17 are
+    others = evidence.leading_children(shares, WHERE, 2, exclude=[6, 16])  # where 5 and 17 are
     assert others.tolist() == [0, 23]
-    places, types = evidence.places(leading, WHERE, types=4)
+    places, types = evidence.locate_children(leading, WHERE, types=4)
     assert places.tolist() == [[0, 1], [2, 0], [0, 0]]
     assert types.tolist() == [1, 1, 0]
 
@@ -131,8 +131,8 @@ def test_rows_tell_of_the_longest_capsules():
     shares[:, 0, 2] = -1, -1
     couplings = np.full((2, 24, 3), 1 / 3)
     couplings[1, 4, 2] = 0.9
-    found = evidence.Routing(couplings, shares, np.array([[0.5, 0.1, 0.2], [0.1, 0.0, 0.6]]))
-    first, second, *others = evidence.rows("a", found, WHERE, parents=2, children=1)
+    found = evidence.RoutingTrace(couplings, shares, np.array([[0.5, 0.1, 0.2], [0.1, 0.0, 0.6]]))
+    first, second, *others = evidence.evidence_rows("a", found, WHERE, parents=2, children=1)
     assert first == {
         "image": "a",
         "class": 2,

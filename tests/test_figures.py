@@ -325,7 +325,7 @@ def test_entropy_is_log_j_when_even_and_0_when_decided():
     even, mean = figure.axes[0].get_lines()
     np.testing.assert_allclose(even.get_ydata(), np.log(4))
     np.testing.assert_allclose(mean.get_xydata(), [[1, np.log(4)], [2, 0]], rtol=1e-6)
-    assert "even split:\nlog 4 = 1.386" in words(figure)
+    assert "uniform:\nlog 4 = 1.386" in words(figure)
 
 
 def test_entropy_shows_quantiles_over_all_children():
@@ -400,7 +400,7 @@ def test_misclassified_shows_the_wrong_ones_only():
 def test_misclassified_draws_at_most_the_limit(limit, drawn):
     figure = classifier.misclassified(*examples(13, 3, 28, 1), limit=limit)
     assert len(figure.axes) == drawn
-    assert (f"the first {drawn} shown" in figure.get_suptitle()) == (drawn < 13)
+    assert (f"first {drawn} shown" in figure.get_suptitle()) == (drawn < 13)
 
 
 def test_misclassified_of_no_errors_says_so():
@@ -456,7 +456,7 @@ C = shares(3, 6, 4)
         (lambda: classifier.couplings(C, label=4), "couplings: label must be integers from 0 to 3"),
         (
             lambda: classifier.couplings(np.moveaxis(C, 1, 2), label=0),
-            "couplings: couplings must be from 0 up and add up to 1 over the parents",
+            "couplings: couplings must be non-negative and sum to 1 over the parents",
         ),
         (lambda: classifier.couplings(C[..., :1], label=0), "must have at least 2 parents, got 1"),
         (
@@ -467,8 +467,14 @@ C = shares(3, 6, 4)
             lambda: classifier.confusion_matrix(np.ones((2, 3), int)),
             r"confusion_matrix: counts must have shape \[K, K\] with K = 2 .* got \(2, 3\)",
         ),
-        (lambda: classifier.confusion_matrix(np.eye(3)), "counts must be integers .* got float64"),
-        (lambda: classifier.confusion_matrix(-np.eye(3, dtype=int)), "from 0 up, .* from -1 to 0"),
+        (
+            lambda: classifier.confusion_matrix(np.eye(3)),
+            "counts must be non-negative integers .* got float64",
+        ),
+        (
+            lambda: classifier.confusion_matrix(-np.eye(3, dtype=int)),
+            "non-negative integers, .* from -1 to 0",
+        ),
         (lambda: classifier.confusion_matrix(np.zeros((3, 3), int)), "not all 0"),
         (lambda: classifier.confusion_matrix(np.ones((1, 1), int)), "2 or more classes, .* of 1"),
         (

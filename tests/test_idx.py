@@ -42,20 +42,24 @@ def test_header_is_what_stands_before_the_array(array):
 @pytest.mark.parametrize(
     ("read", "content", "message"),
     [
-        (idx.read_images, b"", r"starts with 16 bytes of header, got 0 bytes in all"),
-        (idx.read_labels, b"\0\0\x08\x01\0\0\0", r"starts with 8 bytes of header, got 7 bytes"),
+        (idx.read_images, b"", r"starts with 16 bytes of header, got a file of 0 bytes"),
+        (
+            idx.read_labels,
+            b"\0\0\x08\x01\0\0\0",
+            r"starts with 8 bytes of header, got a file of 7 bytes",
+        ),
         (idx.read_images, idx_bytes(LABELS), r"is 0x00000803, got 0x00000801"),
         (idx.read_labels, idx_bytes(IMAGES), r"is 0x00000801, got 0x00000803"),
         (idx.read_labels, b"\0\0\x09\x01" + bytes(8), r"is 0x00000801, got 0x00000901"),
         (idx.read_images, idx_bytes(IMAGES)[:-1], r"30 x 5 x 5, need 750 bytes .* got 749"),
-        (idx.read_images, idx_bytes(IMAGES) + b"\0", r"need 750 bytes .* got more than that"),
+        (idx.read_images, idx_bytes(IMAGES) + b"\0", r"need 750 bytes .* got more"),
         (idx.read_labels, idx_bytes(LABELS)[:-9], r"in the header, 30, need 30 .* got 21"),
-        (idx.read_labels, idx_bytes(LABELS[:0]), r"give 1 to 4294967296 bytes .* got 0 = 0"),
-        (idx.read_images, idx_bytes(IMAGES[:, :0]), r"give 1 to .* got 30 x 0 x 5 = 0"),
+        (idx.read_labels, idx_bytes(LABELS[:0]), r"amount to 1 to 4294967296 bytes .* got 0 = 0"),
+        (idx.read_images, idx_bytes(IMAGES[:, :0]), r"amount to 1 to .* got 30 x 0 x 5 = 0"),
         (
             idx.read_images,
             struct.pack(">4I", 0x803, 2**32 - 1, 28, 28),
-            r"give 1 to 4294967296 bytes of data, got 4294967295 x 28 x 28 = 3367",
+            r"amount to 1 to 4294967296 bytes of data, got 4294967295 x 28 x 28 = 3367",
         ),
         (idx.read_images, idx_bytes(IMAGES[:, :4]), r"must be square, got 4 x 5 pixels"),
     ],
@@ -105,7 +109,7 @@ def test_a_missing_file_is_named(tmp_path, missing):
     for stem in STEMS:
         if stem != missing:
             (tmp_path / f"{stem}.gz").touch()
-    with pytest.raises(InputError, match=rf": {missing} \(or the same with \.gz\) is missing\."):
+    with pytest.raises(InputError, match=rf": {missing} \(plain or \.gz\) is missing\."):
         idx.locate(tmp_path)
 
 

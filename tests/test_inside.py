@@ -113,7 +113,7 @@ def test_a_tree_is_drawn_with_and_without_a_decoder(program, workdirs, tmp_path,
     assert status == 0
     assert left(tmp_path / "out") == {"test_11_evidence.png", "test_11_tree.png", "results.json"}
     table = read(tmp_path / "out/results.json")
-    assert [row["iteration"] for row in table] == [1, 2, 3] * parse_tree.FOCUS
+    assert [row["iteration"] for row in table] == [1, 2, 3] * parse_tree.EVIDENCE_PARENTS
     assert re.fullmatch(r"test_11: longest capsules (\d \(0\.\d\d\)(, |\n)){3}", stdout)
 
 
@@ -147,8 +147,8 @@ def test_overlapping_digits_move_apart_and_add_up():
     first[0, 0] = 1  # leaves the frame
     wanted = np.zeros((5, 6, 1))
     wanted[2, 2], wanted[2, 4], wanted[4, 1] = 0.7, 0.9, 0.4
-    np.testing.assert_array_equal(parse_tree.overlapped(first, second, shift=1), wanted)
-    unmoved = parse_tree.overlapped(first, second, shift=0)
+    np.testing.assert_array_equal(parse_tree.overlay(first, second, shift=1), wanted)
+    unmoved = parse_tree.overlay(first, second, shift=0)
     assert unmoved[2, 3] == 1  # 0.7 + 0.9, at most 1
     np.testing.assert_array_equal(unmoved[4, 0], 0.4)
 
@@ -160,13 +160,13 @@ def test_overlapping_digits_move_apart_and_add_up():
         ("none", {}, "workdir .*none holds no run: it has no config.json"),
         ("begun", {}, "workdir .* has no checkpoint yet; let it train further"),
         ("cnn", {}, "workdir .*cnn holds a pooling_cnn, which has no capsules"),
-        ("capsnet", {"index": 12}, "there is no test image 12: mnist has 12, from 0"),
+        ("capsnet", {"index": 12}, "test image 12 does not exist: mnist has 0 to 11"),
         ("capsnet", {"index": -1}, "--index must be at least 0, got -1"),
         ("capsnet", {"images": "none.png"}, "none.png: the image cannot be read: .*"),
         (
             "capsnet",
             {"images": "a/x.png,b/x.png"},
-            "--images must have names of their own, got x, x",
+            "--images must have different file names, got x, x",
         ),
         (
             "capsnet",
@@ -202,14 +202,14 @@ def test_what_cannot_be_used_is_one_line(program, workdirs, tmp_path, name, run,
             "parse_tree",
             "capsnet",
             {"overlap": "3"},
-            "--overlap must be two .* A,B, got '3'",
+            "--overlap must be the .* A,B, got '3'",
         ),
-        ("parse_tree", "capsnet", {"overlap": "3,12"}, "there is no test image 12: .*"),
+        ("parse_tree", "capsnet", {"overlap": "3,12"}, "test image 12 does not exist: .*"),
         (
             "parse_tree",
             "capsnet",
             {"overlap": "3,4", "images": "a.png"},
-            "--overlap is made of test images: give it or --images, not both",
+            "--overlap and --images exclude each other",
         ),
         (
             "parse_tree",
@@ -239,7 +239,7 @@ def test_a_full_disk_is_one_line(program, workdirs, monkeypatch):
     assert re.fullmatch("parse_tree: .*png cannot be written: No space left on device\n", stderr)
 
 
-WHERE = trees.Fields(np.arange(8.0, 19, 2), np.arange(8.0, 19, 2), 17)
+WHERE = trees.ReceptiveFields(np.arange(8.0, 19, 2), np.arange(8.0, 19, 2), 17)
 
 
 def drawn_tree(N, K, C, *, decoder=True):
@@ -251,7 +251,7 @@ def drawn_tree(N, K, C, *, decoder=True):
         positions=np.stack([np.arange(N) % 6, np.arange(N) // 6], axis=1),
         captions=[f"{n}: type 32" for n in range(1, N + 1)],
         parents=[f"class {k}: 0.99" for k in range(K)],
-        drawings=test_figures.images(K, 28, 28, C) if decoder else None,
+        reconstructions=test_figures.images(K, 28, 28, C) if decoder else None,
         title="Of what this is and of what that is, and of what it should be\nand so on",
     )
 

@@ -43,7 +43,7 @@ def draw(tmp_path, monkeypatch):
         wrong = (lengths.argmax(axis=1) + 1).astype(np.int32) % 10
         test = dataset.test._replace(labels=wrong)
         evaluation = loop.Evaluation(lengths, 0.5)
-        inspection.draw(trainer, params, test, evaluation, [], pathlib.Path())
+        inspection.draw_figures(trainer, params, test, evaluation, [], pathlib.Path())
         return drawn, model, lengths
 
     return draw

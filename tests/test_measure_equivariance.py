@@ -12,8 +12,8 @@ import small_runs
 
 from experiments import measure_equivariance
 from experiments.analysis import equivariance
-from experiments.data.affine import Pose, warped
-from experiments.measure_equivariance import thickened
+from experiments.data.affine import Pose, warp
+from experiments.measure_equivariance import change_stroke_width
 from experiments.training import trained
 
 load = functools.cache(trained.load)  # a network is compiled once
@@ -55,9 +55,17 @@ def test_numbers_are_those_of_the_true_class_capsule_and_of_the_last_hidden_unit
     images = digits.images / np.float32(255)
     wanted = []
     for label, values, move in (
-        ("rotation (degrees)", [-40, 0, 40], lambda x: warped(images, Pose.of(40, rotation=x))),
-        ("shift (pixels)", [-2.5, 0, 2.5], lambda x: warped(images, Pose.of(40, shift=(x, 0)))),
-        ("stroke width (pixels)", [-0.5, 0.5, 1.5], lambda x: thickened(images, [x])[0]),
+        (
+            "rotation (degrees)",
+            [-40, 0, 40],
+            lambda x: warp(images, Pose.broadcast(40, rotation=x)),
+        ),
+        (
+            "shift (pixels)",
+            [-2.5, 0, 2.5],
+            lambda x: warp(images, Pose.broadcast(40, shift=(x, 0))),
+        ),
+        ("stroke width (pixels)", [-0.5, 0.5, 1.5], lambda x: change_stroke_width(images, [x])[0]),
     ):
         for run in (capsnet, cnn):
             found = []
@@ -69,7 +77,7 @@ def test_numbers_are_those_of_the_true_class_capsule_and_of_the_last_hidden_unit
                 else:
                     found.append(np.asarray(run.model.features(moved), float))
             assert found[0].shape == (40, 3 if run is capsnet else 256)
-            numbers, _ = equivariance.measured(
+            numbers, _ = equivariance.measure_sweep(
                 found[0],
                 np.stack(found[1:]),
                 np.array(values, float),

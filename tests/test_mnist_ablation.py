@@ -55,7 +55,7 @@ def test_the_figure_shows_every_seed_the_mean_and_the_control():
             "test_error_if_couplings_are_uniform": 1.25,
         },
     ]
-    figure = mnist_ablation.errors_by_variant(table)
+    figure = mnist_ablation.draw_errors(table)
     (axes,) = figure.axes
     drawn = [line.get_xydata().tolist() for line in axes.lines]
     seeds_and_means = [
@@ -67,17 +67,17 @@ def test_the_figure_shows_every_seed_the_mean_and_the_control():
     assert drawn == [*seeds_and_means, [[1.25, 1]]]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["1 iteration", "3 iterations"]
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert legend == ["a seed", "mean of the seeds", "the same, tested without routing"]
+    assert legend == ["one seed", "mean of seeds", "mean, tested without routing"]
 
 
 def test_dots_that_lie_close_are_not_cut_by_the_figures_edge():
     table = [{"variant": "cnn", "test_error": 1.08, "test_errors": [1.03, 1.13]}]
-    (axes,) = mnist_ablation.errors_by_variant(table).axes
+    (axes,) = mnist_ablation.draw_errors(table).axes
     left, right = axes.get_xlim()
     assert left == 0
     assert right > 1.04 * 1.13
     table = [{"variant": "cnn", "test_error": 0.0, "test_errors": [0.0]}]
-    (axes,) = mnist_ablation.errors_by_variant(table).axes
+    (axes,) = mnist_ablation.draw_errors(table).axes
     assert axes.get_xlim() == (0, 1)
 
 

@@ -73,12 +73,12 @@ def test_the_bits_are_splitmix64s():
         *(6457827717110365317, 3203168211198807973, 9817491932198370423),
         *(4593380528125082431, 16408922859458223821),
     ]
-    assert multimnist._mixed(state).tolist() == wanted
+    assert multimnist._mix(state).tolist() == wanted
 
 
 def test_boxes_overlap_as_two_independent_shifts_make_them(pairs):
     """Of 20 x 20 pixels; the mean distance of two shifts is 80 / 27 pixels."""
-    _, _, shifts = pairs._choices(np.arange(5000))
+    _, _, shifts = pairs._draw(np.arange(5000))
     beside = np.abs(shifts[:, 0] - shifts[:, 1])
     covered = (20 - beside) / 20
     along = 1 - 80 / 27 / 20

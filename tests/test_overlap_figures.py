@@ -53,4 +53,4 @@ def test_a_wrong_class_is_grey_and_its_column_framed(pairs):
     assert red == green == blue > 0.5
     [frame] = axes.patches
     assert frame.get_x() == 0.5
-    assert axes.get_title("left") == "Framed: not both digits right"
+    assert axes.get_title("left") == "Framed: wrong predictions"

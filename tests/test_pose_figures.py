@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from experiments.analysis.equivariance import Curve
+from experiments.analysis.equivariance import SweepCurves
 from experiments.figures import poses
 
 STEPS = {"rotation (degrees)": [-30, 0, 30], "scale": [0.5, 1.0]}
@@ -60,7 +60,7 @@ def test_medians_and_quartiles_of_every_network_are_drawn():
     rng = np.random.default_rng(0)
     curves = {
         network: {
-            label: Curve(*(scale * rng.random((len(values), 25)) for scale in (1, 90, 60)))
+            label: SweepCurves(*(scale * rng.random((len(values), 25)) for scale in (1, 90, 60)))
             for label, values in STEPS.items()
         }
         for network in ("capsnet", "pooling_cnn")
