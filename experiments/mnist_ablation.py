@@ -103,7 +103,8 @@ def check_settings(config: Config, names: list[str]) -> None:
     unknown = [name for name in names if name not in VARIANTS]
     if unknown or len(set(names)) < len(names):
         raise InputError(
-            f"--variants must be a subset of {', '.join(VARIANTS)}, got {config.variants!r}"
+            f"--variants must be distinct names out of {', '.join(VARIANTS)}, got "
+            f"{config.variants!r}"
         )
     defaults = mnist.Config()
     for name in ("network", "num_iterations"):

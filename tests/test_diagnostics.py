@@ -1,4 +1,4 @@
-"""Diagnostics of routing: each number from arrays made by hand, and all of them from a network."""
+"""Routing diagnostics, of arrays with known values and of a network."""
 
 import dataclasses
 import json
@@ -24,17 +24,17 @@ from experiments.training.objectives import CapsuleClassification, SoftmaxClassi
 
 
 def middles(split, size):
-    """The middle 19 x 19 pixels of the first digits: 2 x 2 primary capsules a type."""
+    """Return the central 19 x 19 pixels of the first digits: 2 x 2 primary capsules per type."""
     return datasets.Split(split.images[:size, 4:23, 4:23], split.labels[:size])
 
 
-def test_entropy_of_undecided_decided_and_half_decided_children():
+def test_entropy_of_uniform_and_one_hot_couplings():
     couplings = jnp.array([[[[0.25] * 4] * 2], [[[1.0, 0, 0, 0], [0.5, 0.5, 0, 0]]]])
     wanted = [math.log(4), math.log(2) / 2]
     np.testing.assert_allclose(diagnostics.mean_coupling_entropy(couplings), wanted, rtol=1e-6)
 
 
-def test_a_clear_parent_gets_more_than_all_others_together():
+def test_a_clear_parent_has_a_coupling_above_the_threshold():
     undecided, half, clear = [0.25] * 4, [0.5, 0.5, 0, 0], [0.1, 0.1, 0.6, 0.2]
     couplings = jnp.array([[[undecided, half]], [[half, clear]], [[clear, clear]]])
     np.testing.assert_allclose(diagnostics.clear_parent_fraction(couplings), [0, 0.5, 1])
@@ -43,13 +43,13 @@ def test_a_clear_parent_gets_more_than_all_others_together():
     )
 
 
-def test_a_dead_capsule_is_short_in_every_example():
+def test_a_dead_capsule_is_short_in_all_examples():
     lengths = jnp.array([[0.05, 0.9, 0.1, 0.0], [0.05, 0.0, 0.1, 0.2]])
     np.testing.assert_allclose(diagnostics.dead_fraction(lengths), 0.5)
     np.testing.assert_allclose(diagnostics.dead_fraction(lengths, threshold=0.01), 0.0)
 
 
-def test_gradient_shares_are_of_squared_norms_over_all_arrays_of_a_part():
+def test_gradient_fractions_are_of_squared_norms_of_subtrees():
     gradients = {
         "decoder": {"layers": {0: jnp.array([1.0, 2.0]), 1: jnp.array([[2.0]])}},  # 9
         "capsules": {"weights": jnp.array([4.0])},  # 16
@@ -62,13 +62,13 @@ def test_gradient_shares_are_of_squared_norms_over_all_arrays_of_a_part():
         np.testing.assert_allclose(shares[part], share, rtol=1e-6)
 
 
-def test_without_any_gradient_no_part_has_a_share():
+def test_gradient_fractions_of_a_zero_gradient_are_zero():
     assert float(diagnostics.gradient_fractions({"a": jnp.zeros(2)})["a"]) == 0
 
 
 @pytest.fixture(scope="module")
 def small():
-    """A network of two iterations, and the middles of 70 real digits, more than are measured."""
+    """A network with two iterations, and 70 digits, more than the diagnostics use."""
     digits = middles(datasets.load("mnist_small").train, 70)
     model = CapsNet(
         digits.images.shape[1:],
@@ -81,11 +81,11 @@ def small():
     )
     trainer = loop.Trainer(model, CapsuleClassification(10, 1, 0, 0.0005), optax.adam(0.01))
     params = trainer.initial_state(0).params
-    params["capsules"]["weights"] *= 20  # long votes: else routing does next to nothing
+    params["capsules"]["weights"] *= 20  # long votes, so that routing changes the couplings
     return trainer, params, digits
 
 
-def test_a_row_is_what_the_parts_say_of_the_first_moved_examples(small):
+def test_diagnostics_are_those_of_the_first_augmented_examples(small):
     trainer, params, examples = small
     row = diagnostics.make_diagnostics(trainer, examples)(params)
     images, labels = examples.images[: diagnostics.EXAMPLES], examples.labels[:64]
@@ -93,7 +93,7 @@ def test_a_row_is_what_the_parts_say_of_the_first_moved_examples(small):
     images = trainer.objective.augment(transforms.scaled(jnp.asarray(images)), key)
 
     @jax.jit
-    def looked_at(params):
+    def expected(params):
         model = trainer.model(params)
         poses = model.primary_poses(images)
         weights = params["capsules"]["weights"]
@@ -109,7 +109,7 @@ def test_a_row_is_what_the_parts_say_of_the_first_moved_examples(small):
             jax.grad(loss)(params),
         )
 
-    couplings, primary, classes, gradients = looked_at(params)
+    couplings, primary, classes, gradients = expected(params)
     wanted = {
         "coupling_entropy_1": math.log(10),
         "coupling_entropy_2": capsjax.coupling_entropy(couplings[1]).mean(),
@@ -131,14 +131,14 @@ def test_a_row_is_what_the_parts_say_of_the_first_moved_examples(small):
     json.dumps(row | shares, allow_nan=False)  # plain numbers
 
 
-def test_a_network_without_capsules_is_refused(small):
+def test_networks_without_capsules_are_refused(small):
     model = networks.build(networks.Settings(network="pooling_cnn"), (19, 19, 1), 10, seed=0)
     trainer = loop.Trainer(model, SoftmaxClassification(10, 1, 0), optax.adam(0.01))
     with pytest.raises(InputError, match=r"^--diagnostics measures routing, .* no capsules$"):
         diagnostics.make_diagnostics(trainer, small[2])
 
 
-def test_training_asks_for_them_before_anything_is_written(tmp_path, monkeypatch):
+def test_train_mnist_refuses_networks_without_capsules_before_writing(tmp_path, monkeypatch):
     whole = datasets.load("mnist_small")
     few = dataclasses.replace(whole, train=middles(whole.train, 24), test=middles(whole.test, 8))
     monkeypatch.setattr(runs, "prepare", lambda config: few)
@@ -150,7 +150,7 @@ def test_training_asks_for_them_before_anything_is_written(tmp_path, monkeypatch
     assert not (tmp_path / "run").exists()
 
 
-def test_the_figure_is_drawn_where_there_are_rows_for_it(small, monkeypatch, tmp_path):
+def test_figure_is_drawn_only_if_rows_have_diagnostics(small, monkeypatch, tmp_path):
     trainer, params, examples = small
     drawn = []
     monkeypatch.setattr(files, "save_figure", lambda figure, path: drawn.append(path.name))
@@ -160,10 +160,10 @@ def test_the_figure_is_drawn_where_there_are_rows_for_it(small, monkeypatch, tmp
         evaluation = loop.Evaluation(scores, 0.5)
         inspection.draw_figures(trainer, params, examples, evaluation, rows, tmp_path)
     assert drawn.count("routing_diagnostics.png") == 1
-    assert drawn[-1] == "learning_curves.png"  # its presence says that all are drawn
+    assert drawn[-1] == "learning_curves.png"  # written last, as a mark that all are complete
 
 
-def test_a_figure_without_rows_to_draw_is_refused():
+def test_rows_without_diagnostics_are_refused():
     with pytest.raises(ValueError, match=r"^diagnostics: rows must be .* got none$"):
         routing.diagnostics([{"step": 1, "epoch": 1.0}])
 
@@ -181,7 +181,7 @@ ROW = {
 }
 
 
-def test_the_figure_draws_every_number_of_a_row_and_is_legible():
+def test_figure_shows_all_diagnostics_legibly():
     figure = routing.diagnostics([{"epoch": 0.5}, {"epoch": 1.0} | ROW, {"epoch": 2.0} | ROW])
     drawn = [line.get_ydata()[-1] for axes in figure.axes for line in axes.lines]
     np.testing.assert_allclose(drawn, [2, 1, 2 / 3, 20, 40, 60, 25, 0, 10, 20, 30, 40], rtol=1e-6)

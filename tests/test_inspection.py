@@ -1,4 +1,4 @@
-"""What is drawn of a trained network; that the figures are legible is in test_figures."""
+"""Arguments of the figures of a trained network (test_figures tests the figures)."""
 
 import pathlib
 
@@ -22,7 +22,7 @@ DRAWN_BY_DECODER = {"reconstructions", "dimension_tweaks"}
 
 @pytest.fixture
 def draw(tmp_path, monkeypatch):
-    """Draws with wrong labels and no drawing: each figure's arguments, the model, the lengths."""
+    """Return a function that calls draw_figures: arguments of all figures, model and lengths."""
     data_dir = small_runs.write_digits(tmp_path / "digits", size=21)
     drawn = {}
     for name in WITHOUT_DECODER | DRAWN_BY_DECODER:
@@ -37,7 +37,7 @@ def draw(tmp_path, monkeypatch):
         dataset = datasets.load(config.dataset, data_dir=config.data_dir)
         trainer = mnist.build(config, dataset)
         params = trainer.initial_state(0).params
-        params["capsules"]["weights"] *= 100  # long capsules, so that it matters which is drawn
+        params["capsules"]["weights"] *= 100  # long capsules with distinct reconstructions
         model = trainer.model(params)
         lengths = np.asarray(capsjax.lengths(model(scaled(dataset.test.images))))
         wrong = (lengths.argmax(axis=1) + 1).astype(np.int32) % 10
@@ -49,12 +49,12 @@ def draw(tmp_path, monkeypatch):
     return draw
 
 
-def test_a_network_without_a_decoder_is_drawn_as_far_as_it_goes(draw):
+def test_networks_without_a_decoder_have_no_reconstruction_figures(draw):
     drawn, _, _ = draw(reconstruction_weight=0.0)
     assert drawn.keys() == WITHOUT_DECODER
 
 
-def test_the_figures_show_what_the_longest_capsule_draws(draw):
+def test_reconstruction_figures_are_of_the_longest_capsule(draw):
     drawn, model, lengths = draw()
     assert drawn.keys() == WITHOUT_DECODER | DRAWN_BY_DECODER
     images, reconstructions, _, labels = drawn["reconstructions"]

@@ -1,4 +1,4 @@
-"""What is kept of a long measurement: counts of the same facts, and nothing else."""
+"""Partial results: resumption, other inputs and damaged files."""
 
 import json
 
@@ -15,7 +15,7 @@ def never():
     raise AssertionError
 
 
-def test_what_is_measured_is_on_disk_before_the_next(tmp_path):
+def test_counts_are_on_disk_before_the_next_measurement(tmp_path):
     path = tmp_path / "new/progress.json"
     first = PartialResults(path, FACTS)
     assert first("a", lambda x: x + 1, 6) == 7
@@ -31,7 +31,7 @@ def test_what_is_measured_is_on_disk_before_the_next(tmp_path):
 
 
 @pytest.mark.parametrize("facts", [FACTS | {"sizes": [1, 3]}, FACTS | {"more": 0}, {}])
-def test_measurements_of_other_facts_are_not_replaced(tmp_path, facts):
+def test_results_with_other_inputs_are_refused(tmp_path, facts):
     path = tmp_path / "progress.json"
     PartialResults(path, FACTS)("a", lambda: 7)
     before = path.read_bytes()
@@ -44,7 +44,7 @@ def test_measurements_of_other_facts_are_not_replaced(tmp_path, facts):
     assert path.read_bytes() == before
 
 
-def test_other_facts_without_measurements_are_replaced(tmp_path):
+def test_files_without_counts_are_replaced(tmp_path):
     path = tmp_path / "progress.json"
     PartialResults(path, {})
     assert PartialResults(path, FACTS)("a", lambda: 8) == 8
@@ -65,7 +65,7 @@ def test_other_facts_without_measurements_are_replaced(tmp_path):
         json.dumps({"facts": FACTS, "counts": {"a": True}}).encode(),
     ],
 )
-def test_a_damaged_file_is_named(tmp_path, content):
+def test_damaged_files_are_refused(tmp_path, content):
     path = tmp_path / "progress.json"
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"progress\.json is damaged .*; delete it to"):
@@ -73,7 +73,7 @@ def test_a_damaged_file_is_named(tmp_path, content):
     assert path.read_bytes() == content
 
 
-def test_a_place_that_cannot_be_used_is_named_before_anything_is_measured(tmp_path):
+def test_unusable_paths_are_refused_at_construction(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"file/progress\.json cannot be written: "):
         PartialResults(tmp_path / "file/progress.json", FACTS)
@@ -81,7 +81,7 @@ def test_a_place_that_cannot_be_used_is_named_before_anything_is_measured(tmp_pa
         PartialResults(tmp_path, FACTS)
 
 
-def test_the_digest_is_of_all_bytes():
+def test_sha256_depends_on_all_bytes():
     arrays = [np.arange(6, dtype=np.float32).reshape(2, 3), np.array(3), np.zeros((0, 2))]
     before = sha256(arrays)
     assert sha256([array.copy() for array in arrays]) == before
