@@ -40,9 +40,7 @@ COLUMNS = ["run", "network", "clean", "affine", "affine_deviation", "affnist", "
 class Config:
     """Networks and transformations to compare; the defaults are those of the article."""
 
-    workdirs: str = flag(
-        "runs/mnist_paper,runs/pooling_cnn", "Folders of train_mnist runs, separated by commas."
-    )
+    workdirs: str = flag("runs/mnist_paper,runs/pooling_cnn", "Run folders, separated by commas.")
     output: str = flag(
         "runs/affine",
         "Folder of results.json, sweeps.json and sweeps.png; until these are written, of "
@@ -57,24 +55,13 @@ class Config:
     batch_size: int = flag(128, "Images per forward pass.", minimum=1)
     draws: int = flag(5, "Random transformations of the test set.", minimum=2)
     seed: int = flag(0, "Seed of the random transformations.", minimum=0, maximum=2**32 - 1)
-    rotation: float = flag(
-        30.0, "Largest random angle in either direction, degrees.", minimum=0, maximum=180
-    )
-    shift: float = flag(
-        0.1,
-        "Largest random shift in either direction, as a fraction of the image's side.",
-        minimum=0,
-        maximum=1,
-    )
-    interpolation: str = flag(
-        "bilinear", "Interpolation of transformed images.", choices=tuple(SPLINE_ORDERS)
-    )
-    rotations: str = flag(
-        "-60,-45,-30,-15,0,15,30,45,60", "Angles of the rotation sweep, degrees clockwise."
-    )
-    shifts: str = flag("-8,-6,-4,-2,0,2,4,6,8", "Offsets of the shift sweep, pixels to the right.")
-    scales: str = flag("0.5,0.6,0.7,0.8,0.9,1,1.1,1.2,1.3,1.4", "Factors of the scale sweep.")
-    shears: str = flag("-45,-30,-15,0,15,30,45", "Angles of the shear sweep, degrees to the right.")
+    rotation: float = flag(30.0, "Largest random angle, degrees.", minimum=0, maximum=180)
+    shift: float = flag(0.1, "Largest random shift, fraction of the side.", minimum=0, maximum=1)
+    interpolation: str = flag("bilinear", "Interpolation method.", choices=tuple(SPLINE_ORDERS))
+    rotations: str = flag("-60,-45,-30,-15,0,15,30,45,60", "Rotation sweep, degrees clockwise.")
+    shifts: str = flag("-8,-6,-4,-2,0,2,4,6,8", "Shift sweep, pixels to the right.")
+    scales: str = flag("0.5,0.6,0.7,0.8,0.9,1,1.1,1.2,1.3,1.4", "Scale sweep, factors.")
+    shears: str = flag("-45,-30,-15,0,15,30,45", "Shear sweep, degrees to the right.")
     sweep_examples: int = flag(
         1000, "Number of test images in a sweep, the first ones; 0: all.", minimum=0
     )
@@ -108,7 +95,8 @@ def main(config: Config) -> int:
     affnist_sets = affnist.load_test_sets(
         first.dataset, side, folder=config.affnist_dir, data_dir=config.data_dir
     )
-    # Centred, unlike the clean test set, which has random positions on the canvas.
+    # Transformations are about the centre, so digits are centred on the canvas; `run.test`, on
+    # which clean accuracy is measured, has them at random positions.
     test = first.dataset.test
     test = test._replace(images=datasets.centred(test.images, side))
     swept = datasets.Split(*(part[: config.sweep_examples or None] for part in test))
@@ -197,13 +185,7 @@ def accuracy(
 ) -> float:
     """Return a network's accuracy in percent, from partial results of `SLICE_SIZE` images each.
 
-    Args:
-      progress: The partial results.
-      name: Name of the measurement in `progress`.
-      run: The network.
-      split: Images and labels.
-      pose: Transformation of the images; None: no transformation and no interpolation.
-      config: The program's settings.
+    The counts are stored in `progress` under `name`. Without a pose, images are not interpolated.
     """
     counts = []
     for start in range(0, split.size, SLICE_SIZE):

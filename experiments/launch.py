@@ -59,15 +59,10 @@ def main(command: list[str], config: Config) -> int:
 
 
 def run_once(command: list[str], count: int, stopped: Callable[[], int]) -> list[int]:
-    """Start `count` processes, and wait for all of them.
+    """Start `count` processes, wait for all, and return their exit statuses.
 
-    Args:
-      command: The command, to which each process's coordinator address, count and id are added.
-      count: Number of processes.
-      stopped: Returns the number of the stop signal that this process has received, or 0.
-
-    Returns:
-      The exit statuses, 128 + n for a process that was ended by signal n.
+    The status of a process that was ended by signal n is 128 + n. `stopped` returns the number of
+    the stop signal that this program has received, or 0.
     """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))

@@ -2,9 +2,6 @@
 
 Under a transformation of the image, the length of the true class's capsule should be constant and
 its direction should change smoothly. The baseline is a CNN's vector of last hidden units.
-
-Shape letters: N images; S steps of a sweep; D dimensions of a capsule or CNN vector; H, W, C
-height, width and channels of an image.
 """
 
 import dataclasses
@@ -28,6 +25,8 @@ from experiments.errors import InputError
 from experiments.figures import poses
 from experiments.training import trained
 
+# Shape letters: N images; S steps of a sweep; D dimensions of a capsule or CNN vector; H, W, C
+# height, width and channels of an image.
 UPSAMPLING = 4  # factor of the grid on which distances to edges are measured
 
 
@@ -121,15 +120,9 @@ def sweep_values(config: Config) -> dict[str, np.ndarray]:
 
 
 def transform(images: np.ndarray, label: str, values: np.ndarray) -> np.ndarray:
-    """Transform images with parameter 0 and with each value of a sweep.
+    """Transform images `[N, H, W, C]` with parameter 0 and with each of S values.
 
-    Args:
-      images: `[N, H, W, C]` in [0, 1].
-      label: The transformation, a key of `sweep_values`.
-      values: `[S]`.
-
-    Returns:
-      float32 `[1 + S, N, H, W, C]` in [0, 1].
+    `label` is a key of `sweep_values`. The result has shape `[1 + S, N, H, W, C]`.
     """
     parameters = [0.0, *values]
     if label.startswith("stroke"):

@@ -1,7 +1,4 @@
-"""Draw routing as a parse tree: the primary capsules with the most evidence for each class.
-
-Shape letters: J class capsules (parents); H, W, C height, width and channels of an image.
-"""
+"""Draw routing as a parse tree: the primary capsules with the most evidence for each class."""
 
 import dataclasses
 import pathlib
@@ -21,6 +18,7 @@ from experiments.errors import InputError
 from experiments.figures import trees
 from experiments.training import trained
 
+# Shape letters: J class capsules (parents); H, W, C height, width and channels of an image.
 PARENTS, EVIDENCE_PARENTS = 3, 2  # class capsules in the tree, and in the figure of evidence
 
 
@@ -29,9 +27,7 @@ class Config(selection.Settings):
     """The network, the images and the output."""
 
     output: str = flag("runs/parse_tree", "Folder of figures and results.json.")
-    overlap: str = flag(
-        "", "Indices A,B of two test images to overlay; empty: use --images or --index."
-    )
+    overlap: str = flag("", "Indices A,B of test images to overlay, in place of --index.")
     shift: int = flag(3, "Pixels by which A is shifted left and B right.", minimum=0)
     children: int = flag(6, "Number of primary capsules in the tree.", minimum=2, maximum=12)
 

@@ -69,7 +69,7 @@ def read(path: pathlib.Path) -> NotebookNode:
 
 
 def execute(notebook: NotebookNode, *, folder: pathlib.Path, time_limit: int) -> None:
-    """Execute all cells in a new kernel, in place, without timestamps and Python version."""
+    """Execute all cells in place in a new kernel; store no timestamps and no Python version."""
     deadline = time.monotonic() + time_limit
     client = NotebookClient(
         notebook,

@@ -1,7 +1,4 @@
-"""Train a capsule network, or a CNN baseline, on MultiMNIST: pairs of overlapping digits.
-
-Shape letters: N examples; H, W, C height, width and channels of an image.
-"""
+"""Train a capsule network, or a CNN baseline, on MultiMNIST: pairs of overlapping digits."""
 
 import dataclasses
 import pathlib
@@ -25,6 +22,7 @@ from experiments.figures.style import BLUE, ORANGE, RED, STYLE
 from experiments.training import loop, networks, objectives, processes, records, runs
 from experiments.training.transforms import scaled
 
+# Shape letters: N examples; H, W, C height, width and channels of an image.
 TEST_SEED = 2017  # fixed, so that runs with different --seed have the same test set
 SHOWN_EXAMPLES = 8
 
@@ -33,9 +31,7 @@ SHOWN_EXAMPLES = 8
 class Config(networks.Settings, runs.Settings):
     """The settings; the defaults are the paper's network and training."""
 
-    workdir: str = flag(
-        "runs/multimnist", "Folder of checkpoints, metrics and figures.", affects_result=False
-    )
+    workdir: str = flag("runs/multimnist", "Folder of all output files.", affects_result=False)
     train_size: int = flag(
         60_000_000,
         "Training pairs; pair i overlays digit i modulo the number of digits with a random one.",
@@ -44,9 +40,7 @@ class Config(networks.Settings, runs.Settings):
     )
     num_epochs: int = flag(1, "Passes over the training pairs.", minimum=1)
     test_size: int = flag(10_000, "Test pairs.", minimum=1)
-    reconstruction_weight: float = flag(
-        5e-4, "Weight of the decoder's sum of squared errors; 0: no decoder.", minimum=0
-    )
+    reconstruction_weight: float = flag(5e-4, "Weight of reconstruction; 0: no decoder.", minimum=0)
 
 
 def main(config: Config) -> int:
@@ -108,13 +102,7 @@ def examples(
 
 
 def overlap_figure(model: CapsNet, layers: jax.Array, labels: np.ndarray) -> Figure:
-    """Draw pairs of digits and their reconstructions from the two longest class capsules.
-
-    Args:
-      model: A network with a decoder.
-      layers: The digits of each pair, `[N, 2, H, W, C]` in [0, 1].
-      labels: Their classes, `[N, 2]`.
-    """
+    """Draw pairs `[N, 2, H, W, C]` and reconstructions from the two longest class capsules."""
     images = objectives.overlay(layers)
     capsules = model(images)
     lengths, predicted = jax.lax.top_k(jnp.linalg.norm(capsules, axis=-1), 2)

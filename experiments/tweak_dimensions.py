@@ -1,8 +1,4 @@
-"""Draw and measure the effect of each class capsule dimension on the decoder's reconstruction.
-
-Shape letters: K classes; D dimensions of a class capsule; V values added to a dimension; M shape
-measures; H, W, C height, width and channels of an image.
-"""
+"""Draw and measure the effect of each class capsule dimension on the decoder's reconstruction."""
 
 import dataclasses
 import functools
@@ -27,6 +23,8 @@ from experiments.figures import classifier
 from experiments.figures.style import STYLE, settle_ticks
 from experiments.training import trained
 
+# Shape letters: K classes; D dimensions of a class capsule; V values added to a dimension; M
+# shape measures; H, W, C height, width and channels of an image.
 FRAME_MILLISECONDS = 120
 GREY_LEVELS = 32  # of an animation; a quarter of the size with 256
 
@@ -35,12 +33,8 @@ GREY_LEVELS = 32  # of an animation; a quarter of the size with 256
 class Config(selection.Settings):
     """The network, the images and the output."""
 
-    output: str = flag(
-        "runs/tweaks", "Folder of figures, animations, results.json and by_class.json."
-    )
-    examples: int = flag(
-        256, "Number of test images for measuring effects, the first ones.", minimum=2
-    )
+    output: str = flag("runs/tweaks", "Folder of figures, animations and JSON results.")
+    examples: int = flag(256, "Test images for measuring effects, the first ones.", minimum=2)
 
 
 def main(config: Config) -> int:

@@ -46,8 +46,8 @@ def test_warp_equals_scipy(shape, order):
     found = warp(images, pose, order=order)
     assert found.dtype == np.float32
     for n, c in np.ndindex(4, 2):
-        wanted = by_scipy(images[n, ..., c], *(part[n] for part in pose), order=order)
-        differ = np.abs(found[n, ..., c] - wanted) > 2e-6
+        expected = by_scipy(images[n, ..., c], *(part[n] for part in pose), order=order)
+        differ = np.abs(found[n, ..., c] - expected) > 2e-6
         # Nearest neighbours may differ where rounding breaks ties between two pixels.
         assert differ.mean() <= (0 if order else 0.01)
 
@@ -59,9 +59,9 @@ def test_rotation_equals_pillow(size):
         (8, 10)
     )  # a margin, because Pillow treats edges differently
     # Pillow's positive angles are anticlockwise.
-    wanted = Image.fromarray(image).rotate(-30, resample=Image.Resampling.BILINEAR)
+    expected = Image.fromarray(image).rotate(-30, resample=Image.Resampling.BILINEAR)
     found = warp(image[None, ..., None], Pose.broadcast(1, rotation=30))
-    np.testing.assert_allclose(found[0, ..., 0], np.asarray(wanted), atol=1e-4)
+    np.testing.assert_allclose(found[0, ..., 0], np.asarray(expected), atol=1e-4)
 
 
 def test_rotations_are_clockwise_and_shifts_go_right_and_down():
@@ -69,9 +69,9 @@ def test_rotations_are_clockwise_and_shifts_go_right_and_down():
     turned = warp(image, Pose.broadcast(1, rotation=90))
     np.testing.assert_allclose(turned[0], np.rot90(image[0], -1), atol=1e-5)
     moved = warp(image, Pose.broadcast(1, shift=(2, 1)))
-    wanted = np.zeros_like(image)
-    wanted[:, 1:, 2:] = image[:, :-1, :-2]
-    np.testing.assert_array_equal(moved, wanted)
+    expected = np.zeros_like(image)
+    expected[:, 1:, 2:] = image[:, :-1, :-2]
+    np.testing.assert_array_equal(moved, expected)
     np.testing.assert_array_equal(warp(image, Pose.broadcast(1)), image)
 
 

@@ -143,9 +143,9 @@ def test_overlay_shifts_and_adds_digits():
     first, second = np.zeros((5, 6, 1)), np.zeros((5, 6, 1))
     first[2, 3], second[2, 3], second[4, 0] = 0.7, 0.9, 0.4
     first[0, 0] = 1  # shifted out of the image
-    wanted = np.zeros((5, 6, 1))
-    wanted[2, 2], wanted[2, 4], wanted[4, 1] = 0.7, 0.9, 0.4
-    np.testing.assert_array_equal(parse_tree.overlay(first, second, shift=1), wanted)
+    expected = np.zeros((5, 6, 1))
+    expected[2, 2], expected[2, 4], expected[4, 1] = 0.7, 0.9, 0.4
+    np.testing.assert_array_equal(parse_tree.overlay(first, second, shift=1), expected)
     unmoved = parse_tree.overlay(first, second, shift=0)
     assert unmoved[2, 3] == 1  # 0.7 + 0.9, at most 1
     np.testing.assert_array_equal(unmoved[4, 0], 0.4)

@@ -100,9 +100,9 @@ def test_standard_deviations_are_about_class_means():
 
 def test_images_without_ink_in_a_reconstruction_are_skipped(monkeypatch):
     blank = Bars()
-    drawn = blank.reconstruct
+    reconstruct = blank.reconstruct
     monkeypatch.setattr(
-        blank, "reconstruct", lambda c, k: drawn(c, k) * (k == 0)[..., None, None, None]
+        blank, "reconstruct", lambda c, k: reconstruct(c, k) * (k == 0)[..., None, None, None]
     )
     pictures = np.zeros((3, 28, 28, 1), np.float32)
     pictures[1] = 1
@@ -199,8 +199,8 @@ def test_bars_of_whole_pixels_are_exact(across, tall):
 def test_ellipses_have_the_second_moments_of_their_axes(across, tall):
     found = effects.measure_shape(ellipse(across, tall))
     # The variance along an axis of length a is a² / 16.
-    wanted = np.sqrt(12) / 4 * np.array([across, tall])
-    np.testing.assert_allclose((found.width, found.height), wanted, rtol=0.02)
+    expected = np.sqrt(12) / 4 * np.array([across, tall])
+    np.testing.assert_allclose((found.width, found.height), expected, rtol=0.02)
     np.testing.assert_allclose(found.slant, 0, atol=1e-6)
 
 
@@ -230,8 +230,8 @@ def test_stroke_width_of_rings(width):
 @pytest.mark.parametrize(("across", "tall"), [(18, 18), (10, 20)])
 def test_perimeter_of_ellipses(across, tall):
     a, b = across / 2, tall / 2
-    wanted = np.pi * (3 * (a + b) - np.sqrt((3 * a + b) * (a + 3 * b)))  # Ramanujan's first
-    np.testing.assert_allclose(effects.perimeter(ellipse(across, tall)), wanted, rtol=0.02)
+    expected = np.pi * (3 * (a + b) - np.sqrt((3 * a + b) * (a + 3 * b)))  # Ramanujan's first
+    np.testing.assert_allclose(effects.perimeter(ellipse(across, tall)), expected, rtol=0.02)
 
 
 def test_thicker_rings_have_a_larger_stroke_width_and_equal_slant():

@@ -40,8 +40,8 @@ def test_steady_rotation_is_smooth_at_any_scale():
 def test_jumps_and_zigzags_are_not_smooth():
     jump = np.where(np.arange(S) < S // 2, 0, 90)
     # One step among S − 1, two second differences among S − 2.
-    wanted = 1 - 2 * (S - 1) / (S - 2) / 3
-    assert equivariance.direction_smoothness(arcs(jump)) == pytest.approx(wanted)
+    expected = 1 - 2 * (S - 1) / (S - 2) / 3
+    assert equivariance.direction_smoothness(arcs(jump)) == pytest.approx(expected)
     assert equivariance.direction_smoothness(arcs(np.arange(S) % 2 * 30)) < -0.2
     assert equivariance.direction_smoothness(np.ones((S, N, D))) == 0
 
@@ -63,27 +63,27 @@ def test_linear_dependence_on_the_parameter_is_decoded():
     rng = np.random.default_rng(2)
     slopes = rng.normal(size=(4, D))[CLASSES]
     vectors = VALUES[:, None, None] / 60 * slopes + rng.normal(size=(N, D)) * 0.01
-    read = equivariance.decode(vectors, VALUES, CLASSES)
-    np.testing.assert_allclose(read, np.broadcast_to(VALUES[:, None], (S, N)), atol=5)
-    assert equivariance.decodability(read, VALUES, CLASSES) > 0.99
+    decoded = equivariance.decode(vectors, VALUES, CLASSES)
+    np.testing.assert_allclose(decoded, np.broadcast_to(VALUES[:, None], (S, N)), atol=5)
+    assert equivariance.decodability(decoded, VALUES, CLASSES) > 0.99
 
 
 def test_memorised_training_vectors_do_not_generalise():
     # Enough dimensions to memorise every training vector.
     vectors = np.random.default_rng(3).normal(size=(S, N, 80))
-    read = equivariance.decode(vectors, VALUES, CLASSES)
-    assert -0.5 < equivariance.decodability(read, VALUES, CLASSES) < 0.1
-    still = np.broadcast_to(np.random.default_rng(4).normal(size=(N, D)), (S, N, D))
-    still_read = equivariance.decode(still, VALUES, CLASSES)
-    assert equivariance.decodability(still_read, VALUES, CLASSES) < 0.01
+    decoded = equivariance.decode(vectors, VALUES, CLASSES)
+    assert -0.5 < equivariance.decodability(decoded, VALUES, CLASSES) < 0.1
+    constant = np.broadcast_to(np.random.default_rng(4).normal(size=(N, D)), (S, N, D))
+    decoded = equivariance.decode(constant, VALUES, CLASSES)
+    assert equivariance.decodability(decoded, VALUES, CLASSES) < 0.01
 
 
 def test_almost_inactive_units_do_not_disturb_the_regression():
     vectors = np.concatenate([VALUES[:, None, None] / 60 + 0.1 * noise(), np.zeros((S, N, 1))], -1)
     vectors[..., -1] = 1e-6 * np.random.default_rng(7).normal(size=(S, N))
     vectors[:, 3, -1] = 1  # in one example's other half it is noise
-    read = equivariance.decode(vectors, VALUES, CLASSES)
-    assert equivariance.decodability(read, VALUES, CLASSES) > 0.9
+    decoded = equivariance.decode(vectors, VALUES, CLASSES)
+    assert equivariance.decodability(decoded, VALUES, CLASSES) > 0.9
 
 
 def test_ridge_regression_equals_least_squares_with_penalty_rows():
@@ -98,9 +98,9 @@ def test_ridge_regression_equals_least_squares_with_penalty_rows():
 
 
 def test_decodability_is_averaged_over_classes():
-    read = np.broadcast_to(VALUES[:, None], (S, N)).copy()
-    read[:, CLASSES == 1] = VALUES.mean()
-    assert equivariance.decodability(read, VALUES, CLASSES) == pytest.approx(3 / 4)
+    decoded = np.broadcast_to(VALUES[:, None], (S, N)).copy()
+    decoded[:, CLASSES == 1] = VALUES.mean()
+    assert equivariance.decodability(decoded, VALUES, CLASSES) == pytest.approx(3 / 4)
 
 
 def test_principal_components_are_within_classes():
@@ -117,16 +117,19 @@ def test_principal_components_are_within_classes():
 
 def test_measures_have_their_controls():
     vectors = arcs(VALUES) * np.linspace(0.5, 1, N)[:, None]
-    still = arcs(np.zeros(S))[0] * np.linspace(0.5, 1, N)[:, None]
-    numbers, curve = equivariance.measure_sweep(
-        still, vectors, VALUES, CLASSES, dimensions=2, seed=0
+    original = arcs(np.zeros(S))[0] * np.linspace(0.5, 1, N)[:, None]
+    measures, curve = equivariance.measure_sweep(
+        original, vectors, VALUES, CLASSES, dimensions=2, seed=0
     )
     assert (
-        numbers["direction_smoothness"] > 0.98 > 0.1 > abs(numbers["direction_smoothness_shuffled"])
+        measures["direction_smoothness"]
+        > 0.98
+        > 0.1
+        > abs(measures["direction_smoothness_shuffled"])
     )
-    assert numbers["length_stability"] == pytest.approx(1)
-    assert numbers["decodability_shuffled"] < 0.1
-    assert {*numbers} == {
+    assert measures["length_stability"] == pytest.approx(1)
+    assert measures["decodability_shuffled"] < 0.1
+    assert {*measures} == {
         f"{name}{kind}"
         for name, kinds in (
             ("length_stability", [""]),
@@ -142,8 +145,8 @@ def test_measures_have_their_controls():
 
 def test_zero_vectors_have_finite_measures():
     zero = np.zeros((S, N, D))
-    numbers, curve = equivariance.measure_sweep(
+    measures, curve = equivariance.measure_sweep(
         zero[0], zero, VALUES, CLASSES, dimensions=2, seed=0
     )
-    assert all(np.isfinite(value) for value in numbers.values())
+    assert all(np.isfinite(value) for value in measures.values())
     assert all(np.isfinite(part).all() for part in curve)

@@ -98,10 +98,10 @@ def test_evaluation_prints_all_tables_and_writes_nothing(program, workdir, train
         assert line.split() == [name, *(str(count) if count else "." for count in row)]
         assert len(line) == len(lines[1])
     assert lines[12] == ""
-    told = list(evaluate.calibration_lines(evaluation.scores, dataset.test.labels))
-    assert lines[13 : 14 + len(told)] == [*told, ""]
+    calibration = list(evaluate.calibration_lines(evaluation.scores, dataset.test.labels))
+    assert lines[13 : 14 + len(calibration)] == [*calibration, ""]
     accuracies = list(inspection.accuracy_lines(evaluation, dataset.test.labels))
-    assert lines[14 + len(told) :] == accuracies
+    assert lines[14 + len(calibration) :] == accuracies
     wrong = 21 - np.trace(counts)
     assert lines[-1] == f"test error {100 * wrong / 21:.2f} %: {wrong} of 21 wrong"
 
@@ -183,9 +183,9 @@ def test_image_files_are_centred_on_the_canvas(trained, images):
 def test_scores_equal_those_of_evaluate(trained):
     _, trainer, params, dataset = trained
     pixels = dataset.test.images / np.float32(255)
-    wanted = trainer.evaluate(params, dataset.test, batch_size=8).scores
+    expected = trainer.evaluate(params, dataset.test, batch_size=8).scores
     found = trainer.scores(params, pixels)
-    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_a_damaged_checkpoint_is_skipped(program, workdir, trained, caplog):

@@ -13,7 +13,7 @@ import pytest
 import small_runs
 from scipy import io
 
-from experiments import evaluate_poses
+from experiments import evaluate_poses, files
 from experiments.data import affnist, datasets
 from experiments.data.affine import Pose, random_affine, warp
 from experiments.training import trained
@@ -60,7 +60,7 @@ def program(folder, tmp_path, monkeypatch, capsys):
     return program
 
 
-def right(run, images):
+def accuracy(run, images):
     """Return the accuracy on images with the labels of the test set, in percent."""
     images = np.float32(images)
     return 100 * np.mean(run.trainer.scores(run.params, images).argmax(1) == run.test.labels)
@@ -82,11 +82,11 @@ def test_accuracies_equal_those_computed_from_scores(program, folder, tmp_path):
         run = load(row["run"], data_dir="")
         images = run.test.images / np.float32(255)
         poses = [random_affine(60, 17, 50, 0.2, key=[4, draw]) for draw in range(2)]
-        drawn = [right(run, warp(images, pose)) for pose in poses]
+        drawn = [accuracy(run, warp(images, pose)) for pose in poses]
         assert {*row} == {"run", "network", "clean", "clean_cases", "affine", "affine_deviation"}
         assert row["clean_cases"] == 60
         assert row["network"] == run.config.network
-        assert row["clean"] == pytest.approx(right(run, images))
+        assert row["clean"] == pytest.approx(accuracy(run, images))
         assert row["affine"] == pytest.approx(np.mean(drawn))
         assert row["affine_deviation"] == pytest.approx(abs(drawn[0] - drawn[1]) / 2**0.5)
         for label, value, pose in (
@@ -97,7 +97,7 @@ def test_accuracies_equal_those_computed_from_scores(program, folder, tmp_path):
             ("shear (degrees)", 20, Pose.broadcast(60, shear=20)),
         ):
             found = points[row["run"], label, value]
-            assert found == pytest.approx(right(run, warp(images, pose)))
+            assert found == pytest.approx(accuracy(run, warp(images, pose)))
         assert f"{row['affine']:.2f}" in stdout
     assert (tmp_path / "out/sweeps.png").read_bytes().startswith(b"\x89PNG")
     assert "82.91" in stdout
@@ -111,6 +111,7 @@ def test_seed_interpolation_and_count_reach_the_transformations(program, tmp_pat
         return warp(images, pose, order=order)
 
     monkeypatch.setattr(evaluate_poses, "warp", recorded)
+    monkeypatch.setattr(files, "save_figure", lambda *_: None)
 
     def moves(**changes):
         moved.clear()
@@ -148,14 +149,14 @@ def test_affnist_like_is_reported_under_its_name(program, folder, tmp_path):
     run = load("canvas", data_dir="")
     assert run.test.images.shape == (60, 40, 40, 1)
     cases = affnist.make_affnist_like(run.dataset.test).images / np.float32(255)
-    assert row["affnist_like"] == pytest.approx(right(run, cases))
+    assert row["affnist_like"] == pytest.approx(accuracy(run, cases))
     assert row["affnist_like_cases"] == row["clean_cases"] == 60
-    assert row["clean"] == pytest.approx(right(run, run.test.images / np.float32(255)))
+    assert row["clean"] == pytest.approx(accuracy(run, run.test.images / np.float32(255)))
     assert "affnist" not in row
     # Sweeps start from the middle of the canvas.
     sweeps = json.loads((tmp_path / "out/sweeps.json").read_text())
-    still = datasets.centred(run.dataset.test.images, 40) / np.float32(255)
-    assert sweeps[0]["accuracy"] == pytest.approx(right(run, still))
+    centred = datasets.centred(run.dataset.test.images, 40) / np.float32(255)
+    assert sweeps[0]["accuracy"] == pytest.approx(accuracy(run, centred))
 
 
 @pytest.mark.parametrize("flag", ["affnist_dir", "data_dir"])
@@ -190,6 +191,7 @@ def measured(monkeypatch):
 
     monkeypatch.setattr(evaluate_poses, "count_correct", limited)
     monkeypatch.setattr(evaluate_poses, "SLICE_SIZE", 40)
+    monkeypatch.setattr(files, "save_figure", lambda *_: None)
     return counts, limited
 
 

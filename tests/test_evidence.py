@@ -19,20 +19,20 @@ def test_evidence_is_coupling_times_agreement():
     couplings = jnp.array([[[0.5], [1.0], [0.25]]])  # T = 1, I = 3, J = 1
     votes = jnp.array([[[6.0, 0.0]], [[1.0, 4.0]], [[0.0, 0.0]]])
     # s = (3, 0) + (1, 4) + 0 = (4, 4); the terms' components along s are 3 / √2, 5 / √2 and 0.
-    _, shares, lengths = evidence.decompose(couplings, votes)
-    np.testing.assert_allclose(shares[0, :, 0], np.array([3, 5, 0]) / np.sqrt(2), rtol=1e-6)
+    _, values, lengths = evidence.decompose(couplings, votes)
+    np.testing.assert_allclose(values[0, :, 0], np.array([3, 5, 0]) / np.sqrt(2), rtol=1e-6)
     np.testing.assert_allclose(lengths, [[32 / 33]], rtol=1e-6)
 
 
 def test_opposing_votes_have_negative_evidence():
     votes = jnp.array([[[2.0]], [[2.0]], [[-1.0]]])
-    _, shares, _ = evidence.decompose(jnp.ones((1, 3, 1)), votes)
-    np.testing.assert_allclose(shares[0, :, 0], [2, 2, -1])
+    _, values, _ = evidence.decompose(jnp.ones((1, 3, 1)), votes)
+    np.testing.assert_allclose(values[0, :, 0], [2, 2, -1])
 
 
 def test_zero_votes_have_zero_evidence():
-    _, shares, lengths = evidence.decompose(jnp.ones((2, 3, 1)), jnp.zeros((3, 1, 4)))
-    assert not shares.any()
+    _, values, lengths = evidence.decompose(jnp.ones((2, 3, 1)), jnp.zeros((3, 1, 4)))
+    assert not values.any()
     assert not lengths.any()
 
 
@@ -63,13 +63,17 @@ def test_evidence_adds_up_to_the_length_before_the_squash(bias, image):
     model = make_model(bias)
     found = evidence.trace_routing(model, image)
     assert found.evidence.shape == (3, 24, 5)
-    poses = model.primary_poses(jnp.asarray(image))
-    np.testing.assert_allclose(found.couplings, model.capsules.couplings(poses), rtol=1e-6)
+
+    @jax.jit
+    def couplings_and_lengths(image):
+        couplings = model.capsules.couplings(model.primary_poses(image))
+        return couplings, capsjax.lengths(model(image))
+
+    couplings, lengths = couplings_and_lengths(image)
+    np.testing.assert_allclose(found.couplings, couplings, rtol=1e-5)
     np.testing.assert_allclose(found.couplings.sum(axis=2), 1, rtol=1e-5)
     # The last iteration's lengths are the network's output.
-    np.testing.assert_allclose(
-        found.lengths[-1], capsjax.lengths(model(jnp.asarray(image))), rtol=1e-4
-    )
+    np.testing.assert_allclose(found.lengths[-1], lengths, rtol=1e-4)
     total = found.evidence.sum(axis=1)  # |s| without bias, and |s|² / (1 + |s|²) is the length
     without_bias = abs(total**2 / (1 + total**2) / found.lengths - 1).max() < 1e-4
     assert without_bias == (bias is None)
@@ -100,28 +104,28 @@ WHERE = trees.ReceptiveFields(np.array([8.0, 10, 12]), np.array([8.0, 10]), 17)
 
 
 def test_evidence_is_summed_over_types():
-    shares = np.arange(2 * 24.0).reshape(2, 24)
-    found = evidence.sum_by_position(shares, WHERE)
+    values = np.arange(2 * 24.0).reshape(2, 24)
+    found = evidence.sum_by_position(values, WHERE)
     assert found.shape == (2, 3, 2)
     assert found[0, 0, 0] == 0 + 1 + 2 + 3
     assert found[0, 0, 1] == 4 + 5 + 6 + 7  # columns before rows
-    assert found[1, 2, 1] == shares[1, 20:].sum()
+    assert found[1, 2, 1] == values[1, 20:].sum()
 
 
 def test_centre_ignores_negative_evidence():
-    shares = np.zeros((3, 2))
-    shares[0, 0], shares[2, 1], shares[1, 1] = 3, 1, -9
-    np.testing.assert_allclose(evidence.evidence_centre(shares, WHERE), [9, 8.5])
+    values = np.zeros((3, 2))
+    values[0, 0], values[2, 1], values[1, 1] = 3, 1, -9
+    np.testing.assert_allclose(evidence.evidence_centre(values, WHERE), [9, 8.5])
 
 
 def test_leading_children_have_distinct_positions():
-    shares = np.zeros(24)
-    shares[[5, 6, 17, 0, 23]] = 9, 8, 7, 1, 0.5
-    leading = evidence.leading_children(shares, WHERE, 3)
+    values = np.zeros(24)
+    values[[5, 6, 17, 0, 23]] = 9, 8, 7, 1, 0.5
+    leading = evidence.leading_children(values, WHERE, 3)
     assert leading.tolist() == [5, 17, 0]  # 6 has the position of 5
-    assert len(evidence.leading_children(shares, WHERE, 12)) == 6
+    assert len(evidence.leading_children(values, WHERE, 12)) == 6
     others = evidence.leading_children(
-        shares, WHERE, 2, exclude=[6, 16]
+        values, WHERE, 2, exclude=[6, 16]
     )  # the positions of 5 and 17
     assert others.tolist() == [0, 23]
     places, types = evidence.locate_children(leading, WHERE, types=4)
@@ -130,12 +134,12 @@ def test_leading_children_have_distinct_positions():
 
 
 def test_evidence_rows_are_of_the_longest_capsules():
-    shares = np.zeros((2, 24, 3))
-    shares[:, 4, 2] = 2, 4
-    shares[:, 0, 2] = -1, -1
+    values = np.zeros((2, 24, 3))
+    values[:, 4, 2] = 2, 4
+    values[:, 0, 2] = -1, -1
     couplings = np.full((2, 24, 3), 1 / 3)
     couplings[1, 4, 2] = 0.9
-    found = evidence.RoutingTrace(couplings, shares, np.array([[0.5, 0.1, 0.2], [0.1, 0.0, 0.6]]))
+    found = evidence.RoutingTrace(couplings, values, np.array([[0.5, 0.1, 0.2], [0.1, 0.0, 0.6]]))
     first, second, *others = evidence.evidence_rows("a", found, WHERE, parents=2, children=1)
     assert first == {
         "image": "a",

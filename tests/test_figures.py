@@ -48,23 +48,23 @@ def images(*shape: int) -> np.ndarray:
     return np.random.default_rng(1).random(shape, np.float32)
 
 
-def examples(N: int, K: int, H: int, C: int, *, right: bool = False) -> tuple:
-    """Return images, labels, predictions and lengths; all predictions are wrong, or all right."""
+def examples(N: int, K: int, H: int, C: int, *, correct: bool = False) -> tuple:
+    """Return images, labels, predictions and lengths; all predictions are wrong, or all correct."""
     labels = np.arange(N) % K
-    predictions = labels if right else (labels + 1) % K
+    predictions = labels if correct else (labels + 1) % K
     lengths = np.full((N, K), 0.125)
     lengths[np.arange(N), predictions] = 0.75
     return images(N, H, H, C), labels, predictions, lengths
 
 
-def reconstructed(N: int, K: int, H: int, C: int, *, right: bool = False, names=None) -> Figure:
-    originals, labels, _, lengths = examples(N, K, H, C, right=right)
+def reconstructed(N: int, K: int, H: int, C: int, *, correct: bool = False, names=None) -> Figure:
+    originals, labels, _, lengths = examples(N, K, H, C, correct=correct)
     return classifier.reconstructions(
         originals, originals[::-1], lengths, labels, class_names=names and names[:K]
     )
 
 
-def shares(*shape: int, sharpness: float = 4.0) -> np.ndarray:
+def softmax_couplings(*shape: int, sharpness: float = 4.0) -> np.ndarray:
     """Return a softmax over the last axis, uniform in iteration 1 and sharper in each next one."""
     logits = np.random.default_rng(2).normal(size=shape[1:])
     logits = sharpness * np.arange(shape[0]).reshape(-1, *[1] * logits.ndim) * logits
@@ -129,24 +129,28 @@ FIGURES = {
     "curves without zeros": lambda: classifier.learning_curves(metrics(30, lowest=0.1)),
     "reconstructions": lambda: reconstructed(12, 10, 28, 1),
     "reconstructions, one": lambda: reconstructed(1, 2, 28, 1),
-    "reconstructions, right": lambda: reconstructed(10, 10, 28, 1, right=True),
+    "reconstructions, correct": lambda: reconstructed(10, 10, 28, 1, correct=True),
     "reconstructions, named": lambda: reconstructed(10, 10, 28, 1, names=GARMENTS),
     "reconstructions, colour": lambda: reconstructed(12, 100, 64, 3, names=ODD),
     "tweaks": lambda: classifier.dimension_tweaks(images(16, 11, 28, 28, 1), values=TWEAKS),
     "tweaks, colour": lambda: classifier.dimension_tweaks(images(16, 11, 64, 64, 3), values=TWEAKS),
     "tweaks, one": lambda: classifier.dimension_tweaks(images(1, 1, 28, 28, 1), values=[1 / 3]),
-    "couplings": lambda: classifier.couplings(shares(3, 1152, 10), label=3),
+    "couplings": lambda: classifier.couplings(softmax_couplings(3, 1152, 10), label=3),
     "couplings, named": lambda: classifier.couplings(
-        shares(3, 99, 10), label=3, class_names=GARMENTS
+        softmax_couplings(3, 99, 10), label=3, class_names=GARMENTS
     ),
     "couplings, 1 iteration": lambda: classifier.couplings(
-        shares(1, 5, 2), label=1, class_names=ODD[-2:]
+        softmax_couplings(1, 5, 2), label=1, class_names=ODD[-2:]
     ),
-    "couplings, 9 iterations": lambda: classifier.couplings(shares(9, 5, 30), label=1),
-    "couplings, 100": lambda: classifier.couplings(shares(3, 300, 100), label=2, class_names=ODD),
-    "entropy": lambda: classifier.coupling_entropy(shares(3, 20, 50, 10)),
-    "entropy, 1 iteration": lambda: classifier.coupling_entropy(shares(1, 1, 5, 2)),
-    "entropy, slow": lambda: classifier.coupling_entropy(shares(5, 2, 50, 100, sharpness=0.01)),
+    "couplings, 9 iterations": lambda: classifier.couplings(softmax_couplings(9, 5, 30), label=1),
+    "couplings, 100": lambda: classifier.couplings(
+        softmax_couplings(3, 300, 100), label=2, class_names=ODD
+    ),
+    "entropy": lambda: classifier.coupling_entropy(softmax_couplings(3, 20, 50, 10)),
+    "entropy, 1 iteration": lambda: classifier.coupling_entropy(softmax_couplings(1, 1, 5, 2)),
+    "entropy, slow": lambda: classifier.coupling_entropy(
+        softmax_couplings(5, 2, 50, 100, sharpness=0.01)
+    ),
     "confusion": lambda: classifier.confusion_matrix(confusions(10)),
     "confusion, named": lambda: classifier.confusion_matrix(confusions(10), class_names=GARMENTS),
     "confusion, 2": lambda: classifier.confusion_matrix(confusions(2)),
@@ -154,9 +158,9 @@ FIGURES = {
     "confusion, 100": lambda: classifier.confusion_matrix(confusions(100), class_names=ODD),
     "misclassified": lambda: classifier.misclassified(*examples(60, 10, 28, 1)),
     "misclassified, one": lambda: classifier.misclassified(*examples(1, 2, 28, 1)),
-    "misclassified, none": lambda: classifier.misclassified(*examples(9, 2, 28, 1, right=True)),
+    "misclassified, none": lambda: classifier.misclassified(*examples(9, 2, 28, 1, correct=True)),
     "misclassified, colour": lambda: classifier.misclassified(
-        *examples(40, 100, 64, 3), class_names=ODD
+        *examples(40, 100, 64, 3), class_names=ODD, limit=16
     ),
 }
 
@@ -267,7 +271,7 @@ def test_reconstructions_are_below_their_originals():
 
 
 def test_correct_predictions_are_not_framed():
-    (axes,) = reconstructed(4, 4, 28, 1, right=True).axes
+    (axes,) = reconstructed(4, 4, 28, 1, correct=True).axes
     assert not axes.patches
     assert not axes.get_title(loc="left")
 
@@ -285,7 +289,7 @@ def test_dimension_tweaks_have_rows_of_dimensions_and_columns_of_values():
 
 
 def test_couplings_show_means_quantiles_and_sorted_children():
-    c = shares(3, 40, 5)
+    c = softmax_couplings(3, 40, 5)
     c[0] = [0.1, 0.6, 0.1, 0.1, 0.1]
     figure = classifier.couplings(c, label=4)
     grid = np.reshape(figure.axes[:6], (2, 3))
@@ -333,7 +337,7 @@ def test_entropy_of_uniform_and_one_hot_couplings():
 
 
 def test_entropy_quantiles_are_over_all_children():
-    c = shares(2, 3, 20, 5)
+    c = softmax_couplings(2, 3, 20, 5)
     entropy = -(c * np.log(c)).sum(axis=-1).reshape(2, -1)
     axes = classifier.coupling_entropy(c).axes[0]
     for lines, quantiles in zip(axes.collections, [(0.25, 0.75), (0.05, 0.95)], strict=True):
@@ -408,13 +412,13 @@ def test_misclassified_draws_at_most_the_limit(limit, drawn):
 
 
 def test_misclassified_without_errors():
-    figure = classifier.misclassified(*examples(9, 3, 28, 1, right=True))
+    figure = classifier.misclassified(*examples(9, 3, 28, 1, correct=True))
     assert not figure.axes
     assert words(figure) == {"None of 9 images is misclassified."}
 
 
 X, Y, P, L = examples(4, 3, 8, 1)
-C = shares(3, 6, 4)
+C = softmax_couplings(3, 6, 4)
 
 
 @pytest.mark.parametrize(
@@ -473,7 +477,7 @@ C = shares(3, 6, 4)
         ),
         (
             lambda: classifier.confusion_matrix(np.eye(3)),
-            "counts must be non-negative integers .* got float64",
+            "counts must be non-negative integers, .* got float64",
         ),
         (
             lambda: classifier.confusion_matrix(-np.eye(3, dtype=int)),

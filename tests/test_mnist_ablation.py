@@ -46,8 +46,8 @@ def test_variants_change_only_the_settings_they_name():
             field: value for field, value in vars(run).items() if value != getattr(usual, field)
         }
         assert differing.pop("workdir") == f"w/{name}/seed_6"
-        wanted = mnist_ablation.VARIANTS[name]
-        assert differing == {k: v for k, v in wanted.items() if getattr(usual, k) != v}
+        expected = mnist_ablation.VARIANTS[name]
+        assert differing == {k: v for k, v in expected.items() if getattr(usual, k) != v}
 
 
 def test_figure_shows_seeds_means_and_uniform_couplings():

@@ -74,11 +74,11 @@ def test_random_bits_are_splitmix64():
     """The first five outputs for the state 1234567, as published with the reference code."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     state = np.uint64(1234567) + np.arange(1, 6).astype(np.uint64) * golden
-    wanted = [
+    expected = [
         *(6457827717110365317, 3203168211198807973, 9817491932198370423),
         *(4593380528125082431, 16408922859458223821),
     ]
-    assert multimnist._mix(state).tolist() == wanted
+    assert multimnist._mix(state).tolist() == expected
 
 
 def test_mean_overlap_of_bounding_boxes(pairs):

@@ -74,8 +74,8 @@ def test_equivariance_curves_show_medians_and_quartiles():
                 np.testing.assert_allclose(line.get_ydata(), np.median(own[label][row], axis=1))
                 edges = band.get_paths()[0].vertices[:, 1]
                 for share in (25, 75):
-                    wanted = np.percentile(own[label][row], share, axis=1)
-                    assert np.abs(wanted[:, None] - edges).min(1).max() < 1e-9
+                    expected = np.percentile(own[label][row], share, axis=1)
+                    assert np.abs(expected[:, None] - edges).min(1).max() < 1e-9
     exact = grid[2, 1].lines[-1]
     np.testing.assert_array_equal(exact.get_xdata(), exact.get_ydata())
     assert (

@@ -162,7 +162,7 @@ def _ridge_predict(vectors: np.ndarray, values: np.ndarray, test: np.ndarray) ->
 def _ridge_predictor(
     vectors: np.ndarray, values: np.ndarray, test: np.ndarray
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Return a function from ridge penalties `[P]` to predictions for `test`, `[P, S, m]`."""
+    """Return a function from ridge penalties `[P]` to predictions `[P, S, m]` for `test`."""
     S, n, D = vectors.shape
     mean = vectors.mean((0, 1))
     # One scale for all dimensions, because scaling each by its own standard deviation would amplify

@@ -48,12 +48,12 @@ def trace_routing(model: CapsNet, image: np.ndarray) -> RoutingTrace:
 def decompose(
     couplings: Array, votes: Array, bias: Array | None = None
 ) -> tuple[Array, Array, Array]:
-    """Compute the fields of a `RoutingTrace`.
+    """Compute evidence c_i û_i · s / |s| and parents' lengths from couplings c and votes û.
 
     Args:
       couplings: `[T, I, J]`.
       votes: `[I, J, D]`.
-      bias: `[J, D]`, or None.
+      bias: Added to the weighted sum s, `[J, D]`, or None.
 
     Returns:
       Couplings `[T, I, J]`, evidence `[T, I, J]` and parents' lengths `[T, J]`.

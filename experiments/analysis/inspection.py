@@ -70,15 +70,8 @@ def draw_figures(
 ) -> None:
     """Write the figures of a trained network as PNG files.
 
-    `learning_curves.png` is written last, so that its existence means that all are complete.
-
-    Args:
-      trainer: The trainer of the network.
-      params: The trained parameters.
-      test: The test set.
-      evaluation: The network's scores on the test set.
-      rows: The rows of `metrics.jsonl`.
-      folder: The folder of the figures.
+    `evaluation` is of the test set, `rows` are those of `metrics.jsonl`. `learning_curves.png` is
+    written last, so that its existence means that all figures are complete.
     """
     images, labels = test
     model = trainer.model(params)

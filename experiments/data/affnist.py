@@ -45,7 +45,7 @@ def load_test_sets(
     """
     shape = dataset.test.images.shape[1:]
     is_mnist = shape[2] == 1 and dataset.name.split("/")[0] in _MNIST_NAMES
-    own = f"{dataset.name} with images of {'x'.join(map(str, shape))}"
+    description = f"{dataset.name} with images of {'x'.join(map(str, shape))}"
     if folder and side != SIDE:
         raise InputError(
             f"--affnist_dir needs runs with --canvas={SIDE}, got images of {side}x{side} pixels"
@@ -53,7 +53,7 @@ def load_test_sets(
     if folder and not is_mnist:
         raise InputError(
             f"--affnist_dir needs runs on MNIST digits ({', '.join(_MNIST_NAMES)}; 1 channel), "
-            f"got {own}"
+            f"got {description}"
         )
     if side != SIDE:
         return {}
@@ -67,7 +67,7 @@ def load_test_sets(
         )
     reason = "neither --affnist_dir nor --data_dir names a folder with its files"
     if not is_mnist:
-        reason = f"affNIST is made of MNIST digits (1 channel), but the runs are on {own}"
+        reason = f"affNIST is made of MNIST digits (1 channel), but the runs are on {description}"
     elif data_dir:
         reason = f"--data_dir={data_dir} has none of {', '.join(_FILES)}"
     logging.info("using affnist_like, made from the test images, instead of affNIST: %s", reason)

@@ -87,7 +87,7 @@ class Dataset:
     num_classes: int
     train: Split
     test: Split
-    sha256: str  # of the decoded arrays and their shapes, whatever the file format
+    sha256: str  # of the decoded arrays and their shapes, so independent of the file format
 
 
 def load(name: str, *, data_dir: str = "", download: bool = False) -> Dataset:

@@ -408,7 +408,7 @@ def _label_classes(axis: Axis, names: list[str], inches: float, *, always: int =
 
 
 def _text_inches(texts: Sequence[str]) -> float:
-    """Return the width of the widest of one-line labels."""
+    """Return the width in inches of the widest text, each of one line."""
     font = FontProperties(size=POINTS)
     measure = text_to_path.get_text_width_height_descent
     return max(measure(text, font, ismath=False)[0] for text in texts) / 72

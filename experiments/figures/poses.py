@@ -87,7 +87,7 @@ def equivariance_curves(
         row[0].set_title(title)
         for axes in row:
             axes.grid(visible=True)
-    for row in grid[:2]:  # the unit is the same in all columns, the decoded parameter's is not
+    for row in grid[:2]:  # equal limits, because all columns have the same unit
         top = max(axes.get_ylim()[1] for axes in row)
         for axes in row:
             axes.set_ylim(0, top)

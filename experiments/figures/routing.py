@@ -19,7 +19,10 @@ def with_diagnostics(rows: Sequence[Mapping[str, float]]) -> list[Mapping[str, f
 
 @STYLE
 def diagnostics(rows: Sequence[Mapping[str, float]]) -> Figure:
-    """Draw coupling entropy, clear parents, dead capsules and gradient fractions over epochs.
+    """Draw the routing diagnostics of `analysis.diagnostics` over epochs.
+
+    Panels: coupling entropy, input capsules with a coupling above 0.5, dead capsules, and fractions
+    of the squared gradient norm by module.
 
     Args:
       rows: The rows of `metrics.jsonl`; rows without diagnostics are ignored.
