@@ -1,4 +1,4 @@
-"""Starts the processes of a training run on this machine, and again when one is lost.
+"""Launch the processes of a multi-process training run on this machine.
 
 python -m experiments.launch --num_processes=4 -- python -m experiments.train_mnist --workdir=…
 """
@@ -18,59 +18,70 @@ from experiments.cli import flag
 from experiments.errors import InputError
 from experiments.training import signals
 
-STOPS = (signal.SIGINT, signal.SIGTERM)
-GRACE_SECONDS = 20  # from the end of the first process to that of the others
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+GRACE_SECONDS = 20  # from the first failure until all other processes are killed
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How many processes, and how often."""
+    """Number of processes and restarts."""
 
     num_processes: int = flag(2, "Processes to start.", minimum=1)
-    restarts: int = flag(0, "Starts from the last checkpoint after a loss.", minimum=0)
+    restarts: int = flag(0, "Restarts from the last checkpoint after a process fails.", minimum=0)
 
 
 def main(command: list[str], config: Config) -> int:
-    """Runs the command in so many processes; the exit status is the first that is not 0."""
+    """Run the command in all processes, and restart all of them if one fails.
+
+    Returns:
+      The exit status: 0, or the first non-zero one of a process.
+
+    Raises:
+      InputError: `command` is empty or cannot be started.
+    """
     if not command:
-        raise InputError("give the command after --, as in: -- python -m experiments.train_mnist")
+        raise InputError("the command must follow --: -- python -m experiments.train_mnist")
     with signals.stop_requests() as stopped:
         for restart in range(config.restarts + 1):
             if restart:
                 logging.info(
-                    "starting all processes again from the last checkpoint: restart %d of %d",
+                    "restarting all processes from the last checkpoint: restart %d of %d",
                     *(restart, config.restarts),
                 )
-            statuses = _run(command, config.num_processes, stopped)
-            bad = [status for status in statuses if status]
-            if not bad:
+            statuses = run_once(command, config.num_processes, stopped)
+            failures = [status for status in statuses if status]
+            if not failures:
                 return 0
-            # What cannot be used the next start cannot use either; and who stops it means all.
-            if stopped() or {2, *(128 + number for number in STOPS)} & set(bad):
+            # No restart: invalid input (2) fails again, and a stop signal ends the whole run.
+            if stopped() or {2, *(128 + number for number in STOP_SIGNALS)} & set(failures):
                 break
-    return next((status for status in bad if status == 2), bad[0])
+    return next((status for status in failures if status == 2), failures[0])
 
 
-def _run(command: list[str], count: int, stopped: Callable[[], int]) -> list[int]:
-    """The exit statuses of all processes, those of a signal as a shell's."""
+def run_once(command: list[str], count: int, stopped: Callable[[], int]) -> list[int]:
+    """Start `count` processes, wait for all, and return their exit statuses.
+
+    The status of a process that was ended by signal n is 128 + n. `stopped` returns the number of
+    the stop signal that this program has received, or 0.
+    """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
     processes: list[subprocess.Popen[bytes]] = []
     for number in range(count):
-        own = [
+        flags = [
             f"--coordinator_address={address}",
             f"--num_processes={count}",
             f"--process_id={number}",
         ]
         try:
-            processes.append(subprocess.Popen([*command, *own]))
+            processes.append(subprocess.Popen([*command, *flags]))
         except OSError as error:
             for process in processes:
                 process.kill()
             raise InputError(f"{command[0]} cannot be started: {error.strerror}") from error
         logging.info("process %d is %d", number, processes[-1].pid)
-    told, deadline, codes = 0, float("inf"), dict[int, int]()
+    forwarded, deadline, codes = 0, float("inf"), dict[int, int]()
     while len(codes) < count:
         for number, process in enumerate(processes):
             if number in codes or (code := process.poll()) is None:
@@ -79,19 +90,19 @@ def _run(command: list[str], count: int, stopped: Callable[[], int]) -> list[int
             if code:
                 logging.info("process %d ended with status %d", number, codes[number])
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
-        if stopped() and not told:
-            told = stopped()
+        if stopped() and not forwarded:
+            forwarded = stopped()
             for process in processes:
                 process.send_signal(signal.SIGTERM)
         if time.monotonic() > deadline:
             for process in processes:
-                process.kill()  # a stopped one too
+                process.kill()  # SIGKILL ends even processes that are suspended
         time.sleep(0.1)
     return [codes[number] for number in range(count)]
 
 
 if __name__ == "__main__":
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    given = sys.argv[split + 1 :]
+    command = sys.argv[split + 1 :]
     del sys.argv[split:]
-    cli.run(Config, lambda config: main(given, config))
+    cli.run(Config, lambda config: main(command, config))

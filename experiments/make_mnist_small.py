@@ -1,4 +1,4 @@
-"""Writes `mnist_small`, the data set that comes with the programs, from the files of MNIST."""
+"""Make `mnist_small`, the included data set, from the first examples of MNIST."""
 
 import dataclasses
 import hashlib
@@ -13,7 +13,7 @@ from experiments.cli import flag
 from experiments.data import datasets, idx
 from experiments.errors import InputError
 
-# Of the plain idx files, so that the gzip they came in does not matter.
+# Digests of the uncompressed idx files, which do not depend on the gzip compressor.
 MNIST_SHA256 = {
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -24,9 +24,17 @@ MNIST_SHA256 = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Where MNIST is."""
+    """The folder of MNIST."""
 
     data_dir: str = flag("data/MNIST/raw", "Folder of MNIST's four idx or idx.gz files.")
+
+
+def main(config: Config) -> int:
+    """Write the file that `datasets.load` reads, and print its digest."""
+    build(Path(config.data_dir), datasets.MNIST_SMALL)
+    content = datasets.MNIST_SMALL.read_bytes()
+    print(f"{hashlib.sha256(content).hexdigest()}  {datasets.MNIST_SMALL}")
+    return 0
 
 
 def build(
@@ -37,19 +45,17 @@ def build(
     num_train: int = 6_000,
     num_test: int = 1_000,
 ) -> None:
-    """Writes the first images and labels of each half of a data set to one compressed npz file.
-
-    The same input gives the same bytes: NumPy stamps the members of an npz with a fixed date.
+    """Write the first training and test examples to a compressed npz file, reproducibly.
 
     Args:
-      data_dir: the folder with the four idx or idx.gz files.
-      output: the file to write.
-      sha256: hex digest of every plain idx file.
-      num_train: how many training images to keep.
-      num_test: how many test images to keep.
+      data_dir: Folder with the four idx or idx.gz files.
+      output: The npz file to write. Equal inputs give equal bytes.
+      sha256: Hex digest of each uncompressed idx file.
+      num_train: Number of training examples.
+      num_test: Number of test examples.
 
     Raises:
-      InputError: A file is missing, damaged or not the one with the given digest.
+      InputError: A file is missing or damaged, or has another digest.
     """
     paths = idx.locate(data_dir)
     if not paths:
@@ -63,21 +69,13 @@ def build(
             digest = hashlib.sha256(idx.header(array) + array.tobytes()).hexdigest()
             if digest != sha256[stem]:
                 raise InputError(
-                    f"{paths[stem]}: sha256 of the plain file must be {sha256[stem]}, got {digest}."
+                    f"{paths[stem]}: uncompressed sha256 must be {sha256[stem]}, got {digest}."
                 )
         arrays[f"{split}_images"] = images[:num_examples, ..., 0]
         arrays[f"{split}_labels"] = labels[:num_examples]
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
     files.write_bytes(output, buffer.getvalue())
-
-
-def main(config: Config) -> int:
-    """Writes the file to its place in the repository and prints its digest."""
-    build(Path(config.data_dir), datasets.MNIST_SMALL)
-    content = datasets.MNIST_SMALL.read_bytes()
-    print(f"{hashlib.sha256(content).hexdigest()}  {datasets.MNIST_SMALL}")
-    return 0
 
 
 if __name__ == "__main__":

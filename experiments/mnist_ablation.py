@@ -1,4 +1,9 @@
-"""Trains every row of the paper's table 1 with several seeds: routing, reconstruction, controls."""
+"""Train the variants of the CapsNet paper's table 1, each with several seeds.
+
+Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules", table 1,
+https://arxiv.org/abs/1710.09829: 1 or 3 routing iterations, with or without reconstruction, and a
+CNN baseline.
+"""
 
 import dataclasses
 import pathlib
@@ -18,7 +23,7 @@ from experiments.errors import InputError
 from experiments.figures.style import BLUE, GREY, RED, STYLE, settle_ticks
 from experiments.training import checkpoints, mnist, records, runs, trained
 
-# With one iteration couplings are uniform: routing switched off, all parameters kept.
+# One iteration has uniform couplings: no routing, with the same parameters.
 VARIANTS: dict[str, dict[str, Any]] = {
     "1_iteration": {"num_iterations": 1, "reconstruction_weight": 0.0},
     "1_iteration_reconstruction": {"num_iterations": 1},
@@ -30,41 +35,43 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Config(mnist.Config):
-    """The settings of train_mnist, from which each variant takes all that it does not name."""
+    """The settings of train_mnist; each variant overrides some of them."""
 
-    workdir: str = flag("runs/ablation", "Folder of the runs.", affects_result=False)
-    seeds: int = flag(3, "Runs of each variant, with --seed and the numbers after it.", minimum=1)
-    variants: str = flag(",".join(VARIANTS), "Which to train, separated by commas.")
+    workdir: str = flag(
+        "runs/ablation", "Folder of all runs, results.json and figures.", affects_result=False
+    )
+    seeds: int = flag(3, "Runs of each variant, with consecutive seeds from --seed on.", minimum=1)
+    variants: str = flag(",".join(VARIANTS), "Variants to train, separated by commas.")
 
 
 def main(config: Config) -> int:
-    """Trains what is not trained yet, one run after the other, and sums all up in a table.
+    """Train unfinished runs one after the other, and write and print the table of all runs.
 
-    Variants that are not named keep their rows, if the folder has finished runs of them.
+    The table includes finished runs in the folder of variants that are not in --variants.
     """
     names = config.variants.split(",")
-    check(config, names)
+    check_settings(config, names)
     dataset = runs.prepare(config)
     if jax.process_count() > 1:
-        raise InputError("an ablation runs in one process, with all devices that this one has")
+        raise InputError("mnist_ablation must run in a single process; it uses all of its devices")
     folder = pathlib.Path(config.workdir)
     table = []
     for name in VARIANTS:
         if name in names:
             seeds = range(config.seed, config.seed + config.seeds)
-            found = [run_config(config, name, seed) for seed in seeds]
-            for run in found:
+            variant_runs = [run_config(config, name, seed) for seed in seeds]
+            for run in variant_runs:
                 if not is_finished(run, dataset):
                     logging.info("%s with seed %d", name, run.seed)
-                    last_drawn(run).unlink(missing_ok=True)
-                    if status := train(run, dataset):
+                    last_figure(run).unlink(missing_ok=True)
+                    if status := train_run(run, dataset):
                         return status
         else:
-            found = finished(config, name, dataset)
-        if found:
-            table.append(table_row(name, found))
+            variant_runs = finished_runs(config, name, dataset)
+        if variant_runs:
+            table.append(table_row(name, variant_runs))
             files.write_json(folder / "results.json", table)
-    figure = errors_by_variant(table)
+    figure = draw_errors(table)
     files.save_figure(figure, folder / "figures/test_errors.png")
     columns = list(dict.fromkeys(key for row in table for key in row))
     cells = [[str(row.get(key, "")) for key in columns] for row in table]
@@ -73,35 +80,44 @@ def main(config: Config) -> int:
     return 0
 
 
-def train(run: mnist.Config, dataset: datasets.Dataset) -> int:
-    """Trains one run to its end and draws its figures; returns the exit status."""
+def train_run(run: mnist.Config, dataset: datasets.Dataset) -> int:
+    """Train one run to its end, write its figures, and return the exit status."""
     trainer, test = mnist.build(run, dataset), mnist.test_split(run, dataset)
-    measure = diagnostics.measurement(trainer, dataset.train) if run.diagnostics else None
+    extra_metrics = (
+        diagnostics.make_diagnostics(trainer, dataset.train) if run.diagnostics else None
+    )
     status, params = runs.train(
-        run, trainer, dataset.train, test, data_sha256=dataset.sha256, extra_metrics=measure
+        run, trainer, dataset.train, test, data_sha256=dataset.sha256, extra_metrics=extra_metrics
     )
     if not status:
         inspection.report(trainer, params, test, run.workdir, batch_size=run.batch_size)
     return status
 
 
-def check(config: Config, names: list[str]) -> None:
-    """Raises InputError for settings that some variant could not heed, before any is trained."""
+def check_settings(config: Config, names: list[str]) -> None:
+    """Check the settings against the variants.
+
+    Raises:
+      InputError: A variant is unknown or repeated, or would ignore or override a given setting.
+    """
     unknown = [name for name in names if name not in VARIANTS]
     if unknown or len(set(names)) < len(names):
         raise InputError(
-            f"--variants must be some of {', '.join(VARIANTS)}, each once, got {config.variants!r}"
+            f"--variants must be distinct names out of {', '.join(VARIANTS)}, got "
+            f"{config.variants!r}"
         )
-    usual = mnist.Config()
+    defaults = mnist.Config()
     for name in ("network", "num_iterations"):
-        if (value := getattr(config, name)) != getattr(usual, name):
-            raise InputError(f"--{name} is what --variants vary: name those, got {value}")
+        if (value := getattr(config, name)) != getattr(defaults, name):
+            raise InputError(f"--{name} is set by --variants, and must not be given, got {value}")
     if not config.reconstruction_weight:
         raise InputError(
-            "--reconstruction_weight must be above 0: variants without reconstruction set it to 0"
+            "--reconstruction_weight must be above 0; variants without reconstruction set it to 0"
         )
     if "cnn" in names and (config.diagnostics or config.capsule_parallel != 1):
-        raise InputError("--diagnostics and --capsule_parallel are of capsules: --variants has cnn")
+        raise InputError(
+            "--diagnostics and --capsule_parallel need capsules: remove cnn from --variants"
+        )
     if config.seed + config.seeds > 2**32:
         raise InputError(
             f"--seed + --seeds must be at most {2**32}, got {config.seed} + {config.seeds}"
@@ -109,41 +125,49 @@ def check(config: Config, names: list[str]) -> None:
 
 
 def run_config(config: Config, variant: str, seed: int) -> mnist.Config:
-    """The Config of one run, in a folder of its own."""
+    """Return the settings of one run, with the workdir WORKDIR/VARIANT/seed_SEED."""
     fields = [field.name for field in dataclasses.fields(mnist.Config)]
     shared = mnist.Config(**{name: getattr(config, name) for name in fields})
     workdir = str(pathlib.Path(config.workdir) / variant / f"seed_{seed}")
     return dataclasses.replace(shared, **VARIANTS[variant] | {"seed": seed, "workdir": workdir})
 
 
-def finished(config: Config, variant: str, dataset: datasets.Dataset) -> list[mnist.Config]:
-    """The finished runs of a variant that are in the folder, by seed."""
+def finished_runs(config: Config, variant: str, dataset: datasets.Dataset) -> list[mnist.Config]:
+    """Return the finished runs of a variant in the folder, sorted by seed."""
     folders = pathlib.Path(config.workdir, variant).glob("seed_*")
     seeds = sorted(int(name) for path in folders if (name := path.name[5:]).isdecimal())
-    found = [run_config(config, variant, seed) for seed in seeds]
-    return [run for run in found if is_finished(run, dataset)]
+    candidates = [run_config(config, variant, seed) for seed in seeds]
+    return [run for run in candidates if is_finished(run, dataset)]
 
 
 def is_finished(run: mnist.Config, dataset: datasets.Dataset) -> bool:
-    """Whether the folder holds this very run, trained to the end, with its figures."""
-    if not last_drawn(run).exists():
+    """Return whether a run has its last checkpoint and all of its figures.
+
+    Raises:
+      InputError: The run's folder has other settings or data, or has lost its checkpoints.
+    """
+    if not last_figure(run).exists():
         return False
     records.open_workdir(run.workdir, config=run, data_sha256=dataset.sha256)
     checkpoints.check_not_lost(run.workdir)
-    wanted = runs.num_steps(run, dataset.train)
-    last = min(wanted, run.max_steps) if run.max_steps else wanted
+    num_steps = runs.num_steps(run, dataset.train)
+    last = min(num_steps, run.max_steps) if run.max_steps else num_steps
     return checkpoints.saved_steps(run.workdir)[-1:] == [last]
 
 
-def last_drawn(run: mnist.Config) -> pathlib.Path:
-    """The figure of a run that is drawn after all others."""
+def last_figure(run: mnist.Config) -> pathlib.Path:
+    """Return the path of the figure that is written after all others."""
     return pathlib.Path(run.workdir) / "figures/learning_curves.png"
 
 
-def table_row(variant: str, found: list[mnist.Config]) -> dict[str, Any]:
-    """A row of the table: the errors of the last epoch, their mean and deviation, and the cost."""
+def table_row(variant: str, variant_runs: list[mnist.Config]) -> dict[str, Any]:
+    """Return a variant's final test errors (%), their mean and standard deviation, and its cost.
+
+    With routing, `test_error_if_couplings_are_uniform` is the mean test error of the same
+    parameters with uniform couplings.
+    """
     errors, seconds = [], []
-    for run in found:
+    for run in variant_runs:
         rows = records.read_metrics(run.workdir)
         errors.append(round(rows[-1]["test_error"], 4))
         seconds.append(records.training_seconds(rows, run.batch_size))
@@ -155,37 +179,36 @@ def table_row(variant: str, found: list[mnist.Config]) -> dict[str, Any]:
         "epochs": round(rows[-1]["epoch"], 2),
         "minutes_a_run": round(statistics.mean(seconds) / 60, 1),
     }
-    if found[0].network == "capsnet" and found[0].num_iterations > 1:
-        # The same trained parameters without routing.
-        uniform = [error_without_routing(run) for run in found]
+    if variant_runs[0].network == "capsnet" and variant_runs[0].num_iterations > 1:
+        uniform = [error_without_routing(run) for run in variant_runs]
         cells["test_error_if_couplings_are_uniform"] = round(statistics.mean(uniform), 3)
     return cells
 
 
 def error_without_routing(run: mnist.Config) -> float:
-    """The test error in percent of a trained network that routes once, with uniform couplings."""
+    """Return the test error (%) of a trained network with one iteration, i.e. uniform couplings."""
     network = trained.load(run.workdir, data_dir=run.data_dir)
-    once = mnist.build(dataclasses.replace(run, num_iterations=1), network.dataset)
-    evaluation = once.evaluate(network.params, network.test, batch_size=run.batch_size)
+    trainer = mnist.build(dataclasses.replace(run, num_iterations=1), network.dataset)
+    evaluation = trainer.evaluate(network.params, network.test, batch_size=run.batch_size)
     return evaluation.error(network.test.labels)
 
 
 @STYLE
-def errors_by_variant(table: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draws each variant's test errors in percent: a dot a seed, and the mean as a line.
+def draw_errors(table: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw the test errors (%) by variant: dots for seeds, a line for their mean.
 
-    A diamond is the mean of the same networks when they are tested without routing.
+    A diamond is the mean error of the same networks evaluated with uniform couplings.
 
     Args:
-      table: The rows of `table_row`.
+      table: Rows of `table_row`.
     """
     figure = Figure((4.6, 1.1 + 0.3 * len(table)))
     axes = figure.subplots()
     for y, row in enumerate(table):
         errors = row["test_errors"]
-        axes.plot(errors, [y] * len(errors), "o", color=BLUE, alpha=0.6, label="a seed")
+        axes.plot(errors, [y] * len(errors), "o", color=BLUE, alpha=0.6, label="one seed")
         mean = [row["test_error"]] * 2
-        axes.plot(mean, [y - 0.3, y + 0.3], color=BLUE, label="mean of the seeds")
+        axes.plot(mean, [y - 0.3, y + 0.3], color=BLUE, label="mean of seeds")
         if (uniform := row.get("test_error_if_couplings_are_uniform")) is not None:
             axes.plot(
                 uniform,
@@ -193,14 +216,14 @@ def errors_by_variant(table: Sequence[Mapping[str, Any]]) -> Figure:
                 "D",
                 color=RED,
                 fillstyle="none",
-                label="the same, tested without routing",
+                label="mean, tested without routing",
             )
     names = [row["variant"].replace("_", " ") for row in table]
     axes.set_yticks(range(len(table)), names)
     axes.set(ylim=(len(table) - 0.5, -0.5), xlabel="Test error (%)")
-    axes.set_xlim(0, 1.05 * axes.dataLim.x1 or 1)  # from 0, with room for the last dot
+    axes.set_xlim(0, 1.05 * axes.dataLim.x1 or 1)  # room for the marker of the largest error
     axes.grid(visible=True, axis="x", color=GREY, alpha=0.3)
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # each once
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one per label
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
     settle_ticks(figure)
     return figure

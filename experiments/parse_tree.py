@@ -1,4 +1,4 @@
-"""Shows routing as a parse tree: which parts of an image speak for which class capsule."""
+"""Draw routing as a parse tree: the primary capsules with the most evidence for each class."""
 
 import dataclasses
 import pathlib
@@ -12,46 +12,50 @@ from matplotlib.figure import Figure
 
 from capsjax.models import CapsNet
 from experiments import cli, files
-from experiments.analysis import evidence, pictures
+from experiments.analysis import evidence, selection
 from experiments.cli import flag
 from experiments.errors import InputError
 from experiments.figures import trees
 from experiments.training import trained
 
-PARENTS, FOCUS = 3, 2  # class capsules in the tree; those whose evidence is drawn
+# Shape letters: J class capsules (parents); H, W, C height, width and channels of an image.
+PARENTS, EVIDENCE_PARENTS = 3, 2  # class capsules in the tree, and in the figure of evidence
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(pictures.Settings):
-    """Whose routing, of which images, and where the results go."""
+class Config(selection.Settings):
+    """The network, the images and the output."""
 
     output: str = flag("runs/parse_tree", "Folder of figures and results.json.")
-    overlap: str = flag("", "Two test images A,B to lay over each other, in place of --index.")
-    shift: int = flag(3, "Pixels that A moves to the left and B to the right.", minimum=0)
-    children: int = flag(6, "Primary capsules in the tree.", minimum=2, maximum=12)
+    overlap: str = flag("", "Indices A,B of test images to overlay, in place of --index.")
+    shift: int = flag(3, "Pixels by which A is shifted left and B right.", minimum=0)
+    children: int = flag(6, "Number of primary capsules in the tree.", minimum=2, maximum=12)
 
 
 def main(config: Config) -> int:
-    """Draws evidence and tree of every picture."""
+    """Draw evidence and parse tree of each image."""
     run = trained.load(config.workdir, data_dir=config.data_dir)
-    model = pictures.capsnet(run, config.workdir)
+    model = selection.capsnet_of(run, config.workdir)
     output = pathlib.Path(config.output)
     table: list[dict[str, Any]] = []
-    for name, image in looked_at(config, run).items():
-        found, where = evidence.routed(model, image), evidence.fields(model, image.shape)
-        table += evidence.rows(name, found, where, parents=FOCUS, children=config.children)
-        files.save_figure(draw_evidence(image, found, where), output / f"{name}_evidence.png")
+    for name, image in select_images(config, run).items():
+        trace = evidence.trace_routing(model, image)
+        fields = evidence.receptive_fields(model, image.shape)
+        table += evidence.evidence_rows(
+            name, trace, fields, parents=EVIDENCE_PARENTS, children=config.children
+        )
+        files.save_figure(draw_evidence(image, trace, fields), output / f"{name}_evidence.png")
         figure = draw_tree(
             image,
-            found,
-            where,
-            digits=2 if config.overlap else 1,
+            trace,
+            fields,
+            num_digits=2 if config.overlap else 1,
             children=config.children,
-            drawings=drawings(model, image) if run.config.reconstruction_weight else None,
+            model=model if run.config.reconstruction_weight else None,
         )
         files.save_figure(figure, output / f"{name}_tree.png")
         shown = ", ".join(
-            f"{k} ({found.lengths[-1, k]:.2f})" for k in evidence.longest(found, PARENTS)
+            f"{k} ({trace.lengths[-1, k]:.2f})" for k in evidence.longest_parents(trace, PARENTS)
         )
         print(f"{name}: longest capsules {shown}")
     files.write_json(output / "results.json", table)
@@ -59,36 +63,39 @@ def main(config: Config) -> int:
     return 0
 
 
-def looked_at(config: Config, run: trained.Trained) -> dict[str, np.ndarray]:
-    """The pictures by name: those of the settings, or two test images in one.
+def select_images(config: Config, run: trained.Trained) -> dict[str, np.ndarray]:
+    """Return images `[H, W, C]` in [0, 1] by name: --images, --index or the overlay of --overlap.
 
     Raises:
-      InputError: They cannot be had.
+      InputError: A flag's value is invalid, or an image cannot be read.
     """
     if not config.overlap:
-        return pictures.chosen(run, images=config.images, index=config.index)
+        return selection.select_images(run, images=config.images, index=config.index)
     if config.images:
-        raise InputError("--overlap is made of test images: give it or --images, not both")
-    found = re.fullmatch(r"(\d+),(\d+)", config.overlap)
-    if not found:
-        raise InputError(f"--overlap must be two test images, A,B, got {config.overlap!r}")
-    first, second = (pictures.tested(run, int(index)) for index in found.groups())
+        raise InputError("--overlap and --images exclude each other")
+    indices = re.fullmatch(r"(\d+),(\d+)", config.overlap)
+    if not indices:
+        raise InputError(
+            f"--overlap must be the indices of two test images, A,B, got {config.overlap!r}"
+        )
+    first, second = (selection.load_test_image(run, int(index)) for index in indices.groups())
     if config.shift >= first.shape[1]:
         raise InputError(
             f"--shift must be less than the images' {first.shape[1]} pixels, got {config.shift}"
         )
-    return {f"overlap_{found[1]}_{found[2]}": overlapped(first, second, shift=config.shift)}
+    return {f"overlap_{indices[1]}_{indices[2]}": overlay(first, second, shift=config.shift)}
 
 
-def overlapped(first: np.ndarray, second: np.ndarray, *, shift: int) -> np.ndarray:
-    """The sum, at most 1, of `first` moved to the left and `second` moved to the right."""
+def overlay(first: np.ndarray, second: np.ndarray, *, shift: int) -> np.ndarray:
+    """Add images `[H, W, C]`, shifted left and right by `shift` pixels, and clip the sum to 1."""
     width = first.shape[1]
-    room = ((0, 0), (shift, shift), (0, 0))
-    return np.minimum(np.pad(first, room)[:, 2 * shift :] + np.pad(second, room)[:, :width], 1)
+    padding = ((0, 0), (shift, shift), (0, 0))
+    left, right = np.pad(first, padding)[:, 2 * shift :], np.pad(second, padding)[:, :width]
+    return np.minimum(left + right, 1)
 
 
-def drawings(model: CapsNet, image: np.ndarray) -> np.ndarray:
-    """What the decoder draws of each class capsule of an image, `[J, H, W, C]`."""
+def reconstruct_classes(model: CapsNet, image: np.ndarray) -> np.ndarray:
+    """Reconstruct an image `[H, W, C]` from each class capsule alone, `[J, H, W, C]`."""
     capsules = model(jnp.asarray(image))
     classes = jnp.arange(len(capsules))
     return np.asarray(
@@ -96,45 +103,56 @@ def drawings(model: CapsNet, image: np.ndarray) -> np.ndarray:
     )
 
 
-def draw_evidence(image: np.ndarray, found: evidence.Routing, where: trees.Fields) -> Figure:
-    """Where the evidence for the longest capsules lies, iteration by iteration."""
-    focus = evidence.longest(found, FOCUS)
+def draw_evidence(
+    image: np.ndarray, trace: evidence.RoutingTrace, fields: trees.ReceptiveFields
+) -> Figure:
+    """Draw the evidence for the longest class capsules by position and iteration."""
+    parents = evidence.longest_parents(trace, EVIDENCE_PARENTS)
+    values = [evidence.sum_by_position(trace.evidence[..., parent], fields) for parent in parents]
     return trees.evidence(
         image,
-        np.stack([evidence.by_position(found.evidence[..., parent], where) for parent in focus]),
-        where,
-        names=[f"class {parent}" for parent in focus],
-        lengths=found.lengths[:, focus].T,
+        np.stack(values),
+        fields,
+        names=[f"class {parent}" for parent in parents],
+        lengths=trace.lengths[:, parents].T,
     )
 
 
 def draw_tree(
     image: np.ndarray,
-    found: evidence.Routing,
-    where: trees.Fields,
+    trace: evidence.RoutingTrace,
+    fields: trees.ReceptiveFields,
     *,
-    digits: int,
+    num_digits: int,
     children: int,
-    drawings: np.ndarray | None,
+    model: CapsNet | None,
 ) -> Figure:
-    """The longest capsules over the children that speak most for the first `digits` of them."""
-    parents, last = evidence.longest(found, PARENTS), found.evidence[-1]
+    """Draw the longest class capsules above the leading children of the first `num_digits`.
+
+    With a model, which must have a decoder, the class capsules are shown as reconstructions.
+    """
+    parents, last = evidence.longest_parents(trace, PARENTS), trace.evidence[-1]
     leading: list[int] = []
-    for place, parent in enumerate(parents[:digits]):
-        count = (children + digits - 1 - place) // digits  # an odd one is the first digit's
-        leading += evidence.leading_children(last[:, parent], where, count, taken=leading).tolist()
-    chosen = np.array(leading)
-    positions, types = evidence.places(chosen, where, types=len(last) // where.positions)
+    for rank, parent in enumerate(parents[:num_digits]):
+        # An odd number of children is split in favour of the first digit.
+        count = (children + num_digits - 1 - rank) // num_digits
+        leading += evidence.leading_children(
+            last[:, parent], fields, count, exclude=leading
+        ).tolist()
+    selected = np.array(leading)
+    positions, types = evidence.locate_children(
+        selected, fields, types=len(last) // fields.positions
+    )
     return trees.tree(
         image,
-        found.couplings[-1][np.ix_(chosen, np.array(parents))],
-        where,
+        trace.couplings[-1][np.ix_(selected, np.array(parents))],
+        fields,
         positions=positions,
         captions=[f"{n}: type {kind + 1}" for n, kind in enumerate(types, 1)],
-        parents=[f"class {parent}: {found.lengths[-1, parent]:.2f}" for parent in parents],
-        drawings=drawings if drawings is None else drawings[parents],
-        title="Class capsules with their lengths, what they draw, and the children that speak most "
-        "for them\nwith what these see; on the edges: couplings of the last iteration",
+        parents=[f"class {parent}: {trace.lengths[-1, parent]:.2f}" for parent in parents],
+        reconstructions=reconstruct_classes(model, image)[parents] if model else None,
+        title="Top: class capsules, lengths, reconstructions. Edges: couplings of last iteration."
+        "\nBottom: primary capsules with the most evidence, and their receptive fields.",
     )
 
 

@@ -1,4 +1,4 @@
-"""Runs docs/tutorial.ipynb from a clean state; an error or a warning in a cell is a failure."""
+"""Execute docs/tutorial.ipynb in a new kernel; errors and warnings in cells are failures."""
 
 import dataclasses
 import os
@@ -20,21 +20,25 @@ from experiments.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is run, where the result goes, and how long it may take."""
+    """The notebook, its output and its time limit."""
 
-    notebook: str = flag("docs/tutorial.ipynb", "The notebook to run; it is not changed.")
-    output: str = flag("runs/tutorial.ipynb", "File for the notebook with its new outputs.")
-    time_limit: int = flag(600, "Seconds that all cells together may take.", minimum=1)
+    notebook: str = flag("docs/tutorial.ipynb", "Notebook to execute; it is only read.")
+    output: str = flag("runs/tutorial.ipynb", "File for the executed notebook.")
+    time_limit: int = flag(600, "Limit for all cells together, seconds.", minimum=1)
 
 
 def main(config: Config) -> int:
-    """Runs the notebook, writes it with its outputs, and says what went wrong, if anything."""
+    """Execute the notebook, write it with its outputs, and log errors and warnings.
+
+    Returns:
+      The exit status, 1 if a cell raised an error, ran out of time or wrote to stderr.
+    """
     path, output = pathlib.Path(config.notebook), pathlib.Path(config.output)
     notebook = read(path)
     if os.path.isdir(output):
         raise InputError(f"--output must be a file, got the folder {output}")
-    files.append_lines(output, [])  # fails now, if it must
-    # Matplotlib announces it in a cell's stderr when it has to make its cache of fonts first.
+    files.append_lines(output, [])  # fail before execution if the output is not writable
+    # Builds Matplotlib's font cache here, because a cell that did it would log to stderr.
     font_manager.findfont("DejaVu Sans")
     started = time.monotonic()
     try:
@@ -44,8 +48,8 @@ def main(config: Config) -> int:
         failed = True
     else:
         failed = False
-    for complaint in complaints(notebook):
-        logging.error("%s", complaint)
+    for line in stderr_lines(notebook):
+        logging.error("%s", line)
         failed = True
     files.write_bytes(output, f"{nbformat.writes(notebook)}\n".encode())
     logging.info("%s written after %.0f s", output, time.monotonic() - started)
@@ -53,10 +57,10 @@ def main(config: Config) -> int:
 
 
 def read(path: pathlib.Path) -> NotebookNode:
-    """Reads a notebook.
+    """Read a notebook.
 
     Raises:
-      InputError: The file cannot be read, or is none.
+      InputError: The file cannot be read or is not a notebook.
     """
     try:
         return nbformat.read(path, as_version=4)
@@ -65,7 +69,7 @@ def read(path: pathlib.Path) -> NotebookNode:
 
 
 def execute(notebook: NotebookNode, *, folder: pathlib.Path, time_limit: int) -> None:
-    """Runs all cells in a new kernel, in place; what differs from run to run is not kept."""
+    """Execute all cells in place in a new kernel; store no timestamps and no Python version."""
     deadline = time.monotonic() + time_limit
     client = NotebookClient(
         notebook,
@@ -75,11 +79,11 @@ def execute(notebook: NotebookNode, *, folder: pathlib.Path, time_limit: int) ->
         timeout_func=lambda cell: max(1, round(deadline - time.monotonic())),
     )
     client.execute()
-    notebook.metadata["language_info"] = {"name": "python"}  # without the version
+    notebook.metadata["language_info"] = {"name": "python"}
 
 
-def complaints(notebook: NotebookNode) -> Iterator[str]:
-    """What cells wrote to stderr, warnings above all."""
+def stderr_lines(notebook: NotebookNode) -> Iterator[str]:
+    """Yield a line per output to stderr, where warnings go."""
     for cell in notebook.cells:
         for output in cell.get("outputs", ()):
             if output.get("name") == "stderr":

@@ -1,6 +1,7 @@
 """Train the capsule network of "Dynamic Routing Between Capsules" on MNIST or a data set like it.
 
-https://arxiv.org/abs/1710.09829. With --network=cnn or pooling_cnn: a convolutional control.
+Sabour, Frosst and Hinton, https://arxiv.org/abs/1710.09829. --network=cnn and --network=pooling_cnn
+train convolutional baselines.
 """
 
 from absl import logging
@@ -13,7 +14,7 @@ from experiments.training.mnist import Config, build, test_split
 
 
 def main(config: Config) -> int:
-    """Trains from the workdir's newest checkpoint to the end, and draws the figures."""
+    """Train from the workdir's newest checkpoint to the end, and write the figures."""
     dataset = runs.prepare(config)
     trainer = build(config, dataset)
     test = test_split(config, dataset)
@@ -24,15 +25,17 @@ def main(config: Config) -> int:
         test,
         data_sha256=dataset.sha256,
         extra_metrics=(
-            diagnostics.measurement(trainer, dataset.train) if config.diagnostics else None
+            diagnostics.make_diagnostics(trainer, dataset.train) if config.diagnostics else None
         ),
     )
     if not status and processes.is_lead():
         inspection.report(trainer, params, test, config.workdir, batch_size=config.batch_size)
-        if config.diagnostics and not routing.measured(records.read_metrics(config.workdir)):
+        if config.diagnostics and not routing.with_diagnostics(
+            records.read_metrics(config.workdir)
+        ):
             logging.warning(
-                "--diagnostics: %s was trained to its end without them; for a run with them use "
-                "another --workdir",
+                "--diagnostics has no effect: %s was trained to its end without it; use another "
+                "--workdir",
                 config.workdir,
             )
     return status

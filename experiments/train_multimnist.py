@@ -1,4 +1,4 @@
-"""Trains a capsule network, or a control, on pairs of overlapping MNIST digits."""
+"""Train a capsule network, or a CNN baseline, on MultiMNIST: pairs of overlapping digits."""
 
 import dataclasses
 import pathlib
@@ -22,41 +22,58 @@ from experiments.figures.style import BLUE, ORANGE, RED, STYLE
 from experiments.training import loop, networks, objectives, processes, records, runs
 from experiments.training.transforms import scaled
 
-TEST_SEED = 2017  # the test set is the same in every run, whatever --seed
-SHOWN = 8
+# Shape letters: N examples; H, W, C height, width and channels of an image.
+TEST_SEED = 2017  # fixed, so that runs with different --seed have the same test set
+SHOWN_EXAMPLES = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(networks.Settings, runs.Settings):
-    """All settings; the defaults are the paper's network and recipe."""
+    """The settings; the defaults are the paper's network and training."""
 
-    workdir: str = flag("runs/multimnist", "Folder of all that is written.", affects_result=False)
+    workdir: str = flag("runs/multimnist", "Folder of all output files.", affects_result=False)
     train_size: int = flag(
         60_000_000,
-        "Training pairs: the i-th digit, over and over, with others.",
+        "Training pairs; pair i overlays digit i modulo the number of digits with a random one.",
         minimum=1,
-        maximum=200_000_000,  # their order is held in memory, by 12 bytes each
+        maximum=200_000_000,  # their permutation takes 12 bytes per pair
     )
     num_epochs: int = flag(1, "Passes over the training pairs.", minimum=1)
     test_size: int = flag(10_000, "Test pairs.", minimum=1)
-    reconstruction_weight: float = flag(5e-4, "Of squared errors; 0: no decoder.", minimum=0)
+    reconstruction_weight: float = flag(5e-4, "Weight of reconstruction; 0: no decoder.", minimum=0)
 
 
-def examples(
-    config: Config, dataset: datasets.Dataset
-) -> tuple[multimnist.OverlaidDigits, multimnist.OverlaidDigits]:
-    """The pairs to train on and to test on."""
-    return (
-        multimnist.OverlaidDigits(dataset.train, config.train_size, config.seed),
-        multimnist.OverlaidDigits(dataset.test, config.test_size, TEST_SEED),
+def main(config: Config) -> int:
+    """Train from the workdir's newest checkpoint, log both test errors, and write the figures."""
+    dataset = runs.prepare(config)
+    trainer = build(config, dataset)
+    train_pairs, test_pairs = examples(config, dataset)
+    status, params = runs.train(
+        config, trainer, train_pairs, test_pairs, data_sha256=dataset.sha256
     )
+    if status or not processes.is_lead():
+        return status
+    rows = records.read_metrics(config.workdir)
+    last = rows[-1]
+    logging.info(
+        "test error: %.2f %% of %d images (any digit wrong), %.2f %% of digits",
+        *(last["test_error"], test_pairs.size, last["test_error_per_digit"]),
+    )
+    figures = {"learning_curves": classifier.learning_curves(rows)}
+    model = trainer.model(params)
+    if isinstance(model, CapsNet) and config.reconstruction_weight:
+        layers, labels = test_pairs.take(np.arange(min(SHOWN_EXAMPLES, test_pairs.size)))
+        figures["overlaps"] = overlap_figure(model, scaled(jnp.asarray(layers)), labels)
+    for name, figure in figures.items():
+        files.save_figure(figure, pathlib.Path(config.workdir) / "figures" / f"{name}.png")
+    return 0
 
 
 def build(config: Config, dataset: datasets.Dataset) -> loop.Trainer:
-    """The network of a Config for pairs of a data set's digits, ready to train.
+    """Build the trainer of a network for pairs of a data set's digits.
 
     Raises:
-      InputError: The images are too small for the network, or the batch is larger than the data.
+      InputError: The images are too small for the network, or --batch_size exceeds --train_size.
     """
     pairs, _ = examples(config, dataset)
     num_steps = runs.num_steps(config, pairs)
@@ -74,41 +91,25 @@ def build(config: Config, dataset: datasets.Dataset) -> loop.Trainer:
     return loop.Trainer(model, objective, optimizer)
 
 
-def main(config: Config) -> int:
-    """Trains from the workdir's newest checkpoint to the end, says both errors, and draws."""
-    dataset = runs.prepare(config)
-    trainer = build(config, dataset)
-    train_pairs, test_pairs = examples(config, dataset)
-    status, params = runs.train(
-        config, trainer, train_pairs, test_pairs, data_sha256=dataset.sha256
+def examples(
+    config: Config, dataset: datasets.Dataset
+) -> tuple[multimnist.OverlaidDigits, multimnist.OverlaidDigits]:
+    """Return the training and the test pairs."""
+    return (
+        multimnist.OverlaidDigits(dataset.train, config.train_size, config.seed),
+        multimnist.OverlaidDigits(dataset.test, config.test_size, TEST_SEED),
     )
-    if status or not processes.is_lead():
-        return status
-    rows = records.read_metrics(config.workdir)
-    last = rows[-1]
-    logging.info(
-        "test error: %.2f %% of %d images (both digits right), %.2f %% of digits",
-        *(last["test_error"], test_pairs.size, last["test_error_per_digit"]),
-    )
-    drawn = {"learning_curves": classifier.learning_curves(rows)}
-    model = trainer.model(params)
-    if isinstance(model, CapsNet) and config.reconstruction_weight:
-        layers, labels = test_pairs.take(np.arange(min(SHOWN, test_pairs.size)))
-        drawn["overlaps"] = overlaps(model, scaled(jnp.asarray(layers)), labels)
-    for name, figure in drawn.items():
-        files.save_figure(figure, pathlib.Path(config.workdir) / "figures" / f"{name}.png")
-    return 0
 
 
-def overlaps(model: CapsNet, layers: jax.Array, labels: np.ndarray) -> Figure:
-    """Draws pairs `[N, 2, H, W, C]` and what the two longest capsules make of them."""
+def overlap_figure(model: CapsNet, layers: jax.Array, labels: np.ndarray) -> Figure:
+    """Draw pairs `[N, 2, H, W, C]` and reconstructions from the two longest class capsules."""
     images = objectives.overlay(layers)
     capsules = model(images)
     lengths, predicted = jax.lax.top_k(jnp.linalg.norm(capsules, axis=-1), 2)
-    both = jnp.broadcast_to(capsules[:, None], (*predicted.shape, *capsules.shape[1:]))
+    repeated = jnp.broadcast_to(capsules[:, None], (*predicted.shape, *capsules.shape[1:]))
     return draw_overlaps(
         np.asarray(layers),
-        np.asarray(model.reconstruct(both, predicted)),
+        np.asarray(model.reconstruct(repeated, predicted)),
         labels=labels,
         predicted=np.asarray(predicted),
         lengths=np.asarray(lengths),
@@ -124,34 +125,34 @@ def draw_overlaps(
     predicted: np.ndarray,
     lengths: np.ndarray,
 ) -> Figure:
-    """Draws pairs of digits over what two capsules make of them, a column an example.
+    """Draw pairs of digits above their reconstructions, one example per column.
 
-    The first digit is orange and the second blue. The reconstruction of a capsule has the colour of
-    the digit that it names; where it names neither, it is drawn in grey and the column is framed.
+    The first digit is orange, the second blue. A reconstruction has the colour of the digit of its
+    class; if neither digit is of that class, it is grey and the column is framed.
 
     Args:
-      layers: The digits apart, `[N, 2, H, W, 1]` in 0 … 1.
-      reconstructions: Of the two longest capsules, `[N, 2, H, W, 1]`.
-      labels: The classes of the digits, `[N, 2]`.
-      predicted: The classes of the capsules, `[N, 2]`, the longest first.
-      lengths: The lengths of the capsules, `[N, 2]`.
+      layers: The digits of each pair, `[N, 2, H, W, C]` in [0, 1], C = 1.
+      reconstructions: Reconstructions from the two longest capsules, `[N, 2, H, W, C]`.
+      labels: Classes of the digits, `[N, 2]`.
+      predicted: Classes of the two longest capsules, longest first, `[N, 2]`.
+      lengths: Lengths of the two longest capsules, `[N, 2]`.
     """
     colours = [to_rgb(ORANGE), to_rgb(BLUE)]
     grey = (0.6, 0.6, 0.6)
-    originals = _in_colours(layers, [colours] * len(layers))
-    chosen, captions, wrong = [], [], []
-    for column, (true, named, long) in enumerate(zip(labels, predicted, lengths, strict=True)):
-        chosen.append([colours[list(true).index(k)] if k in true else grey for k in named])
-        lines = [f"{k}  {length:.2f}" for k, length in zip(named, long, strict=True)]
+    originals = colourise(layers, [colours] * len(layers))
+    class_colours, captions, wrong = [], [], []
+    for column, (true, guess, long) in enumerate(zip(labels, predicted, lengths, strict=True)):
+        class_colours.append([colours[list(true).index(k)] if k in true else grey for k in guess])
+        lines = [f"{k}  {length:.2f}" for k, length in zip(guess, long, strict=True)]
         captions.append("\n".join([f"{true[0]} + {true[1]}", *lines]))
-        if set(true) != set(named):
+        if set(true) != set(guess):
             wrong.append(column)
-    drawn = _in_colours(reconstructions, chosen)
+    coloured = colourise(reconstructions, class_colours)
     count, height, width, _ = originals.shape
     tile = 0.75
     figure = Figure((max(3, count * tile + 1.1), 2 * tile * height / width + 0.85))
     axes = figure.subplots()
-    draw_tiles(axes, np.stack([originals, drawn]))
+    draw_tiles(axes, np.stack([originals, coloured]))
     axes.set_yticks([0, 1], ["two digits", "reconstructions"])
     axes.set_xticks(range(count), captions)
     beside = axes.annotate(
@@ -167,14 +168,14 @@ def draw_overlaps(
         frame = Rectangle((column - 0.5, -0.5), 1, 2, fill=False, edgecolor=RED, clip_on=False)
         axes.add_patch(frame)
     if wrong:
-        axes.set_title("Framed: not both digits right")
+        axes.set_title("Framed: wrong predictions")
     return figure
 
 
-def _in_colours(
+def colourise(
     layers: np.ndarray, colours: Sequence[Sequence[tuple[float, float, float]]]
 ) -> np.ndarray:
-    """The layers `[N, 2, H, W, 1]` laid over each other in their colours, `[N, H, W, 3]`."""
+    """Overlay grey layers `[N, 2, H, W, 1]` in their RGB colours `[N, 2, 3]`: `[N, H, W, 3]`."""
     return np.minimum(np.einsum("nlhwk,nlc->nhwc", layers, np.array(colours)), 1)
 
 

@@ -1,4 +1,4 @@
-"""Runs of train_mnist with tiny, untrained networks, for the tests of what looks at runs."""
+"""Runs of train_mnist with tiny untrained networks, for tests of programs that read runs."""
 
 import dataclasses
 
@@ -9,11 +9,11 @@ from experiments.data import datasets, idx
 from experiments.training import mnist, records
 from experiments.training.checkpoints import Checkpoints
 
-SIDE = 17  # pixels: the least for a capsule network
+SIDE = 17  # pixels, the minimum for a capsule network
 
 
 def write_digits(folder, *, size=60, side=SIDE):
-    """The first digits of mnist_small, cut out, as idx files."""
+    """Write the central pixels of the first digits of mnist_small as idx files."""
     folder.mkdir(exist_ok=True)
     whole = datasets.load("mnist_small")
     edge = (28 - side) // 2
@@ -26,7 +26,7 @@ def write_digits(folder, *, size=60, side=SIDE):
 
 
 def save_run(path, data_dir, **settings):
-    """The folder of a run with a checkpoint of random parameters."""
+    """Save a run with a checkpoint of random parameters, and return its workdir."""
     small = {"conv_channels": 2, "primary_types": 1, "capsule_length": 3}
     config = mnist.Config(dataset="mnist", data_dir=data_dir, batch_size=8, **small)
     config = dataclasses.replace(config, **settings)
@@ -34,7 +34,7 @@ def save_run(path, data_dir, **settings):
     trainer = mnist.build(config, dataset)
     workdir = records.open_workdir(path, config=config, data_sha256=dataset.sha256)
     state, rng = trainer.initial_state(0), np.random.default_rng(0)
-    # Untrained, a network says the same of every image.
+    # Noise, because an initial network predicts the same class for all images.
     params = jax.tree.map(
         lambda x: np.float32(x + 0.2 * rng.standard_normal(x.shape)), state.params
     )

@@ -1,15 +1,15 @@
-"""Affine moves: beside SciPy and Pillow, and what the convention says."""
+"""Affine transformations, compared with SciPy and Pillow."""
 
 import numpy as np
 import pytest
 from PIL import Image
 from scipy import ndimage
 
-from experiments.data.affine import Pose, random_affine, uniform, warped
+from experiments.data.affine import Pose, random_affine, uniform, warp
 
 
 def by_scipy(image, rotation, shift, scale, shear, *, order):
-    """The convention step by step, as homogeneous matrices of x and y, in float64."""
+    """Warp with the documented order of transformations, as homogeneous matrices in float64."""
     height, width = image.shape
     r, lean = np.deg2rad(rotation), np.tan(np.deg2rad(shear))
 
@@ -34,7 +34,7 @@ def by_scipy(image, rotation, shift, scale, shear, *, order):
 
 @pytest.mark.parametrize("order", [0, 1])
 @pytest.mark.parametrize("shape", [(9, 12), (14, 14)])
-def test_a_move_is_the_one_that_scipy_makes(shape, order):
+def test_warp_equals_scipy(shape, order):
     rng = np.random.default_rng(0)
     images = rng.random((4, *shape, 2), np.float32)
     pose = Pose(
@@ -43,46 +43,48 @@ def test_a_move_is_the_one_that_scipy_makes(shape, order):
         scale=np.array([[1.2, 0.7], [0.9, 0.9], [1.0, 1.6], [1.0, 1.0]]),
         shear=np.array([17.0, -8.0, 40.0, 0.0]),
     )
-    found = warped(images, pose, order=order)
+    found = warp(images, pose, order=order)
     assert found.dtype == np.float32
     for n, c in np.ndindex(4, 2):
-        wanted = by_scipy(images[n, ..., c], *(part[n] for part in pose), order=order)
-        differ = np.abs(found[n, ..., c] - wanted) > 2e-6
-        # Where two pixels are equally near, rounding may choose the other one.
+        expected = by_scipy(images[n, ..., c], *(part[n] for part in pose), order=order)
+        differ = np.abs(found[n, ..., c] - expected) > 2e-6
+        # Nearest neighbours may differ where rounding breaks ties between two pixels.
         assert differ.mean() <= (0 if order else 0.01)
 
 
 @pytest.mark.parametrize("size", [20, 21])
-def test_a_rotation_is_the_one_that_pillow_makes(size):
+def test_rotation_equals_pillow(size):
     image = np.zeros((size, size), np.float32)
-    image[6:14, 5:15] = np.random.default_rng(1).random((8, 10))  # a margin: edges are treated so
-    # Pillow turns the other way.
-    wanted = Image.fromarray(image).rotate(-30, resample=Image.Resampling.BILINEAR)
-    found = warped(image[None, ..., None], Pose.of(1, rotation=30))
-    np.testing.assert_allclose(found[0, ..., 0], np.asarray(wanted), atol=1e-4)
+    image[6:14, 5:15] = np.random.default_rng(1).random(
+        (8, 10)
+    )  # a margin, because Pillow treats edges differently
+    # Pillow's positive angles are anticlockwise.
+    expected = Image.fromarray(image).rotate(-30, resample=Image.Resampling.BILINEAR)
+    found = warp(image[None, ..., None], Pose.broadcast(1, rotation=30))
+    np.testing.assert_allclose(found[0, ..., 0], np.asarray(expected), atol=1e-4)
 
 
-def test_quarter_turns_are_clockwise_and_shifts_go_right_and_down():
+def test_rotations_are_clockwise_and_shifts_go_right_and_down():
     image = np.random.default_rng(2).random((1, 6, 6, 1), np.float32)
-    turned = warped(image, Pose.of(1, rotation=90))
+    turned = warp(image, Pose.broadcast(1, rotation=90))
     np.testing.assert_allclose(turned[0], np.rot90(image[0], -1), atol=1e-5)
-    moved = warped(image, Pose.of(1, shift=(2, 1)))
-    wanted = np.zeros_like(image)
-    wanted[:, 1:, 2:] = image[:, :-1, :-2]
-    np.testing.assert_array_equal(moved, wanted)
-    np.testing.assert_array_equal(warped(image, Pose.of(1)), image)
+    moved = warp(image, Pose.broadcast(1, shift=(2, 1)))
+    expected = np.zeros_like(image)
+    expected[:, 1:, 2:] = image[:, :-1, :-2]
+    np.testing.assert_array_equal(moved, expected)
+    np.testing.assert_array_equal(warp(image, Pose.broadcast(1)), image)
 
 
-def test_a_positive_shear_leans_to_the_right():
+def test_positive_shear_slants_to_the_right():
     image = np.zeros((1, 15, 15, 1), np.float32)
     image[:, 2:13, 7] = 1
-    columns = warped(image, Pose.of(1, shear=30))[0, ..., 0].argmax(1)
+    columns = warp(image, Pose.broadcast(1, shear=30))[0, ..., 0].argmax(1)
     assert columns[2] == 10
     assert columns[7] == 7
     assert columns[12] == 4
 
 
-def test_random_moves_keep_their_bits():
+def test_random_poses_are_computed_from_philox_bits():
     pose = random_affine(4, 28, 30, 0.1, key=[3, 1])
     bits = np.random.Philox(key=np.array([3, 1], np.uint64)).random_raw(12).reshape(3, 4)
     angle, right, down = 2 * (bits // 2**11) / 2**53 - 1
@@ -93,7 +95,7 @@ def test_random_moves_keep_their_bits():
     )
 
 
-def test_random_moves_fill_their_ranges_and_another_key_draws_others():
+def test_random_poses_fill_their_ranges_and_depend_on_the_key():
     pose = random_affine(4000, 28, 30, 0.1, key=[0, 0])
     assert -30 <= pose.rotation.min() < -29.8
     assert 29.8 < pose.rotation.max() <= 30

@@ -1,4 +1,4 @@
-"""Data sets by name, the order of batches, and users' own images."""
+"""Loading of data sets, order of batches, and normalisation of image files."""
 
 import gzip
 import hashlib
@@ -45,7 +45,7 @@ def write(folder, files, *, suffix=""):
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """A user with an empty home, in an empty current folder."""
+    """An empty home folder; the current folder is empty as well."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     (tmp_path / "cwd").mkdir()
@@ -53,10 +53,10 @@ def home(tmp_path, monkeypatch):
     return tmp_path / "home"
 
 
-# --- data sets by name
+# --- load
 
 
-def test_mnist_small_is_the_head_of_mnist():
+def test_mnist_small_is_the_first_part_of_mnist():
     dataset = datasets.load("mnist_small")
     assert (dataset.name, dataset.num_classes) == ("mnist_small", 10)
     assert dataset.train.images.shape == (6_000, 28, 28, 1)
@@ -74,7 +74,7 @@ def test_mnist_small_is_the_head_of_mnist():
     assert dataset.sha256 == "73b8ed2412a1adf5e6e15c5a4bd907923738f6341fab033d5867e98768776ee5"
 
 
-def test_the_readme_of_mnist_small_names_its_digests():
+def test_readme_of_mnist_small_has_its_digests():
     readme = (datasets.MNIST_SMALL.parent / "README.md").read_text()
     assert hashlib.sha256(datasets.MNIST_SMALL.read_bytes()).hexdigest() in readme
     assert datasets.load("mnist_small").sha256 in readme
@@ -89,7 +89,7 @@ def test_the_readme_of_mnist_small_names_its_digests():
         ("fashion_mnist", "FashionMNIST/raw"),
     ],
 )
-def test_idx_and_gzipped_idx_are_the_same_data(tmp_path, name, subfolder):
+def test_plain_and_gzipped_idx_files_give_equal_data(tmp_path, name, subfolder):
     files = fake_files()
     write(tmp_path / "plain" / subfolder, files)
     write(tmp_path / "packed" / subfolder, files, suffix=".gz")
@@ -105,7 +105,7 @@ def test_idx_and_gzipped_idx_are_the_same_data(tmp_path, name, subfolder):
 
 
 @pytest.mark.parametrize("stem", [TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS])
-def test_the_digest_sees_every_array(tmp_path, stem):
+def test_digest_depends_on_every_array(tmp_path, stem):
     files = fake_files()
     before = datasets.load("mnist", data_dir=write(tmp_path, files)).sha256
     files[stem] = files[stem][:-1] + bytes([(files[stem][-1] + 1) % 10])
@@ -120,7 +120,7 @@ def test_the_digest_sees_every_array(tmp_path, stem):
         ("fashion_mnist", "home/.keras/datasets/fashion-mnist"),
     ],
 )
-def test_the_caches_of_other_programs_are_found(tmp_path, home, name, folder):
+def test_default_folders_of_other_programs_are_searched(tmp_path, home, name, folder):
     write(tmp_path / folder, fake_files(), suffix=".gz")
     assert datasets.load(name).train.images.shape == (30, 5, 5, 1)
 
@@ -134,22 +134,22 @@ def keras_npz(home):
     return path
 
 
-def test_keras_npz_is_read_if_it_is_the_published_one(keras_npz, monkeypatch):
+def test_published_keras_npz_is_read(keras_npz, monkeypatch):
     digest = hashlib.sha256(keras_npz.read_bytes()).hexdigest()
-    monkeypatch.setattr(datasets, "_KERAS_NPZ", digest)
+    monkeypatch.setattr(datasets, "_KERAS_NPZ_SHA256", digest)
     dataset = datasets.load("mnist")
     assert dataset.train.labels.tolist() == [0, 1, 2, 3]
     assert dataset.test.images.shape == (2, 28, 28, 1)
 
 
-def test_keras_npz_of_other_content_is_refused(keras_npz):
+def test_other_keras_npz_is_refused(keras_npz):
     with pytest.raises(
-        InputError, match=r"mnist\.npz: the file is damaged or another: .* 731c5ac6"
+        InputError, match=r"mnist\.npz: damaged or not the published file: .* 731c5ac6"
     ):
         datasets.load("mnist")
 
 
-def test_data_dir_is_the_only_place_searched(tmp_path, home):
+def test_only_data_dir_is_searched_if_given(tmp_path, home):
     write(tmp_path / "cwd/data/MNIST/raw", fake_files())
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"mnist was not found.*empty") as caught:
@@ -157,7 +157,7 @@ def test_data_dir_is_the_only_place_searched(tmp_path, home):
     assert str(home) not in str(caught.value)
 
 
-def test_what_is_not_found_is_named_with_the_places_and_the_flags(home):
+def test_missing_data_error_names_folders_and_flags(home):
     with pytest.raises(InputError) as caught:
         datasets.load("mnist")
     message = str(caught.value)
@@ -186,15 +186,15 @@ def test_what_is_not_found_is_named_with_the_places_and_the_flags(home):
         ("mnist", __file__, r"--data_dir must be a folder that can be read, got .*test_data\.py"),
     ],
 )
-def test_names_and_folders_that_cannot_be_are_refused(home, name, data_dir, message):
+def test_invalid_names_and_folders_are_refused(home, name, data_dir, message):
     with pytest.raises(InputError, match=message):
         datasets.load(name, data_dir=data_dir)
 
 
-def test_mnist_does_not_pass_for_fashion_mnist(tmp_path, monkeypatch):
+def test_mnist_is_refused_as_fashion_mnist(tmp_path, monkeypatch):
     data_dir = write(tmp_path, fake_files())
-    monkeypatch.setattr(datasets, "_MNIST", datasets.load("mnist", data_dir=data_dir).sha256)
-    with pytest.raises(InputError, match=r"the files are MNIST's, not Fashion-MNIST's"):
+    monkeypatch.setattr(datasets, "_MNIST_SHA256", datasets.load("mnist", data_dir=data_dir).sha256)
+    with pytest.raises(InputError, match=r"the files are MNIST, not Fashion-MNIST"):
         datasets.load("fashion_mnist", data_dir=data_dir)
 
 
@@ -207,16 +207,16 @@ def test_mnist_does_not_pass_for_fashion_mnist(tmp_path, monkeypatch):
         (TEST_IMAGES, np.zeros((20, 6, 6)), r"mnist: .* got \(5, 5, 1\) and \(6, 6, 1\)"),
     ],
 )
-def test_files_that_do_not_fit_together_are_named(tmp_path, stem, array, message):
+def test_inconsistent_files_are_refused(tmp_path, stem, array, message):
     files = fake_files() | {stem: idx_bytes(array.astype(np.uint8))}
     with pytest.raises(InputError, match=message):
         datasets.load("mnist", data_dir=write(tmp_path, files))
 
 
-# --- the script that builds mnist_small
+# --- make_mnist_small
 
 
-def test_the_same_files_build_the_same_bytes(tmp_path):
+def test_mnist_small_is_built_reproducibly(tmp_path):
     files = fake_files()
     digests = {stem: hashlib.sha256(content).hexdigest() for stem, content in files.items()}
     outputs = [tmp_path / "a.npz", tmp_path / "b.npz"]
@@ -232,27 +232,27 @@ def test_the_same_files_build_the_same_bytes(tmp_path):
         assert archive["train_images"].shape == (7, 5, 5)
 
 
-def test_other_files_than_mnist_build_nothing(tmp_path):
+def test_files_other_than_mnist_build_nothing(tmp_path):
     source = Path(write(tmp_path / "source", fake_files()))
-    with pytest.raises(InputError, match=rf"{TRAIN_IMAGES}: sha256 of the plain file must be ba89"):
+    with pytest.raises(InputError, match=rf"{TRAIN_IMAGES}: uncompressed sha256 must be ba89"):
         make_mnist_small.build(source, tmp_path / "out.npz")
     assert not (tmp_path / "out.npz").exists()
 
 
-# --- the order of batches
+# --- batches
 
 
 def take(count, stream):
     return np.array(list(itertools.islice(stream, count)))
 
 
-def test_the_order_is_the_same_with_every_numpy():
+def test_batches_do_not_depend_on_numpys_version():
     stream = datasets.batches(10, batch_size=4, seed=7)
     assert take(3, stream).tolist() == [[8, 4, 1, 6], [3, 2, 7, 5], [3, 9, 1, 6]]
 
 
 @pytest.mark.parametrize(("num_examples", "batch_size"), [(10, 3), (12, 4), (5, 5), (7, 1)])
-def test_an_epoch_uses_an_example_at_most_once(num_examples, batch_size):
+def test_an_epoch_has_each_example_at_most_once(num_examples, batch_size):
     steps = num_examples // batch_size
     epochs = take(40 * steps, datasets.batches(num_examples, batch_size=batch_size, seed=0))
     epochs = epochs.reshape(40, steps * batch_size)
@@ -263,7 +263,7 @@ def test_an_epoch_uses_an_example_at_most_once(num_examples, batch_size):
 
 
 @pytest.mark.parametrize("first_step", [1, 2, 3, 4, 5, 29])
-def test_a_resumed_stream_is_the_tail_of_the_unbroken_one(first_step):
+def test_batches_from_first_step_continue_the_stream(first_step):
     unbroken = take(40, datasets.batches(11, batch_size=3, seed=5))
     resumed = take(
         40 - first_step, datasets.batches(11, batch_size=3, seed=5, first_step=first_step)
@@ -271,7 +271,7 @@ def test_a_resumed_stream_is_the_tail_of_the_unbroken_one(first_step):
     np.testing.assert_array_equal(resumed, unbroken[first_step:])
 
 
-def test_another_seed_is_another_order():
+def test_seeds_have_different_orders():
     first, second = (take(5, datasets.batches(100, batch_size=20, seed=seed)) for seed in (0, 1))
     assert (first != second).any()
 
@@ -285,12 +285,12 @@ def test_another_seed_is_another_order():
         ({"batch_size": 3, "seed": 2**64}, r"--seed must be 0 to 2\*\*64 - 1"),
     ],
 )
-def test_bad_batches_are_refused_before_the_first_is_asked_for(kwargs, message):
+def test_invalid_batch_arguments_are_refused_at_the_call(kwargs, message):
     with pytest.raises(InputError, match=message):
         datasets.batches(9, **kwargs)
 
 
-# --- users' own images
+# --- read_images
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +303,7 @@ def digits():
     ("side", "resample", "tolerance"),
     [(28, "NEAREST", 0.015), (280, "NEAREST", 0.015), (301, "BICUBIC", 0.04), (800, "BOX", 0.015)],
 )
-def test_a_digit_of_any_size_polarity_and_place_is_fitted_as_mnist_does(
+def test_digits_of_any_size_polarity_and_position_are_normalised_as_mnist(
     tmp_path, digits, side, resample, tolerance, inverted
 ):
     paths = []
@@ -320,7 +320,7 @@ def test_a_digit_of_any_size_polarity_and_place_is_fitted_as_mnist_does(
     assert np.abs(images[..., 0] - digits / 255).mean() < tolerance
 
 
-def test_a_noisy_photograph_is_read_as_its_digit(tmp_path, digits):
+def test_noisy_photographs_are_normalised_as_mnist(tmp_path, digits):
     rng = np.random.default_rng(0)
     paths = []
     for number, digit in enumerate(digits):
@@ -353,7 +353,7 @@ def rectangle(*, mode="L", size=(60, 90), ink=0, ground=255):
     ],
 )
 @pytest.mark.parametrize("image_size", [28, 56])
-def test_the_longer_side_is_20_of_28_and_the_mass_is_in_the_middle(
+def test_longer_side_is_20_of_28_and_centre_of_mass_in_the_middle(
     tmp_path, suffix, image, image_size
 ):
     path = tmp_path / f"image.{suffix}"
@@ -367,7 +367,7 @@ def test_the_longer_side_is_20_of_28_and_the_mass_is_in_the_middle(
     assert abs(columns.mean() - image_size / 2) <= 0.5
 
 
-def test_a_digit_with_its_mass_at_one_end_stays_in_the_image(tmp_path):
+def test_a_digit_with_its_mass_at_one_end_is_not_cropped(tmp_path):
     pixels = np.zeros((40, 40), np.uint8)
     pixels[:2] = 255
     pixels[:, 20] = 90
@@ -377,16 +377,16 @@ def test_a_digit_with_its_mass_at_one_end_stays_in_the_image(tmp_path):
     assert np.ptp(np.nonzero(result[0, ..., 0])[0]) + 1 == 20
 
 
-def test_photographs_are_turned_as_their_exif_says(tmp_path):
+def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: rows are columns
+    exif[0x0112] = 6  # rotated by 90 degrees
     rectangle().save(tmp_path / "turned.png", exif=exif)
     result = datasets.read_images([str(tmp_path / "turned.png")], image_size=28, channels=1)
     rows, columns = np.nonzero(result[0, ..., 0])
     assert (np.ptp(rows) + 1, np.ptp(columns) + 1) == (5, 20)
 
 
-def test_colour_images_are_scaled_and_cut_to_a_square(tmp_path):
+def test_colour_images_are_scaled_and_cropped_to_a_square(tmp_path):
     image = Image.new("RGB", (80, 40), (255, 0, 51))
     image.paste((0, 102, 0), (40, 0, 80, 40))
     image.save(tmp_path / "colour.png")
@@ -413,14 +413,14 @@ def png(image, **options):
         (png(rectangle())[:60], r"the image cannot be read"),
         (png(rectangle(), exif=b"MM\0*"), r"the image cannot be read"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", r"the image cannot be read"),
-        (png(Image.new("L", (9, 9), 200)), r"the image is blank: nothing .* by 10%"),
+        (png(Image.new("L", (9, 9), 200)), r"the image is blank: its contrast is below 10%"),
         (png(Image.new("RGB", (9, 9), (9, 80, 200))), r"the image is blank"),
         (png(rectangle(ink=120, ground=130)), r"the image is blank"),
         (png(rectangle(mode="LA", ink=(255, 255), ground=(0, 0))), r"the image is blank"),
         (png(Image.new("I;16", (9, 9))), r"must have 8 bits per channel, got .* mode I;16"),
     ],
 )
-def test_unusable_images_are_named(tmp_path, content, message, channels):
+def test_invalid_images_are_refused(tmp_path, content, message, channels):
     path = tmp_path / "bad.png"
     if content is not None:
         path.write_bytes(content)
@@ -430,19 +430,19 @@ def test_unusable_images_are_named(tmp_path, content, message, channels):
 
 
 @pytest.mark.parametrize("limit", [4_000, 2_000], ids=["where Pillow warns", "where it stops"])
-def test_images_too_large_to_be_safe_are_refused(tmp_path, monkeypatch, limit):
+def test_images_above_pillows_limit_are_refused(tmp_path, monkeypatch, limit):
     rectangle().save(tmp_path / "bomb.png")  # 5,400 pixels
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with pytest.raises(InputError, match=r"bomb\.png: the image is too large: .*5400 pixels"):
         datasets.read_images([str(tmp_path / "bomb.png")], image_size=28, channels=1)
 
 
-# --- TFDS, as far as it goes without the package
+# --- TFDS, without the package
 
 
 @pytest.mark.parametrize("name", ["tfds:toy", "mnist"])
 @pytest.mark.parametrize("download", [False, True])
-def test_without_tfds_its_extra_is_named(home, monkeypatch, name, download):
+def test_missing_tfds_error_names_the_extra(home, monkeypatch, name, download):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     if name == "mnist" and not download:
         (home / "tensorflow_datasets/mnist/3.0.1").mkdir(parents=True)
@@ -452,7 +452,7 @@ def test_without_tfds_its_extra_is_named(home, monkeypatch, name, download):
 
 
 @pytest.mark.parametrize("error", [ImportError, ConnectionError, ValueError, RuntimeError])
-def test_only_download_asks_tfds_to_fetch_and_its_failure_is_one_line(home, monkeypatch, error):
+def test_tfds_downloads_only_with_the_flag_and_its_error_is_one_line(home, monkeypatch, error):
     asked = []
 
     def builder(name, **kwargs):
@@ -466,7 +466,7 @@ def test_only_download_asks_tfds_to_fetch_and_its_failure_is_one_line(home, monk
     with pytest.raises(InputError, match="was not found"):
         datasets.load("fashion_mnist", data_dir=".")
     assert not asked
-    message = rf"fashion_mnist: TFDS cannot fetch or prepare it: {error.__name__}: no luck"
+    message = rf"fashion_mnist: TFDS cannot prepare it: {error.__name__}: no luck"
     with pytest.raises(InputError, match=message):
         datasets.load("fashion_mnist", data_dir=".", download=True)
     assert asked == [("fashion_mnist", {"data_dir": ".", "file_format": "array_record"})]

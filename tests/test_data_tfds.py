@@ -1,4 +1,4 @@
-"""Data sets prepared by TFDS, written here by hand because preparing them needs TensorFlow."""
+"""Data sets prepared by TFDS, written by hand because preparing them needs TensorFlow."""
 
 import io
 import sys
@@ -19,7 +19,7 @@ from array_record.python import array_record_module  # noqa: E402
 
 @pytest.fixture
 def toy(tmp_path):
-    """Makes versions of a prepared data set: returns a function of version and what to change."""
+    """Return a function that writes a version of a prepared data set."""
 
     def make(*, version="1.0.0", shape=(6, 6, 3), image="image", num_test=4):
         mode = "L" if shape[-1] == 1 else "RGB"
@@ -60,7 +60,7 @@ def toy(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(6, 6, 3), (9, 9, 1)])
-def test_a_prepared_data_set_is_read_without_tensorflow(tmp_path, toy, shape):
+def test_prepared_data_sets_are_read_without_tensorflow(tmp_path, toy, shape):
     toy(shape=shape)
     dataset = datasets.load("tfds:toy", data_dir=str(tmp_path))
     assert (dataset.name, dataset.num_classes) == ("tfds:toy", 3)
@@ -71,7 +71,7 @@ def test_a_prepared_data_set_is_read_without_tensorflow(tmp_path, toy, shape):
     assert "tensorflow" not in sys.modules
 
 
-def test_the_newest_version_is_read_unless_one_is_named(tmp_path, toy):
+def test_the_newest_version_is_read_by_default(tmp_path, toy):
     for version, num_test in (("1.9.0", 2), ("1.10.0", 3), ("1.2.0", 4)):
         toy(version=version, num_test=num_test)
     assert len(datasets.load("tfds:toy", data_dir=str(tmp_path)).test.labels) == 3
@@ -95,7 +95,7 @@ def test_the_newest_version_is_read_unless_one_is_named(tmp_path, toy):
         ),
     ],
 )
-def test_unusable_prepared_data_sets_are_named(tmp_path, toy, kwargs, file, damage, message):
+def test_invalid_prepared_data_sets_are_refused(tmp_path, toy, kwargs, file, damage, message):
     folder = toy(**kwargs)
     if damage:
         path = next(folder.glob(file))

@@ -1,4 +1,4 @@
-"""Diagnostics of routing: each number from arrays made by hand, and all of them from a network."""
+"""Routing diagnostics, of arrays with known values and of a network."""
 
 import dataclasses
 import json
@@ -19,54 +19,56 @@ from experiments.analysis import diagnostics, inspection
 from experiments.data import datasets
 from experiments.errors import InputError
 from experiments.figures import routing
-from experiments.training import loop, mnist, networks, runs, transforms
-from experiments.training.objectives import CapsuleClassification, SoftmaxClassification
+from experiments.training import loop, mnist, runs, transforms
+from experiments.training.objectives import CapsuleClassification
 
 
 def middles(split, size):
-    """The middle 19 x 19 pixels of the first digits: 2 x 2 primary capsules a type."""
+    """Return the central 19 x 19 pixels of the first digits: 2 x 2 primary capsules per type."""
     return datasets.Split(split.images[:size, 4:23, 4:23], split.labels[:size])
 
 
-def test_entropy_of_undecided_decided_and_half_decided_children():
+def test_entropy_of_uniform_and_one_hot_couplings():
     couplings = jnp.array([[[[0.25] * 4] * 2], [[[1.0, 0, 0, 0], [0.5, 0.5, 0, 0]]]])
-    wanted = [math.log(4), math.log(2) / 2]
-    np.testing.assert_allclose(diagnostics.entropies(couplings), wanted, rtol=1e-6)
+    expected = [math.log(4), math.log(2) / 2]
+    np.testing.assert_allclose(diagnostics.mean_coupling_entropy(couplings), expected, rtol=1e-6)
 
 
-def test_a_clear_parent_gets_more_than_all_others_together():
+def test_a_clear_parent_has_a_coupling_above_the_threshold():
     undecided, half, clear = [0.25] * 4, [0.5, 0.5, 0, 0], [0.1, 0.1, 0.6, 0.2]
     couplings = jnp.array([[[undecided, half]], [[half, clear]], [[clear, clear]]])
-    np.testing.assert_allclose(diagnostics.clear_parents(couplings), [0, 0.5, 1])
-    np.testing.assert_allclose(diagnostics.clear_parents(couplings, threshold=0.3), [0.5, 1, 1])
+    np.testing.assert_allclose(diagnostics.clear_parent_fraction(couplings), [0, 0.5, 1])
+    np.testing.assert_allclose(
+        diagnostics.clear_parent_fraction(couplings, threshold=0.3), [0.5, 1, 1]
+    )
 
 
-def test_a_dead_capsule_is_short_in_every_example():
+def test_a_dead_capsule_is_short_in_all_examples():
     lengths = jnp.array([[0.05, 0.9, 0.1, 0.0], [0.05, 0.0, 0.1, 0.2]])
-    np.testing.assert_allclose(diagnostics.dead(lengths), 0.5)
-    np.testing.assert_allclose(diagnostics.dead(lengths, threshold=0.01), 0.0)
+    np.testing.assert_allclose(diagnostics.dead_fraction(lengths), 0.5)
+    np.testing.assert_allclose(diagnostics.dead_fraction(lengths, threshold=0.01), 0.0)
 
 
-def test_gradient_shares_are_of_squared_norms_over_all_arrays_of_a_part():
+def test_gradient_fractions_are_of_squared_norms_of_subtrees():
     gradients = {
         "decoder": {"layers": {0: jnp.array([1.0, 2.0]), 1: jnp.array([[2.0]])}},  # 9
         "capsules": {"weights": jnp.array([4.0])},  # 16
         "primary": {"kernel": jnp.zeros(3)},
     }
-    shares = diagnostics.gradient_shares(gradients)
-    wanted = {"decoder": 9 / 25, "capsules": 16 / 25, "primary": 0}
-    assert shares.keys() == wanted.keys()
-    for part, share in wanted.items():
-        np.testing.assert_allclose(shares[part], share, rtol=1e-6)
+    fractions = diagnostics.gradient_fractions(gradients)
+    expected = {"decoder": 9 / 25, "capsules": 16 / 25, "primary": 0}
+    assert fractions.keys() == expected.keys()
+    for part, fraction in expected.items():
+        np.testing.assert_allclose(fractions[part], fraction, rtol=1e-6)
 
 
-def test_without_any_gradient_no_part_has_a_share():
-    assert float(diagnostics.gradient_shares({"a": jnp.zeros(2)})["a"]) == 0
+def test_gradient_fractions_of_a_zero_gradient_are_zero():
+    assert float(diagnostics.gradient_fractions({"a": jnp.zeros(2)})["a"]) == 0
 
 
 @pytest.fixture(scope="module")
 def small():
-    """A network of two iterations, and the middles of 70 real digits, more than are measured."""
+    """A network with two iterations, and 70 digits, more than the diagnostics use."""
     digits = middles(datasets.load("mnist_small").train, 70)
     model = CapsNet(
         digits.images.shape[1:],
@@ -79,19 +81,19 @@ def small():
     )
     trainer = loop.Trainer(model, CapsuleClassification(10, 1, 0, 0.0005), optax.adam(0.01))
     params = trainer.initial_state(0).params
-    params["capsules"]["weights"] *= 20  # long votes: else routing does next to nothing
+    params["capsules"]["weights"] *= 20  # long votes, so that routing changes the couplings
     return trainer, params, digits
 
 
-def test_a_row_is_what_the_parts_say_of_the_first_moved_examples(small):
+def test_diagnostics_are_those_of_the_first_augmented_examples(small):
     trainer, params, examples = small
-    row = diagnostics.measurement(trainer, examples)(params)
+    row = diagnostics.make_diagnostics(trainer, examples)(params)
     images, labels = examples.images[: diagnostics.EXAMPLES], examples.labels[:64]
     key = jax.random.key(0)
     images = trainer.objective.augment(transforms.scaled(jnp.asarray(images)), key)
 
     @jax.jit
-    def looked_at(params):
+    def recompute(params):
         model = trainer.model(params)
         poses = model.primary_poses(images)
         weights = params["capsules"]["weights"]
@@ -107,8 +109,8 @@ def test_a_row_is_what_the_parts_say_of_the_first_moved_examples(small):
             jax.grad(loss)(params),
         )
 
-    couplings, primary, classes, gradients = looked_at(params)
-    wanted = {
+    couplings, primary, classes, gradients = recompute(params)
+    expected = {
         "coupling_entropy_1": math.log(10),
         "coupling_entropy_2": capsjax.coupling_entropy(couplings[1]).mean(),
         "clear_parents_1": 0,
@@ -117,38 +119,31 @@ def test_a_row_is_what_the_parts_say_of_the_first_moved_examples(small):
         "dead_class_capsules": (classes.max(axis=0) <= 0.1).mean(),
         "gradient_norm": math.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(gradients))),
     }
-    shares = {name: row.pop(name) for name in list(row) if name.startswith("gradient_share_")}
-    assert row.keys() == wanted.keys()
-    for name, value in wanted.items():
+    fractions = {name: row.pop(name) for name in list(row) if name.startswith("gradient_share_")}
+    assert row.keys() == expected.keys()
+    for name, value in expected.items():
         np.testing.assert_allclose(row[name], value, rtol=1e-3, err_msg=name)
     assert 0 < row["clear_parents_2"] < 1
-    assert shares.keys() == {
+    assert fractions.keys() == {
         f"gradient_share_{part}" for part in ("convolution", "primary", "capsules", "decoder")
     }
-    np.testing.assert_allclose(sum(shares.values()), 1, rtol=1e-5)
-    json.dumps(row | shares, allow_nan=False)  # plain numbers
+    np.testing.assert_allclose(sum(fractions.values()), 1, rtol=1e-5)
+    json.dumps(row | fractions, allow_nan=False)  # plain numbers
 
 
-def test_a_network_without_capsules_is_refused(small):
-    model = networks.build(networks.Settings(network="pooling_cnn"), (19, 19, 1), 10, seed=0)
-    trainer = loop.Trainer(model, SoftmaxClassification(10, 1, 0), optax.adam(0.01))
-    with pytest.raises(InputError, match=r"^--diagnostics are of routing, .* no capsules$"):
-        diagnostics.measurement(trainer, small[2])
-
-
-def test_training_asks_for_them_before_anything_is_written(tmp_path, monkeypatch):
+def test_train_mnist_refuses_networks_without_capsules_before_writing(tmp_path, monkeypatch):
     whole = datasets.load("mnist_small")
     few = dataclasses.replace(whole, train=middles(whole.train, 24), test=middles(whole.test, 8))
     monkeypatch.setattr(runs, "prepare", lambda config: few)
     config = mnist.Config(
         workdir=str(tmp_path / "run"), network="pooling_cnn", batch_size=8, diagnostics=True
     )
-    with pytest.raises(InputError, match="no capsules"):
+    with pytest.raises(InputError, match=r"^--diagnostics measures routing, .* no capsules$"):
         train_mnist.main(config)
     assert not (tmp_path / "run").exists()
 
 
-def test_the_figure_is_drawn_where_there_are_rows_for_it(small, monkeypatch, tmp_path):
+def test_figure_is_drawn_only_if_rows_have_diagnostics(small, monkeypatch, tmp_path):
     trainer, params, examples = small
     drawn = []
     monkeypatch.setattr(files, "save_figure", lambda figure, path: drawn.append(path.name))
@@ -156,13 +151,13 @@ def test_the_figure_is_drawn_where_there_are_rows_for_it(small, monkeypatch, tmp
     scores = np.eye(10, dtype=np.float32)[examples.labels]
     for rows in ([{"epoch": 1.0}], [{"epoch": 1.0} | ROW]):
         evaluation = loop.Evaluation(scores, 0.5)
-        inspection.draw(trainer, params, examples, evaluation, rows, tmp_path)
+        inspection.draw_figures(trainer, params, examples, evaluation, rows, tmp_path)
     assert drawn.count("routing_diagnostics.png") == 1
-    assert drawn[-1] == "learning_curves.png"  # its presence says that all are drawn
+    assert drawn[-1] == "learning_curves.png"  # written last, as a mark that all are complete
 
 
-def test_a_figure_without_rows_to_draw_is_refused():
-    with pytest.raises(ValueError, match=r"^diagnostics: rows must be .* got none$"):
+def test_rows_without_diagnostics_are_refused():
+    with pytest.raises(ValueError, match=r"^diagnostics: rows must include .* got none$"):
         routing.diagnostics([{"step": 1, "epoch": 1.0}])
 
 
@@ -179,7 +174,7 @@ ROW = {
 }
 
 
-def test_the_figure_draws_every_number_of_a_row_and_is_legible():
+def test_figure_shows_all_diagnostics_legibly():
     figure = routing.diagnostics([{"epoch": 0.5}, {"epoch": 1.0} | ROW, {"epoch": 2.0} | ROW])
     drawn = [line.get_ydata()[-1] for axes in figure.axes for line in axes.lines]
     np.testing.assert_allclose(drawn, [2, 1, 2 / 3, 20, 40, 60, 25, 0, 10, 20, 30, 40], rtol=1e-6)

@@ -1,4 +1,4 @@
-"""Evaluation of a trained network: its test set, and a user's own images."""
+"""evaluate: test set, image files and refused runs."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import evaluate, train_mnist
+from experiments import evaluate
 from experiments.analysis import inspection
 from experiments.data import datasets, idx
 from experiments.errors import InputError
@@ -24,7 +24,7 @@ def write_idx(folder, *, seed):
     rng = np.random.default_rng(seed)
     for split, size in (("train", 40), ("test", 21)):
         images = rng.integers(0, 256, (size, 17, 17), dtype=np.uint8)
-        labels = (np.arange(size) % 9).astype(np.uint8)  # there is no 9
+        labels = (np.arange(size) % 9).astype(np.uint8)  # no example of class 9
         for stem, array in zip(idx.STEMS[split], (images, labels), strict=True):
             (folder / stem).write_bytes(idx.header(array) + array.tobytes())
 
@@ -48,7 +48,7 @@ def settings(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(settings, tmp_path_factory):
-    """The folder of a run with two checkpoints, and the newest one's parameters."""
+    """A run with two checkpoints: workdir, trainer, parameters of the newest one, and data set."""
     dataset = datasets.load(settings.dataset, data_dir=settings.data_dir)
     trainer = mnist.build(settings, dataset)
     path = tmp_path_factory.mktemp("trained") / "run"
@@ -68,8 +68,9 @@ def workdir(trained, tmp_path):
 
 
 @pytest.fixture
-def program(monkeypatch, capsys):
-    """Runs the program in this process: its exit status, stdout and stderr."""
+def program(monkeypatch, capsys, trained):
+    """Return a function that runs the program in this process: exit status, stdout and stderr."""
+    monkeypatch.setattr(mnist, "build", lambda *_: trained[1])  # it is compiled once
 
     def program(**flags):
         return in_process.run(evaluate, flags, monkeypatch, capsys)
@@ -81,7 +82,7 @@ def contents(folder):
     return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
 
-def test_the_test_set_is_told_in_full_and_nothing_is_written(program, workdir, trained):
+def test_evaluation_prints_all_tables_and_writes_nothing(program, workdir, trained):
     _, trainer, params, dataset = trained
     before = contents(workdir)
     status, stdout, _ = program(workdir=workdir, batch_size=8)
@@ -91,36 +92,36 @@ def test_the_test_set_is_told_in_full_and_nothing_is_written(program, workdir, t
     lines = stdout.splitlines()
     assert lines[0].startswith("confusion matrix")
     assert lines[1].split() == list("0123456789")
-    counts = inspection.confusion(evaluation, dataset.test.labels)
+    counts = inspection.confusion_counts(evaluation, dataset.test.labels)
     assert counts.sum() == 21
     for line, name, row in zip(lines[2:12], "0123456789", counts, strict=True):
         assert line.split() == [name, *(str(count) if count else "." for count in row)]
         assert len(line) == len(lines[1])
     assert lines[12] == ""
-    told = list(evaluate.calibration(evaluation.scores, dataset.test.labels))
-    assert lines[13 : 14 + len(told)] == [*told, ""]
-    accuracies = list(inspection.accuracy(evaluation, dataset.test.labels))
-    assert lines[14 + len(told) :] == accuracies
+    calibration = list(evaluate.calibration_lines(evaluation.scores, dataset.test.labels))
+    assert lines[13 : 14 + len(calibration)] == [*calibration, ""]
+    accuracies = list(inspection.accuracy_lines(evaluation, dataset.test.labels))
+    assert lines[14 + len(calibration) :] == accuracies
     wrong = 21 - np.trace(counts)
     assert lines[-1] == f"test error {100 * wrong / 21:.2f} %: {wrong} of 21 wrong"
 
 
-def test_accuracy_leaves_out_a_class_without_examples():
+def test_accuracy_lines_skip_classes_without_examples():
     lengths = np.eye(3, dtype=np.float32)[[0, 0, 2, 2]]
-    lines = inspection.accuracy(loop.Evaluation(lengths, 0.0), np.array([0, 0, 0, 2]))
+    lines = inspection.accuracy_lines(loop.Evaluation(lengths, 0.0), np.array([0, 0, 0, 2]))
     assert list(lines) == [
-        "class 0: 66.67 % of 3 right",
-        "class 2: 100.00 % of 1 right",
+        "class 0: 66.67 % of 3 correct",
+        "class 2: 100.00 % of 1 correct",
         "test error 25.00 %: 1 of 4 wrong",
     ]
 
 
-def test_scores_are_compared_with_what_is_right():
+def test_calibration_table_has_score_and_accuracy_of_each_bin():
     scores = np.array([[0.95, 0.1], [0.92, 0.9], [0.2, 0.6], [1.0, 0.0], [0.61, 0.3]])
     labels = np.array([0, 1, 1, 0, 1])
-    lines = list(evaluate.calibration(scores, labels))
+    lines = list(evaluate.calibration_lines(scores, labels))
     assert [line.split() for line in lines[1:-1]] == [
-        ["from", "to", "images", "mean", "right"],
+        ["from", "to", "images", "score", "accuracy"],
         ["0.6", "0.7", "2", "0.605", "0.500"],
         ["0.9", "1.0", "3", "0.957", "0.667"],
     ]
@@ -128,16 +129,16 @@ def test_scores_are_compared_with_what_is_right():
     assert lines[-1] == f"expected calibration error {error:.3f}"
 
 
-def test_scores_that_are_right_as_often_as_they_say_have_no_error():
+def test_calibrated_scores_have_calibration_error_zero():
     highest = np.array([0.75, 0.75, 0.75, 0.75])
     scores = np.stack([highest, 1 - highest], 1)
-    *_, last = evaluate.calibration(scores, np.array([0, 0, 0, 1]))
+    *_, last = evaluate.calibration_lines(scores, np.array([0, 0, 0, 1]))
     assert last == "expected calibration error 0.000"
 
 
 @pytest.fixture
 def images(tmp_path):
-    """One image of a bar as a user has it: large, and in either polarity."""
+    """Files of a large image of a bar, light on dark and dark on light."""
     pixels = np.zeros((300, 200), np.uint8)
     pixels[40:260, 90:120] = 255
     paths = [tmp_path / "light.png", tmp_path / "dark.png"]
@@ -146,14 +147,14 @@ def images(tmp_path):
     return [str(path) for path in paths]
 
 
-def test_images_are_classified_in_either_polarity(program, workdir, trained, images):
+def test_image_files_are_classified_in_both_polarities(program, workdir, trained, images):
     _, trainer, params, _ = trained
     before = contents(workdir)
     status, stdout, _ = program(workdir=workdir, images=",".join(images))
     assert status == 0
     assert contents(workdir) == before
     lines = stdout.splitlines()
-    assert lines[0].split() == ["image", "class", "length", "|", *"0123456789"]
+    assert lines[0].split() == ["image", "class", "score", "|", *"0123456789"]
     pixels = datasets.read_images(images, image_size=17, channels=1)
     lengths = trainer.scores(params, pixels)
     assert lengths.shape == (2, 10)
@@ -167,8 +168,7 @@ def test_images_are_classified_in_either_polarity(program, workdir, trained, ima
     assert lines[1].split()[1:] == lines[2].split()[1:]
 
 
-def test_on_a_canvas_images_have_the_size_of_the_data_sets(trained, images):
-    """A digit as large as those that the network learned, in the middle."""
+def test_image_files_are_centred_on_the_canvas(trained, images):
     _, trainer, params, dataset = trained
     settings = mnist.Config(canvas=25)
     test = datasets.placed(dataset.test, 25)
@@ -180,27 +180,25 @@ def test_on_a_canvas_images_have_the_size_of_the_data_sets(trained, images):
     assert on_canvas.sum() == pytest.approx(small.sum())
 
 
-def test_images_are_seen_as_the_test_set_is(trained):
+def test_scores_equal_those_of_evaluate(trained):
     _, trainer, params, dataset = trained
     pixels = dataset.test.images / np.float32(255)
-    wanted = trainer.evaluate(params, dataset.test, batch_size=8).scores
+    expected = trainer.evaluate(params, dataset.test, batch_size=8).scores
     found = trainer.scores(params, pixels)
-    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_a_damaged_checkpoint_is_passed_over(program, workdir, trained, monkeypatch, caplog):
+def test_a_damaged_checkpoint_is_skipped(program, workdir, trained, caplog):
     _, trainer, _, dataset = trained
-    monkeypatch.setattr(train_mnist, "build", lambda *_: trainer)  # it is compiled already
     (workdir / "checkpoints/2/default/_METADATA").write_text("{}")
     status, stdout, _ = program(workdir=workdir)
     assert status == 0
     assert "2 is damaged" in caplog.text
     older = trainer.evaluate(trainer.initial_state(0).params, dataset.test, batch_size=128)
-    assert stdout.splitlines() == list(evaluate.summary(older, dataset.test.labels))
+    assert stdout.splitlines() == list(evaluate.summary_lines(older, dataset.test.labels))
 
 
-def test_moved_data_are_named_by_the_flag(program, workdir, settings, trained, monkeypatch):
-    monkeypatch.setattr(train_mnist, "build", lambda *_: trained[1])
+def test_data_dir_flag_replaces_the_runs_folder(program, workdir, settings):
     moved = pathlib.Path(settings.data_dir).rename(f"{settings.data_dir}_moved")
     try:
         status, _, stderr = program(workdir=workdir)
@@ -213,7 +211,7 @@ def test_moved_data_are_named_by_the_flag(program, workdir, settings, trained, m
 
 
 def edit(workdir, **changes):
-    """Changes settings in config.json; None removes one."""
+    """Change settings in config.json; None removes a setting."""
     run = json.loads((workdir / "config.json").read_bytes())
     settings = run["config"] | changes
     run["config"] = {name: value for name, value in settings.items() if value is not None}
@@ -248,7 +246,7 @@ def test_other_data_are_refused(program, workdir, trained, tmp_path):
     )
 
 
-def test_a_run_without_a_checkpoint_is_refused(program, workdir):
+def test_a_run_without_checkpoints_is_refused(program, workdir):
     shutil.rmtree(workdir / "checkpoints")
     status, _, stderr = program(workdir=workdir)
     lost = (
@@ -271,17 +269,17 @@ def test_a_run_without_a_checkpoint_is_refused(program, workdir):
         ({"image": "a.png"}, r"Unknown command line flag 'image'. Did you mean: images \?"),
     ],
 )
-def test_what_cannot_be_used_is_one_line(program, workdir, flags, message):
+def test_invalid_settings_are_refused(program, workdir, flags, message):
     status, stdout, stderr = program(**{"workdir": workdir} | flags)
     assert (status, stdout) == (2, "")
     assert re.fullmatch(f"evaluate: {message}\n", stderr)
 
 
-def test_a_config_comes_back_as_it_was(workdir, settings):
+def test_config_of_restores_the_config(workdir, settings):
     found = load_trained.config_of(mnist.Config, dataclasses.asdict(settings), "run")
     assert found == settings
     lacking = dataclasses.asdict(settings)
-    del lacking["diagnostics"]  # does not affect the result
+    del lacking["diagnostics"]  # affects_result=False
     assert load_trained.config_of(mnist.Config, lacking, "run") == settings
     del lacking["dtype"], lacking["dataset"]
     with pytest.raises(InputError, match=r"^workdir run .* lacks dataset, dtype$"):

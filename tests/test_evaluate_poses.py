@@ -1,5 +1,6 @@
-"""The comparison on moved digits: what it says is what the networks do, and bad input is named."""
+"""evaluate_poses: accuracies, affNIST, resumption and refused settings."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -12,34 +13,43 @@ import pytest
 import small_runs
 from scipy import io
 
-from experiments import evaluate_poses
+from experiments import evaluate_poses, files
 from experiments.data import affnist, datasets
-from experiments.data.affine import Pose, random_affine, warped
+from experiments.data.affine import Pose, random_affine, warp
 from experiments.training import trained
 
-load = functools.cache(trained.load)  # a network is compiled once
+# Runs that are others with another data set.
+OTHER_DATA = {
+    "clothes": ("canvas", {"name": "fashion_mnist"}),
+    "other": ("cnn", {"sha256": "0" * 64}),
+}
+
+
+@functools.cache  # each network is compiled once
+def load(workdir, *, data_dir, original=trained.load):
+    name, changes = OTHER_DATA.get(workdir, (workdir, {}))
+    run = original(name, data_dir=data_dir)
+    return run._replace(dataset=dataclasses.replace(run.dataset, **changes))
+
+
 FEW = {"rotations": "0,90", "shifts": "-2,3", "scales": "0.5", "shears": "0,20", "draws": 2}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Runs of a capsule network and a CNN, three on a canvas, and one on other digits."""
+    """Folder of runs: a capsule network, and CNNs without and with a canvas."""
     folder = tmp_path_factory.mktemp("runs")
     digits = small_runs.write_digits(folder / "digits")
     small_runs.save_run(folder / "capsnet", digits)
     small_runs.save_run(folder / "cnn", digits, network="pooling_cnn")
     small_runs.save_run(folder / "canvas", digits, network="pooling_cnn", canvas=40)
     shutil.copytree(folder / "canvas", folder / "copy")
-    clothes = {"dataset": "fashion_mnist", "network": "pooling_cnn", "canvas": 40}
-    small_runs.save_run(folder / "clothes", digits, **clothes)
-    others = small_runs.write_digits(folder / "others", size=50)
-    small_runs.save_run(folder / "other", others, network="pooling_cnn")
     return folder
 
 
 @pytest.fixture
 def program(folder, tmp_path, monkeypatch, capsys):
-    """Runs the program among the runs, in this process: its exit status, stdout and stderr."""
+    """Return a function that runs the program in the runs' folder: exit status, stdout, stderr."""
     monkeypatch.setattr(trained, "load", load)
     monkeypatch.chdir(folder)
 
@@ -50,20 +60,20 @@ def program(folder, tmp_path, monkeypatch, capsys):
     return program
 
 
-def right(run, images):
-    """The share of the test images that are classified right, in percent."""
+def accuracy(run, images):
+    """Return the accuracy on images with the labels of the test set, in percent."""
     images = np.float32(images)
     return 100 * np.mean(run.trainer.scores(run.params, images).argmax(1) == run.test.labels)
 
 
-def test_accuracies_are_those_of_the_networks(program, folder, tmp_path):
+def test_accuracies_equal_those_computed_from_scores(program, folder, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     status, stdout, _ = program(workdirs="capsnet,cnn", seed=4, rotation=50, shift=0.2)
     assert status == 0
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results[2:] == list(evaluate_poses.PUBLISHED)
-    assert len({row["clean"] for row in results[:2]}) == 2  # networks that do not say the same
+    assert len({row["clean"] for row in results[:2]}) == 2  # the networks differ
     sweeps = json.loads((tmp_path / "out/sweeps.json").read_text())
     points = {(p["run"], p["transformation"], p["value"]): p["accuracy"] for p in sweeps}
     assert len(points) == len(sweeps) == 2 * 7
@@ -72,35 +82,36 @@ def test_accuracies_are_those_of_the_networks(program, folder, tmp_path):
         run = load(row["run"], data_dir="")
         images = run.test.images / np.float32(255)
         poses = [random_affine(60, 17, 50, 0.2, key=[4, draw]) for draw in range(2)]
-        drawn = [right(run, warped(images, pose)) for pose in poses]
+        drawn = [accuracy(run, warp(images, pose)) for pose in poses]
         assert {*row} == {"run", "network", "clean", "clean_cases", "affine", "affine_deviation"}
         assert row["clean_cases"] == 60
         assert row["network"] == run.config.network
-        assert row["clean"] == pytest.approx(right(run, images))
+        assert row["clean"] == pytest.approx(accuracy(run, images))
         assert row["affine"] == pytest.approx(np.mean(drawn))
         assert row["affine_deviation"] == pytest.approx(abs(drawn[0] - drawn[1]) / 2**0.5)
         for label, value, pose in (
-            ("rotation (degrees)", 0, Pose.of(60)),
-            ("rotation (degrees)", 90, Pose.of(60, rotation=90)),
-            ("shift (pixels)", 3, Pose.of(60, shift=(3, 0))),
-            ("scale", 0.5, Pose.of(60, scale=(0.5, 0.5))),
-            ("shear (degrees)", 20, Pose.of(60, shear=20)),
+            ("rotation (degrees)", 0, Pose.broadcast(60)),
+            ("rotation (degrees)", 90, Pose.broadcast(60, rotation=90)),
+            ("shift (pixels)", 3, Pose.broadcast(60, shift=(3, 0))),
+            ("scale", 0.5, Pose.broadcast(60, scale=(0.5, 0.5))),
+            ("shear (degrees)", 20, Pose.broadcast(60, shear=20)),
         ):
             found = points[row["run"], label, value]
-            assert found == pytest.approx(right(run, warped(images, pose)))
+            assert found == pytest.approx(accuracy(run, warp(images, pose)))
         assert f"{row['affine']:.2f}" in stdout
     assert (tmp_path / "out/sweeps.png").read_bytes().startswith(b"\x89PNG")
     assert "82.91" in stdout
 
 
-def test_seed_interpolation_and_count_reach_the_moves(program, tmp_path, monkeypatch):
+def test_seed_interpolation_and_count_reach_the_transformations(program, tmp_path, monkeypatch):
     moved = []
 
     def recorded(images, pose, *, order):
         moved.append((len(images), pose.rotation.sum(), pose.shift.sum(), order))
-        return warped(images, pose, order=order)
+        return warp(images, pose, order=order)
 
-    monkeypatch.setattr(evaluate_poses, "warped", recorded)
+    monkeypatch.setattr(evaluate_poses, "warp", recorded)
+    monkeypatch.setattr(files, "save_figure", lambda *_: None)
 
     def moves(**changes):
         moved.clear()
@@ -120,36 +131,36 @@ def test_seed_interpolation_and_count_reach_the_moves(program, tmp_path, monkeyp
     assert {point["examples"] for point in sweeps} == {7}
 
 
-def test_networks_are_called_matched_only_within_a_tenth_of_a_point():
+def test_networks_are_matched_within_a_tenth_of_a_point():
     rows = [{"run": "a", "clean": 99.23}, {"run": "b", "clean": 99.13}]
-    *_, last = evaluate_poses.summary(rows)
-    assert last == "matched: clean accuracies are 0.10 points apart"
+    *_, last = evaluate_poses.summary_lines(rows)
+    assert last == "matched: clean accuracies differ by 0.10 points"
     rows[1]["clean"] = 99.12
-    *_, verdict, warning = evaluate_poses.summary(rows)
-    assert verdict == "not matched: clean accuracies are 0.11 points apart"
-    assert warning.startswith("so differences in the other columns are not those of")
-    assert "matched" not in "".join(evaluate_poses.summary(rows[:1]))
+    *_, verdict, warning = evaluate_poses.summary_lines(rows)
+    assert verdict == "not matched: clean accuracies differ by 0.11 points"
+    assert warning.startswith("differences in the other columns may be due to")
+    assert "matched" not in "".join(evaluate_poses.summary_lines(rows[:1]))
 
 
-def test_a_set_like_affnist_is_not_called_affnist(program, folder, tmp_path):
+def test_affnist_like_is_reported_under_its_name(program, folder, tmp_path):
     status, _, _ = program(workdirs="canvas")
     assert status == 0
     (row,) = json.loads((tmp_path / "out/results.json").read_text())[:1]
     run = load("canvas", data_dir="")
     assert run.test.images.shape == (60, 40, 40, 1)
-    cases = affnist.affnist_like(run.dataset.test).images / np.float32(255)
-    assert row["affnist_like"] == pytest.approx(right(run, cases))
+    cases = affnist.make_affnist_like(run.dataset.test).images / np.float32(255)
+    assert row["affnist_like"] == pytest.approx(accuracy(run, cases))
     assert row["affnist_like_cases"] == row["clean_cases"] == 60
-    assert row["clean"] == pytest.approx(right(run, run.test.images / np.float32(255)))
+    assert row["clean"] == pytest.approx(accuracy(run, run.test.images / np.float32(255)))
     assert "affnist" not in row
-    # Sweeps move digits from the middle of the canvas.
+    # Sweeps start from the middle of the canvas.
     sweeps = json.loads((tmp_path / "out/sweeps.json").read_text())
-    still = datasets.centred(run.dataset.test.images, 40) / np.float32(255)
-    assert sweeps[0]["accuracy"] == pytest.approx(right(run, still))
+    centred = datasets.centred(run.dataset.test.images, 40) / np.float32(255)
+    assert sweeps[0]["accuracy"] == pytest.approx(accuracy(run, centred))
 
 
 @pytest.mark.parametrize("flag", ["affnist_dir", "data_dir"])
-def test_affnist_itself_is_read_where_it_is(program, tmp_path, flag):
+def test_affnist_is_read_from_either_folder(program, tmp_path, flag):
     images = np.random.default_rng(0).integers(0, 256, (1600, 30), np.uint8)
     labels = np.arange(30)[None] % 10
     struct = {"image": images, "label_int": labels.astype(np.uint8)}
@@ -169,8 +180,8 @@ def test_affnist_itself_is_read_where_it_is(program, tmp_path, flag):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """What was measured, by sizes; after so many measurements as `limit` says, the program dies."""
-    counts, count = [], evaluate_poses.right
+    """Sizes of the measured slices; the program is killed after `limited.limit` of them."""
+    counts, count = [], evaluate_poses.count_correct
 
     def limited(run, split, pose, config):
         if len(counts) == limited.limit:
@@ -178,8 +189,9 @@ def measured(monkeypatch):
         counts.append(split.size)
         return count(run, split, pose, config)
 
-    monkeypatch.setattr(evaluate_poses, "right", limited)
-    monkeypatch.setattr(evaluate_poses, "SLICE", 40)
+    monkeypatch.setattr(evaluate_poses, "count_correct", limited)
+    monkeypatch.setattr(evaluate_poses, "SLICE_SIZE", 40)
+    monkeypatch.setattr(files, "save_figure", lambda *_: None)
     return counts, limited
 
 
@@ -187,13 +199,13 @@ def read(folder):
     return [(folder / name).read_bytes() for name in ("results.json", "sweeps.json")]
 
 
-def test_a_killed_program_goes_on_to_the_same_results(program, tmp_path, measured):
+def test_a_killed_program_resumes_to_equal_results(program, tmp_path, measured):
     counts, limited = measured
     limited.limit = None
     assert program(workdirs="canvas,copy", output=tmp_path / "whole")[0] == 0
-    # Of each run: clean, affnist_like, 2 draws and 7 points, each in two slices.
+    # 2 runs; clean, affnist_like, 2 draws and 7 sweep points; 2 slices.
     assert counts == 2 * 11 * [40, 20]
-    for limit in (1, 10, 15):  # within the clean images, a sweep of the first run, and the second
+    for limit in (1, 10, 15):  # in clean images, and in sweeps of both runs
         counts.clear()
         limited.limit = limit
         assert program(workdirs="canvas,copy", output=tmp_path / "killed")[0] == 137
@@ -206,7 +218,7 @@ def test_a_killed_program_goes_on_to_the_same_results(program, tmp_path, measure
     assert not (tmp_path / "killed/progress.json").exists()
 
 
-def test_progress_of_other_settings_or_networks_is_refused(
+def test_progress_with_other_settings_or_networks_is_refused(
     program, tmp_path, measured, monkeypatch
 ):
     counts, limited = measured
@@ -216,8 +228,8 @@ def test_progress_of_other_settings_or_networks_is_refused(
     before = path.read_bytes()
     counts.clear()
     refusal = (
-        "evaluate_poses: .*progress.json holds 9 measurements of other settings or runs; use "
-        "another --output, or remove it to measure anew\n"
+        "evaluate_poses: .*progress.json holds 9 measurements with other settings or runs; use "
+        "another --output, or delete the file to start again\n"
     )
     status, stdout, stderr = program(workdirs="canvas", seed=1)
     assert (status, stdout) == (2, "")
@@ -235,12 +247,12 @@ def test_progress_of_other_settings_or_networks_is_refused(
     assert len(counts) == 22
 
 
-def test_damaged_progress_is_one_line(program, tmp_path):
+def test_damaged_progress_is_refused(program, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/progress.json").write_text("{")
     status, stdout, stderr = program(workdirs="cnn")
     assert (status, stdout) == (2, "")
-    assert re.fullmatch("evaluate_poses: .*progress.json is damaged .* to measure anew\n", stderr)
+    assert re.fullmatch("evaluate_poses: .*progress.json is damaged .* to start again\n", stderr)
 
 
 @pytest.mark.parametrize(
@@ -264,7 +276,7 @@ def test_damaged_progress_is_one_line(program, tmp_path):
         ({"affnist_dir": 300 * "x", "workdirs": "canvas"}, ".*=x{300} has none of .*"),
         (
             {"affnist_dir": "digits", "workdirs": "clothes"},
-            "--affnist_dir needs runs on MNIST's .*, got fashion_mnist with images of 17x17x1",
+            "--affnist_dir needs runs on MNIST digits.*, got fashion_mnist with images of 17x17x1",
         ),
         ({"rotations": "0,x"}, "--rotations must be numbers .* separated by commas, got '0,x'"),
         ({"shifts": ""}, "--shifts must be numbers .*, got ''"),
@@ -275,7 +287,7 @@ def test_damaged_progress_is_one_line(program, tmp_path):
         ({"output": "capsnet/config.json"}, ".*config.json.* cannot be written: .*"),
     ],
 )
-def test_what_cannot_be_used_is_one_line(program, folder, flags, message):
+def test_invalid_settings_are_refused(program, folder, flags, message):
     (folder / "empty").mkdir(exist_ok=True)
     if not (folder / "program").exists():
         shutil.copytree(folder / "cnn", folder / "program")

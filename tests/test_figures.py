@@ -1,6 +1,7 @@
-"""Figures: what they show are the arrays, and every text on them can be read."""
+"""Figures of classifiers: drawn values, legibility and refused arguments."""
 
 import itertools
+import pkgutil
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
+from experiments.figures import __path__ as PACKAGE
 from experiments.figures import classifier
 
 GARMENTS = [
@@ -46,24 +48,24 @@ def images(*shape: int) -> np.ndarray:
     return np.random.default_rng(1).random(shape, np.float32)
 
 
-def examples(N: int, K: int, H: int, C: int, *, right: bool = False) -> tuple:
-    """Images, labels, predictions and lengths; all wrong, or all right."""
+def examples(N: int, K: int, H: int, C: int, *, correct: bool = False) -> tuple:
+    """Return images, labels, predictions and lengths; all predictions are wrong, or all correct."""
     labels = np.arange(N) % K
-    predictions = labels if right else (labels + 1) % K
+    predictions = labels if correct else (labels + 1) % K
     lengths = np.full((N, K), 0.125)
     lengths[np.arange(N), predictions] = 0.75
     return images(N, H, H, C), labels, predictions, lengths
 
 
-def reconstructed(N: int, K: int, H: int, C: int, *, right: bool = False, names=None) -> Figure:
-    originals, labels, _, lengths = examples(N, K, H, C, right=right)
+def reconstructed(N: int, K: int, H: int, C: int, *, correct: bool = False, names=None) -> Figure:
+    originals, labels, _, lengths = examples(N, K, H, C, correct=correct)
     return classifier.reconstructions(
         originals, originals[::-1], lengths, labels, class_names=names and names[:K]
     )
 
 
-def shares(*shape: int, sharpness: float = 4.0) -> np.ndarray:
-    """Softmax over the last axis, sharper at each iteration, even at the first."""
+def softmax_couplings(*shape: int, sharpness: float = 4.0) -> np.ndarray:
+    """Return a softmax over the last axis, uniform in iteration 1 and sharper in each next one."""
     logits = np.random.default_rng(2).normal(size=shape[1:])
     logits = sharpness * np.arange(shape[0]).reshape(-1, *[1] * logits.ndim) * logits
     odds = np.exp(logits - logits.max(axis=-1, keepdims=True))
@@ -81,7 +83,7 @@ def canvas_of(figure: Figure) -> FigureCanvasAgg:
 
 
 def texts_on(figure: Figure) -> list[Text]:
-    """Every text that is drawn; ticks outside the axes exist but are not."""
+    """Return all texts that are drawn, i.e. without labels of ticks outside the axes."""
     unseen = set()
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
@@ -101,7 +103,7 @@ def words(figure: Figure) -> set[str]:
 
 
 def assert_legible(figure: Figure) -> None:
-    """All texts are on the canvas, large enough, and cover neither each other nor a plot."""
+    """Assert that texts are on the canvas, 7 points or more, and overlap no text and no axes."""
     renderer = canvas_of(figure).get_renderer()
     boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in texts_on(figure)]
     boxes += [("a plot", axes.get_window_extent(renderer)) for axes in figure.axes]
@@ -127,24 +129,28 @@ FIGURES = {
     "curves without zeros": lambda: classifier.learning_curves(metrics(30, lowest=0.1)),
     "reconstructions": lambda: reconstructed(12, 10, 28, 1),
     "reconstructions, one": lambda: reconstructed(1, 2, 28, 1),
-    "reconstructions, right": lambda: reconstructed(10, 10, 28, 1, right=True),
+    "reconstructions, correct": lambda: reconstructed(10, 10, 28, 1, correct=True),
     "reconstructions, named": lambda: reconstructed(10, 10, 28, 1, names=GARMENTS),
     "reconstructions, colour": lambda: reconstructed(12, 100, 64, 3, names=ODD),
     "tweaks": lambda: classifier.dimension_tweaks(images(16, 11, 28, 28, 1), values=TWEAKS),
     "tweaks, colour": lambda: classifier.dimension_tweaks(images(16, 11, 64, 64, 3), values=TWEAKS),
     "tweaks, one": lambda: classifier.dimension_tweaks(images(1, 1, 28, 28, 1), values=[1 / 3]),
-    "couplings": lambda: classifier.couplings(shares(3, 1152, 10), label=3),
+    "couplings": lambda: classifier.couplings(softmax_couplings(3, 1152, 10), label=3),
     "couplings, named": lambda: classifier.couplings(
-        shares(3, 99, 10), label=3, class_names=GARMENTS
+        softmax_couplings(3, 99, 10), label=3, class_names=GARMENTS
     ),
     "couplings, 1 iteration": lambda: classifier.couplings(
-        shares(1, 5, 2), label=1, class_names=ODD[-2:]
+        softmax_couplings(1, 5, 2), label=1, class_names=ODD[-2:]
     ),
-    "couplings, 9 iterations": lambda: classifier.couplings(shares(9, 5, 30), label=1),
-    "couplings, 100": lambda: classifier.couplings(shares(3, 300, 100), label=2, class_names=ODD),
-    "entropy": lambda: classifier.coupling_entropy(shares(3, 20, 50, 10)),
-    "entropy, 1 iteration": lambda: classifier.coupling_entropy(shares(1, 1, 5, 2)),
-    "entropy, slow": lambda: classifier.coupling_entropy(shares(5, 2, 50, 100, sharpness=0.01)),
+    "couplings, 9 iterations": lambda: classifier.couplings(softmax_couplings(9, 5, 30), label=1),
+    "couplings, 100": lambda: classifier.couplings(
+        softmax_couplings(3, 300, 100), label=2, class_names=ODD
+    ),
+    "entropy": lambda: classifier.coupling_entropy(softmax_couplings(3, 20, 50, 10)),
+    "entropy, 1 iteration": lambda: classifier.coupling_entropy(softmax_couplings(1, 1, 5, 2)),
+    "entropy, slow": lambda: classifier.coupling_entropy(
+        softmax_couplings(5, 2, 50, 100, sharpness=0.01)
+    ),
     "confusion": lambda: classifier.confusion_matrix(confusions(10)),
     "confusion, named": lambda: classifier.confusion_matrix(confusions(10), class_names=GARMENTS),
     "confusion, 2": lambda: classifier.confusion_matrix(confusions(2)),
@@ -152,22 +158,22 @@ FIGURES = {
     "confusion, 100": lambda: classifier.confusion_matrix(confusions(100), class_names=ODD),
     "misclassified": lambda: classifier.misclassified(*examples(60, 10, 28, 1)),
     "misclassified, one": lambda: classifier.misclassified(*examples(1, 2, 28, 1)),
-    "misclassified, none": lambda: classifier.misclassified(*examples(9, 2, 28, 1, right=True)),
+    "misclassified, none": lambda: classifier.misclassified(*examples(9, 2, 28, 1, correct=True)),
     "misclassified, colour": lambda: classifier.misclassified(
-        *examples(40, 100, 64, 3), class_names=ODD
+        *examples(40, 100, 64, 3), class_names=ODD, limit=16
     ),
 }
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_every_text_can_be_read(name):
+def test_figures_are_legible(name):
     assert_legible(FIGURES[name]())
 
 
 @pytest.mark.parametrize(
     ("places", "complaint"), [([(0.5, 0.5), (0.52, 0.5)], "word"), ([(0.99, 0.5)], "leaves")]
 )
-def test_the_legibility_check_can_fail(places, complaint):
+def test_assert_legible_detects_overlap_and_overflow(places, complaint):
     figure = Figure()
     for x, y in places:
         figure.text(x, y, "word")
@@ -178,7 +184,7 @@ def test_the_legibility_check_can_fail(places, complaint):
 @pytest.mark.parametrize(
     "name", ["curves", "reconstructions", "tweaks", "couplings", "entropy", "confusion"]
 )
-def test_the_users_matplotlib_settings_change_nothing(name):
+def test_figures_ignore_the_users_matplotlib_settings(name):
     expected = np.asarray(canvas_of(FIGURES[name]()).buffer_rgba())
     hostile = {"font.size": 20, "axes.facecolor": "red", "xtick.labelsize": 30, "lines.marker": "x"}
     with mpl.rc_context(hostile):
@@ -189,11 +195,13 @@ def test_the_users_matplotlib_settings_change_nothing(name):
 
 
 def test_pyplot_is_not_imported():
-    check = "import sys, experiments.figures; assert 'matplotlib.pyplot' not in sys.modules"
+    modules = [f"experiments.figures.{module.name}" for module in pkgutil.iter_modules(PACKAGE)]
+    assert "experiments.figures.classifier" in modules
+    check = f"import sys, {', '.join(modules)}; assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], check=True)
 
 
-def test_learning_curves_draw_the_rows():
+def test_learning_curves_have_the_values_of_the_rows():
     rows = [*metrics(3), {"epoch": 3.0, "test_loss": 0.5}]
     loss, error = classifier.learning_curves(rows).axes
     assert [loss.get_title(loc="left"), error.get_title(loc="left")] == ["Loss", "Error (%)"]
@@ -208,7 +216,7 @@ def test_learning_curves_draw_the_rows():
 
 
 @pytest.mark.parametrize("errors", [[2.0, 0.625], [0.5, 0.0], [0.0]])
-def test_the_last_test_error_is_written_at_its_height(errors):
+def test_last_test_error_is_annotated_at_its_height(errors):
     figure = classifier.learning_curves(
         [{"epoch": 1 + n, "test_error": e} for n, e in enumerate(errors)]
     )
@@ -228,7 +236,7 @@ def test_the_last_test_error_is_written_at_its_height(errors):
         ([float("nan"), 50.0, 0.5], "log", 0.3),
     ],
 )
-def test_the_scale_is_logarithmic_where_it_helps_and_shows_zeros(errors, scale, lowest):
+def test_scale_is_logarithmic_for_a_wide_range_and_includes_zeros(errors, scale, lowest):
     rows = [{"epoch": 1 + n, "train_error": error} for n, error in enumerate(errors)]
     axes = classifier.learning_curves(rows).axes[1]
     bottom, top = axes.get_ylim()
@@ -238,7 +246,7 @@ def test_the_scale_is_logarithmic_where_it_helps_and_shows_zeros(errors, scale, 
     assert (0 in axes.get_yticks()) == (scale != "log")
 
 
-def test_reconstructions_stand_below_their_originals():
+def test_reconstructions_are_below_their_originals():
     N, H = 3, 28
     originals, labels, _, lengths = examples(N, 4, H, 1)
     decoded = images(N + 1, H, H, 1)[1:]
@@ -262,13 +270,13 @@ def test_reconstructions_stand_below_their_originals():
     assert colours[0] == colours[2] != colours[1]
 
 
-def test_right_predictions_are_not_framed():
-    (axes,) = reconstructed(4, 4, 28, 1, right=True).axes
+def test_correct_predictions_are_not_framed():
+    (axes,) = reconstructed(4, 4, 28, 1, correct=True).axes
     assert not axes.patches
     assert not axes.get_title(loc="left")
 
 
-def test_dimension_tweaks_have_a_row_a_dimension_and_a_column_a_value():
+def test_dimension_tweaks_have_rows_of_dimensions_and_columns_of_values():
     grid = images(16, 11, 28, 28, 3)
     figure = classifier.dimension_tweaks(grid, values=np.arange(-0.25, 0.26, 0.05))
     (axes,) = figure.axes
@@ -280,8 +288,8 @@ def test_dimension_tweaks_have_a_row_a_dimension_and_a_column_a_value():
     assert [text.get_text() for text in axes.get_yticklabels()] == [str(d) for d in range(1, 17)]
 
 
-def test_couplings_show_means_ranges_and_children_by_favourite_parent():
-    c = shares(3, 40, 5)
+def test_couplings_show_means_quantiles_and_sorted_children():
+    c = softmax_couplings(3, 40, 5)
     c[0] = [0.1, 0.6, 0.1, 0.1, 0.1]
     figure = classifier.couplings(c, label=4)
     grid = np.reshape(figure.axes[:6], (2, 3))
@@ -310,7 +318,7 @@ def test_couplings_show_means_ranges_and_children_by_favourite_parent():
 
 
 @pytest.mark.parametrize("winner", [0, 37, 99])
-def test_the_highlighted_parent_is_labelled_among_many(winner):
+def test_highlighted_parent_is_always_labelled(winner):
     c = np.full((1, 3, 100), 0.005)
     c[..., winner] += 0.5
     axes = classifier.couplings(c, label=0).axes[1]
@@ -319,17 +327,17 @@ def test_the_highlighted_parent_is_labelled_among_many(winner):
     assert to_rgba(bold.get_color()) != to_rgba("black")
 
 
-def test_entropy_is_log_j_when_even_and_0_when_decided():
+def test_entropy_of_uniform_and_one_hot_couplings():
     c = np.stack([np.full((2, 3, 4), 0.25), np.broadcast_to(np.eye(4)[:3], (2, 3, 4))])
     figure = classifier.coupling_entropy(c)
     even, mean = figure.axes[0].get_lines()
     np.testing.assert_allclose(even.get_ydata(), np.log(4))
     np.testing.assert_allclose(mean.get_xydata(), [[1, np.log(4)], [2, 0]], rtol=1e-6)
-    assert "even split:\nlog 4 = 1.386" in words(figure)
+    assert "uniform:\nlog 4 = 1.386" in words(figure)
 
 
-def test_entropy_shows_quantiles_over_all_children():
-    c = shares(2, 3, 20, 5)
+def test_entropy_quantiles_are_over_all_children():
+    c = softmax_couplings(2, 3, 20, 5)
     entropy = -(c * np.log(c)).sum(axis=-1).reshape(2, -1)
     axes = classifier.coupling_entropy(c).axes[0]
     for lines, quantiles in zip(axes.collections, [(0.25, 0.75), (0.05, 0.95)], strict=True):
@@ -337,7 +345,7 @@ def test_entropy_shows_quantiles_over_all_children():
         np.testing.assert_allclose(ends, np.quantile(entropy, quantiles, axis=1), rtol=1e-4)
 
 
-def test_confusion_matrix_colours_the_errors_by_their_rate():
+def test_confusion_matrix_colours_error_rates():
     counts = np.array([[90, 10, 0], [1, 199, 0], [0, 0, 0]])
     figure = classifier.confusion_matrix(counts, class_names=["a", "b", "c"])
     axes = figure.axes[0]
@@ -351,14 +359,14 @@ def test_confusion_matrix_colours_the_errors_by_their_rate():
     assert diagonal == [(k - 0.5, k - 0.5) for k in range(3)]
 
 
-def test_confusion_matrix_of_no_errors():
+def test_confusion_matrix_without_errors():
     figure = classifier.confusion_matrix(np.diag([7, 8]))
     assert figure.axes[0].get_title(loc="left") == "0 of 15 wrong: 0.00 %"
     assert not figure.axes[0].get_images()[0].get_array().any()
 
 
 @pytest.mark.parametrize(("K", "written"), [(20, 400), (21, 0)])
-def test_counts_are_written_for_up_to_20_classes(K, written):
+def test_counts_are_shown_for_up_to_20_classes(K, written):
     assert len(classifier.confusion_matrix(confusions(K)).axes[0].texts) == written
 
 
@@ -383,7 +391,7 @@ def test_counts_contrast_with_their_cells():
         assert (bright + 0.05) / (dark + 0.05) >= 4.5  # WCAG 2.1, success criterion 1.4.3
 
 
-def test_misclassified_shows_the_wrong_ones_only():
+def test_misclassified_shows_only_wrong_predictions():
     pictures, labels, predictions, lengths = examples(5, 3, 28, 1)
     predictions[[0, 2, 4]] = labels[[0, 2, 4]]
     figure = classifier.misclassified(
@@ -400,17 +408,17 @@ def test_misclassified_shows_the_wrong_ones_only():
 def test_misclassified_draws_at_most_the_limit(limit, drawn):
     figure = classifier.misclassified(*examples(13, 3, 28, 1), limit=limit)
     assert len(figure.axes) == drawn
-    assert (f"the first {drawn} shown" in figure.get_suptitle()) == (drawn < 13)
+    assert (f"first {drawn} shown" in figure.get_suptitle()) == (drawn < 13)
 
 
-def test_misclassified_of_no_errors_says_so():
-    figure = classifier.misclassified(*examples(9, 3, 28, 1, right=True))
+def test_misclassified_without_errors():
+    figure = classifier.misclassified(*examples(9, 3, 28, 1, correct=True))
     assert not figure.axes
     assert words(figure) == {"None of 9 images is misclassified."}
 
 
 X, Y, P, L = examples(4, 3, 8, 1)
-C = shares(3, 6, 4)
+C = softmax_couplings(3, 6, 4)
 
 
 @pytest.mark.parametrize(
@@ -456,7 +464,7 @@ C = shares(3, 6, 4)
         (lambda: classifier.couplings(C, label=4), "couplings: label must be integers from 0 to 3"),
         (
             lambda: classifier.couplings(np.moveaxis(C, 1, 2), label=0),
-            "couplings: couplings must be from 0 up and add up to 1 over the parents",
+            "couplings: couplings must be non-negative and sum to 1 over the parents",
         ),
         (lambda: classifier.couplings(C[..., :1], label=0), "must have at least 2 parents, got 1"),
         (
@@ -467,8 +475,14 @@ C = shares(3, 6, 4)
             lambda: classifier.confusion_matrix(np.ones((2, 3), int)),
             r"confusion_matrix: counts must have shape \[K, K\] with K = 2 .* got \(2, 3\)",
         ),
-        (lambda: classifier.confusion_matrix(np.eye(3)), "counts must be integers .* got float64"),
-        (lambda: classifier.confusion_matrix(-np.eye(3, dtype=int)), "from 0 up, .* from -1 to 0"),
+        (
+            lambda: classifier.confusion_matrix(np.eye(3)),
+            "counts must be non-negative integers, .* got float64",
+        ),
+        (
+            lambda: classifier.confusion_matrix(-np.eye(3, dtype=int)),
+            "non-negative integers, .* from -1 to 0",
+        ),
         (lambda: classifier.confusion_matrix(np.zeros((3, 3), int)), "not all 0"),
         (lambda: classifier.confusion_matrix(np.ones((1, 1), int)), "2 or more classes, .* of 1"),
         (
@@ -485,6 +499,6 @@ C = shares(3, 6, 4)
         ),
     ],
 )
-def test_wrong_arguments_are_named_with_the_rule_and_the_value(call, message):
+def test_invalid_arguments_are_refused_with_rule_and_value(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -1,7 +1,8 @@
-"""Every flagfile is read by the program that it is for, and names only what that program has."""
+"""Flagfiles: the program in the first line accepts the flags that follow."""
 
 import importlib
 import pathlib
+import re
 
 import in_process
 import pytest
@@ -9,41 +10,35 @@ import pytest
 from experiments import cli
 
 FOLDER = pathlib.Path(cli.__file__).with_name("flagfiles")
-PROGRAMS = {
-    "ablation": "mnist_ablation",
-    "ablation_small": "mnist_ablation",
-    "affine": "evaluate_poses",
-    "equivariance": "measure_equivariance",
-    "multimnist": "train_multimnist",
-    "multimnist_small": "train_multimnist",
-    "parse_tree": "parse_tree",
-    "routing": "benchmark_routing",
-    "routing_quick": "benchmark_routing",
-    "tweaks": "tweak_dimensions",
-}  # all others are for train_mnist
 
 
 @pytest.fixture
 def read(monkeypatch, capsys):
-    """Reads a flagfile: its Config, and the default one of its program."""
+    """Return a function that runs a flagfile's command: its Config, and the program's default."""
 
     def read(name):
-        program = importlib.import_module(f"experiments.{PROGRAMS.get(name, 'train_mnist')}")
-        found = []
-        monkeypatch.setattr(program, "main", found.append)
+        first_line, *_ = (FOLDER / f"{name}.cfg").read_text().splitlines()
+        command = rf"# python -m experiments\.(\w+) --flagfile=experiments/flagfiles/{name}\.cfg"
+        program = importlib.import_module(f"experiments.{re.fullmatch(command, first_line)[1]}")
+        configs = []
+        monkeypatch.setattr(program, "main", configs.append)
         in_process.run(program, {"flagfile": FOLDER / f"{name}.cfg"}, monkeypatch, capsys)
-        return found[0], program.Config()
+        (config,) = configs
+        return config, program.Config()
 
     return read
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.iterdir()))
-def test_its_program_takes_it(name, read):
+def test_program_of_first_line_gets_every_flag(name, read):
     config, default = read(name)
-    assert type(config) is type(default)
+    flags = re.findall(r"^--(\w+)=(.*)$", (FOLDER / f"{name}.cfg").read_text(), re.MULTILINE)
+    assert flags
+    for flag, text in flags:
+        assert getattr(config, flag) == type(getattr(default, flag))(text)
 
 
 @pytest.mark.parametrize("name", ["affine", "equivariance"])
-def test_these_programs_do_the_same_without_it(name, read):
+def test_flags_equal_defaults(name, read):
     config, default = read(name)
     assert config == default

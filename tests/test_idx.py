@@ -1,4 +1,4 @@
-"""Idx files, whole and damaged."""
+"""Reader of idx files, with valid, invalid and random contents."""
 
 import gzip
 import struct
@@ -25,7 +25,7 @@ def idx_bytes(array):
     ("read", "array"),
     [(idx.read_labels, LABELS), (idx.read_images, IMAGES), (idx.read_images, IMAGES[:1, :1, :1])],
 )
-def test_arrays_are_read_as_they_were_written(tmp_path, read, array, pack):
+def test_arrays_are_read_back(tmp_path, read, array, pack):
     path = tmp_path / ("file.gz" if pack is gzip.compress else "file")
     path.write_bytes(pack(idx_bytes(array)))
     result = read(path)
@@ -34,7 +34,7 @@ def test_arrays_are_read_as_they_were_written(tmp_path, read, array, pack):
 
 
 @pytest.mark.parametrize("array", [LABELS, IMAGES])
-def test_header_is_what_stands_before_the_array(array):
+def test_header_precedes_the_array(array):
     assert idx.header(array) + array.tobytes() == idx_bytes(array)
 
 
@@ -42,25 +42,29 @@ def test_header_is_what_stands_before_the_array(array):
 @pytest.mark.parametrize(
     ("read", "content", "message"),
     [
-        (idx.read_images, b"", r"starts with 16 bytes of header, got 0 bytes in all"),
-        (idx.read_labels, b"\0\0\x08\x01\0\0\0", r"starts with 8 bytes of header, got 7 bytes"),
+        (idx.read_images, b"", r"starts with 16 bytes of header, got a file of 0 bytes"),
+        (
+            idx.read_labels,
+            b"\0\0\x08\x01\0\0\0",
+            r"starts with 8 bytes of header, got a file of 7 bytes",
+        ),
         (idx.read_images, idx_bytes(LABELS), r"is 0x00000803, got 0x00000801"),
         (idx.read_labels, idx_bytes(IMAGES), r"is 0x00000801, got 0x00000803"),
         (idx.read_labels, b"\0\0\x09\x01" + bytes(8), r"is 0x00000801, got 0x00000901"),
         (idx.read_images, idx_bytes(IMAGES)[:-1], r"30 x 5 x 5, need 750 bytes .* got 749"),
-        (idx.read_images, idx_bytes(IMAGES) + b"\0", r"need 750 bytes .* got more than that"),
+        (idx.read_images, idx_bytes(IMAGES) + b"\0", r"need 750 bytes .* got more"),
         (idx.read_labels, idx_bytes(LABELS)[:-9], r"in the header, 30, need 30 .* got 21"),
-        (idx.read_labels, idx_bytes(LABELS[:0]), r"give 1 to 4294967296 bytes .* got 0 = 0"),
-        (idx.read_images, idx_bytes(IMAGES[:, :0]), r"give 1 to .* got 30 x 0 x 5 = 0"),
+        (idx.read_labels, idx_bytes(LABELS[:0]), r"amount to 1 to 4294967296 bytes .* got 0 = 0"),
+        (idx.read_images, idx_bytes(IMAGES[:, :0]), r"amount to 1 to .* got 30 x 0 x 5 = 0"),
         (
             idx.read_images,
             struct.pack(">4I", 0x803, 2**32 - 1, 28, 28),
-            r"give 1 to 4294967296 bytes of data, got 4294967295 x 28 x 28 = 3367",
+            r"amount to 1 to 4294967296 bytes of data, got 4294967295 x 28 x 28 = 3367",
         ),
         (idx.read_images, idx_bytes(IMAGES[:, :4]), r"must be square, got 4 x 5 pixels"),
     ],
 )
-def test_bad_contents_are_named(tmp_path, read, content, message, pack):
+def test_invalid_contents_are_refused(tmp_path, read, content, message, pack):
     path = tmp_path / ("file.gz" if pack is gzip.compress else "file")
     path.write_bytes(pack(content))
     with pytest.raises(InputError, match=message) as caught:
@@ -85,14 +89,14 @@ def with_flipped_bits(packed, position):
     ],
     ids=["text", "plain idx", "cut", "trailing bytes", "damaged data", "damaged checksum"],
 )
-def test_corrupt_gzip_is_named(tmp_path, content):
+def test_corrupt_gzip_is_refused(tmp_path, content):
     path = tmp_path / "file.gz"
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"file\.gz: the file cannot be read: \S+"):
         idx.read_images(path)
 
 
-def test_a_file_that_cannot_be_opened_is_named(tmp_path):
+def test_missing_files_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"nowhere: the file cannot be read: .*No such file"):
         idx.read_labels(tmp_path / "nowhere")
 
@@ -101,15 +105,15 @@ STEMS = [stem for pair in idx.STEMS.values() for stem in pair]
 
 
 @pytest.mark.parametrize("missing", STEMS)
-def test_a_missing_file_is_named(tmp_path, missing):
+def test_incomplete_folders_are_refused(tmp_path, missing):
     for stem in STEMS:
         if stem != missing:
             (tmp_path / f"{stem}.gz").touch()
-    with pytest.raises(InputError, match=rf": {missing} \(or the same with \.gz\) is missing\."):
+    with pytest.raises(InputError, match=rf": {missing} \(plain or \.gz\) is missing\."):
         idx.locate(tmp_path)
 
 
-def test_plain_files_come_before_gzipped_ones_and_none_is_no_error(tmp_path):
+def test_plain_files_are_preferred_and_empty_folders_allowed(tmp_path):
     assert idx.locate(tmp_path) == {}
     assert idx.locate(tmp_path / "nowhere") == {}
     for stem in STEMS:
@@ -124,7 +128,7 @@ def test_plain_files_come_before_gzipped_ones_and_none_is_no_error(tmp_path):
     [struct.pack(">2I", 0x801, 2**32 - 1), struct.pack(">2I", 0x801, 1) + bytes(2**26)],
     ids=["header of 4 GiB on nothing", "64 MiB behind a header of 1 byte"],
 )
-def test_memory_follows_the_smaller_of_header_and_file(tmp_path, content):
+def test_memory_is_bounded_by_header_and_file(tmp_path, content):
     path = tmp_path / "labels.gz"
     path.write_bytes(gzip.compress(content, 1))
     tracemalloc.start()

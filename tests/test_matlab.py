@@ -1,4 +1,4 @@
-"""Structs in MATLAB's files, as SciPy writes them, and damaged ones."""
+"""Reader of MATLAB files, with files that SciPy writes and damaged ones."""
 
 import struct
 import zlib
@@ -23,7 +23,7 @@ def save(path, variables, **options):
 
 
 @pytest.mark.parametrize("do_compression", [False, True])
-def test_arrays_come_back_in_shape_and_type(tmp_path, do_compression):
+def test_arrays_keep_shape_and_type(tmp_path, do_compression):
     fields = arrays() | {"small": np.uint8([[7]]), "text": "passed over", "other": {"a": 1.0}}
     path = save(
         tmp_path / "a.mat",
@@ -37,31 +37,31 @@ def test_arrays_come_back_in_shape_and_type(tmp_path, do_compression):
         np.testing.assert_array_equal(array, fields[name])
 
 
-def test_numbers_that_matlab_stores_narrower_keep_their_class(tmp_path):
-    # MATLAB writes a double that is a small integer as a byte; SciPy does not.
+def test_numbers_stored_in_a_narrower_type_keep_their_class(tmp_path):
+    # MATLAB stores doubles with integer values as integers; SciPy does not.
     path = save(tmp_path / "a.mat", {"s": {"x": np.array([[300.0, 2.0]])}})
     content = path.read_bytes()
     stored = struct.pack("<II", 9, 16) + np.array([300.0, 2.0]).tobytes()
     assert content.count(stored) == 1
     narrow = struct.pack("<II", 4, 4) + np.array([300, 2], "u2").tobytes() + bytes(4)
-    # As many bytes as before: an element that is passed over follows.
+    # An empty element keeps the total size.
     path.write_bytes(content.replace(stored, narrow + struct.pack("<II", 2, 0)))
     found = matlab.read_struct(path, "s", ["x"])["x"]
     assert found.dtype == np.float64
     np.testing.assert_array_equal(found, [[300.0, 2.0]])
 
 
-def test_numbers_that_their_class_cannot_hold_are_refused(tmp_path):
+def test_numbers_that_their_class_cannot_represent_are_refused(tmp_path):
     path = save(tmp_path / "a.mat", {"s": {"x": np.array([[300.0, 2.0]])}})
     content = path.read_bytes()
     flags = struct.pack("<4I", 6, 8, 6, 0)  # class 6, double; 9 is uint8
     assert content.count(flags) == 1
     path.write_bytes(content.replace(flags, struct.pack("<4I", 6, 8, 9, 0)))
-    with pytest.raises(ValueError, match="x has numbers that its class cannot hold"):
+    with pytest.raises(ValueError, match="x has numbers that its class cannot represent"):
         matlab.read_struct(path, "s", ["x"])
 
 
-def test_flags_may_be_bytes(tmp_path):
+def test_array_flags_may_be_uint8(tmp_path):
     path = save(tmp_path / "a.mat", {"s": {"x": np.arange(3.0)[None]}})
     content = path.read_bytes()
     flags = struct.pack("<4I", 6, 8, 6, 0)
@@ -73,42 +73,42 @@ def test_flags_may_be_bytes(tmp_path):
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"other": {"x": 1.0}}, "it has no variable s"),
-        ({"s": 1.0}, "s is no struct of one element"),
-        ({"s": np.zeros(2, [("x", object)])}, "s is no struct of one element"),
+        ({"other": {"x": 1.0}}, "there is no variable s"),
+        ({"s": 1.0}, "s is not a struct of one element"),
+        ({"s": np.zeros(2, [("x", object)])}, "s is not a struct of one element"),
         ({"s": {"y": 1.0}}, "s has no x"),
-        ({"s": {"x": "text"}}, "x is no array of numbers"),
-        ({"s": {"x": 1j}}, "complex numbers"),
+        ({"s": {"x": "text"}}, "x is not a numeric array"),
+        ({"s": {"x": 1j}}, "an array is complex"),
     ],
 )
-def test_other_contents_are_refused(tmp_path, variables, message):
+def test_missing_structs_and_fields_are_refused(tmp_path, variables, message):
     path = save(tmp_path / "a.mat", variables)
     with pytest.raises(ValueError, match=message):
         matlab.read_struct(path, "s", ["x"])
 
 
-def test_a_bomb_is_refused_before_it_grows(tmp_path, monkeypatch):
-    monkeypatch.setattr(matlab, "LARGEST", 10_000)
+def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(matlab, "MAX_BYTES", 10_000)
     path = save(tmp_path / "a.mat", {"s": {"x": np.zeros((100, 200))}}, do_compression=True)
     assert path.stat().st_size < 1000
-    with pytest.raises(ValueError, match="damaged or has more than 10000 bytes"):
+    with pytest.raises(ValueError, match="is damaged or has more than 10000 bytes"):
         matlab.read_struct(path, "s", ["x"])
     save(path, {"s": {"x": np.zeros((100, 200))}})
-    with pytest.raises(ValueError, match="it has more than 10000 bytes"):
+    with pytest.raises(ValueError, match="the file has more than 10000 bytes"):
         matlab.read_struct(path, "s", ["x"])
 
 
 @pytest.mark.parametrize("do_compression", [False, True])
-def test_damage_is_a_value_error_or_harmless(tmp_path, do_compression):
+def test_damaged_files_raise_value_errors(tmp_path, do_compression):
     variables = {"s": {"text": "abc", "x": np.arange(6.0).reshape(2, 3), "y": np.uint8([[1]])}}
     path = save(tmp_path / "a.mat", variables, do_compression=do_compression)
     whole = path.read_bytes()
     rng = np.random.default_rng(0)
     refused = 0
-    for trial in range(3000):
+    for trial in range(1000):
         content = bytearray(whole)
         if do_compression:
-            # Damage is inside: SciPy's file has one element, and a checksum that must be right.
+            # Damaged before compression, because zlib's checksum detects damage after it.
             inner = bytearray(zlib.decompress(whole[136:]))
             damage(inner, rng, trial)
             packed = zlib.compress(inner)
@@ -122,11 +122,11 @@ def test_damage_is_a_value_error_or_harmless(tmp_path, do_compression):
             refused += 1
         else:
             assert found["x"].ndim >= 2
-    assert refused > 1000
+    assert refused > 333
 
 
 def damage(content, rng, trial):
-    """Overwrites some bytes, or cuts the end off."""
+    """Overwrite two bytes, or in every fourth trial truncate the content, in place."""
     if trial % 4:
         for place in rng.integers(0, len(content), 2):
             content[place] = rng.choice([0, 1, 2, 7, 9, 14, 127, 128, 255])

@@ -1,7 +1,8 @@
-"""The ablation: what its variants are, and that its table says what the runs did."""
+"""mnist_ablation: variants, resumption, table and figure."""
 
 import dataclasses
 import json
+import pathlib
 import re
 import shutil
 import statistics
@@ -15,24 +16,28 @@ from flax import nnx
 
 import capsjax
 from capsjax.models import CapsNet
-from experiments import mnist_ablation, train_mnist
+from experiments import mnist_ablation
+from experiments.analysis import inspection
 from experiments.data import datasets
 from experiments.training import checkpoints, mnist, records, runs
 
 
-def test_one_iteration_is_the_control_without_routing():
-    """Every parent gets the plain mean of its votes, as if there were no couplings at all."""
-    model = CapsNet(
-        (17, 17, 1), conv_channels=2, primary_types=2, num_iterations=1, rngs=nnx.Rngs(0)
-    )
-    images = jax.random.uniform(jax.random.key(0), (3, 17, 17, 1))
-    weights = model.capsules.weights[...]
-    votes = jnp.einsum("bip,ipjd->bijd", model.primary_poses(images), weights)
-    wanted = capsjax.squash(votes.sum(1) / 10)
-    np.testing.assert_allclose(model(images), wanted, rtol=1e-5, atol=1e-7)
+def test_one_iteration_squashes_the_mean_of_the_votes():
+    sizes = {"conv_channels": 2, "primary_types": 2, "capsule_length": 2, "hidden": (2,)}
+    model = CapsNet((17, 17, 1), **sizes, num_iterations=1, rngs=nnx.Rngs(0))
+
+    @jax.jit
+    def both(images):
+        votes = jnp.einsum(
+            "bip,ipjd->bijd", model.primary_poses(images), model.capsules.weights[...]
+        )
+        return model(images), capsjax.squash(votes.sum(1) / 10)
+
+    capsules, expected = both(np.random.default_rng(0).random((3, 17, 17, 1), np.float32))
+    np.testing.assert_allclose(capsules, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_controls_differ_from_routing_in_what_they_name_alone():
+def test_variants_change_only_the_settings_they_name():
     config = mnist_ablation.Config(seed=5, learning_rate=0.01, workdir="w")
     runs = {name: mnist_ablation.run_config(config, name, 6) for name in mnist_ablation.VARIANTS}
     usual = mnist.Config(learning_rate=0.01, seed=6)
@@ -41,11 +46,11 @@ def test_controls_differ_from_routing_in_what_they_name_alone():
             field: value for field, value in vars(run).items() if value != getattr(usual, field)
         }
         assert differing.pop("workdir") == f"w/{name}/seed_6"
-        wanted = mnist_ablation.VARIANTS[name]
-        assert differing == {k: v for k, v in wanted.items() if getattr(usual, k) != v}
+        expected = mnist_ablation.VARIANTS[name]
+        assert differing == {k: v for k, v in expected.items() if getattr(usual, k) != v}
 
 
-def test_the_figure_shows_every_seed_the_mean_and_the_control():
+def test_figure_shows_seeds_means_and_uniform_couplings():
     table = [
         {"variant": "1_iteration", "test_error": 2.0, "test_errors": [1.0, 3.0]},
         {
@@ -55,7 +60,7 @@ def test_the_figure_shows_every_seed_the_mean_and_the_control():
             "test_error_if_couplings_are_uniform": 1.25,
         },
     ]
-    figure = mnist_ablation.errors_by_variant(table)
+    figure = mnist_ablation.draw_errors(table)
     (axes,) = figure.axes
     drawn = [line.get_xydata().tolist() for line in axes.lines]
     seeds_and_means = [
@@ -67,158 +72,202 @@ def test_the_figure_shows_every_seed_the_mean_and_the_control():
     assert drawn == [*seeds_and_means, [[1.25, 1]]]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["1 iteration", "3 iterations"]
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert legend == ["a seed", "mean of the seeds", "the same, tested without routing"]
+    assert legend == ["one seed", "mean of seeds", "mean, tested without routing"]
 
 
-def test_dots_that_lie_close_are_not_cut_by_the_figures_edge():
+def test_markers_are_not_clipped_by_the_axes():
     table = [{"variant": "cnn", "test_error": 1.08, "test_errors": [1.03, 1.13]}]
-    (axes,) = mnist_ablation.errors_by_variant(table).axes
+    (axes,) = mnist_ablation.draw_errors(table).axes
     left, right = axes.get_xlim()
     assert left == 0
     assert right > 1.04 * 1.13
     table = [{"variant": "cnn", "test_error": 0.0, "test_errors": [0.0]}]
-    (axes,) = mnist_ablation.errors_by_variant(table).axes
+    (axes,) = mnist_ablation.draw_errors(table).axes
     assert axes.get_xlim() == (0, 1)
+
+
+SETTINGS = {
+    "dataset": "mnist_small",
+    "workdir": "all",
+    "conv_channels": 2,
+    "primary_types": 1,
+    "capsule_length": 2,
+    "batch_size": 8,
+    "num_epochs": 1,
+    "seeds": 2,
+    "variants": "3_iterations,1_iteration_reconstruction",
+}
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    whole = datasets.load("mnist_small")
+    train, test = (
+        datasets.Split(split.images[:24, 5:22, 5:22], split.labels[:24])
+        for split in (whole.train, whole.test)
+    )
+    return datasets.Dataset("mnist_small", 10, train, test, "5a")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def reported(dataset):
+    """Workdirs whose figures were drawn; trainers are compiled once, figures are empty files."""
+    trainers, reported = {}, []
+
+    def build(config, dataset, original=mnist.build):
+        key = dataclasses.replace(config, seed=0, workdir="", max_steps=0)
+        if key not in trainers:
+            trainers[key] = original(config, dataset)
+        return trainers[key]
+
+    def report(trainer, params, test, workdir, *, batch_size):
+        reported.append(workdir)
+        (pathlib.Path(workdir) / "figures").mkdir(exist_ok=True)
+        (pathlib.Path(workdir) / "figures/learning_curves.png").touch()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "load", lambda *_, **__: dataset)
+        patch.setattr(mnist, "build", build)
+        patch.setattr(inspection, "report", report)
+        yield reported
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of an ablation, one of whose runs was killed before its first metrics."""
+    folder = tmp_path_factory.mktemp("ablation")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        config = mnist_ablation.Config(**SETTINGS)
+        killed = mnist_ablation.run_config(config, "3_iterations", 0)
+        records.open_workdir(killed.workdir, config=killed, data_sha256="5a")
+        records.Metrics(killed.workdir, step=0).close()
+        assert mnist_ablation.main(config) == 0
+    return folder / "all"
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "all")
 
 
 @pytest.fixture
 def program(tmp_path, monkeypatch, capsys):
-    """Runs the program in this process, with tiny networks: exit status and stderr."""
+    """Return a function that runs the program in this process: its exit status and stderr."""
     monkeypatch.chdir(tmp_path)
-    whole = datasets.load("mnist_small")
-    few = [
-        datasets.Split(s.images[:40, 5:22, 5:22], s.labels[:40]) for s in (whole.train, whole.test)
-    ]
-    small = datasets.Dataset("mnist_small", 10, *few, "5a")
-    monkeypatch.setattr(datasets, "load", lambda *_, **__: small)
 
     def program(**changes):
-        settings = {
-            "dataset": "mnist_small",
-            "workdir": "all",
-            "conv_channels": 2,
-            "primary_types": 1,
-            "capsule_length": 2,
-            "batch_size": 8,
-            "num_epochs": 1,
-            "seeds": 2,
-            "variants": "3_iterations,1_iteration_reconstruction",
-        } | changes
-        status, _, stderr = in_process.run(mnist_ablation, settings, monkeypatch, capsys)
+        status, _, stderr = in_process.run(mnist_ablation, SETTINGS | changes, monkeypatch, capsys)
         return status, stderr
 
     return program
 
 
-def test_the_table_holds_the_last_epochs_of_all_seeds(program, tmp_path, monkeypatch):
-    assert program() == (0, "")
-    table = json.loads((tmp_path / "all" / "results.json").read_text())
+def read_table(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_table_has_the_last_errors_of_all_seeds(finished):
+    table = read_table(finished)
     assert [row["variant"] for row in table] == ["1_iteration_reconstruction", "3_iterations"]
     for row in table:
-        errors = [
-            records.read_metrics(tmp_path / "all" / row["variant"] / f"seed_{seed}")[-1]
-            for seed in (0, 1)
+        last = [
+            records.read_metrics(finished / row["variant"] / f"seed_{seed}")[-1] for seed in (0, 1)
         ]
-        errors = [last["test_error"] for last in errors]
-        assert row["test_errors"] == errors
+        errors = [metrics["test_error"] for metrics in last]
+        assert [metrics["step"] for metrics in last] == [STEPS, STEPS]
+        assert row["test_errors"] == pytest.approx(errors, abs=1e-4)
         assert row["test_error"] == pytest.approx(statistics.mean(errors), abs=1e-3)
         assert row["deviation"] == pytest.approx(statistics.stdev(errors), abs=1e-3)
         assert row["epochs"] == 1
-    assert (tmp_path / "all/figures/test_errors.png").exists()
+    assert (finished / "figures/test_errors.png").exists()
     assert "test_error_if_couplings_are_uniform" not in table[0]
     assert "test_error_if_couplings_are_uniform" in table[1]
 
-    # A run that was killed while it drew its figures draws them again.
-    last_drawn = tmp_path / "all/3_iterations/seed_1/figures/learning_curves.png"
-    last_drawn.unlink()
+
+def test_only_missing_figures_are_drawn_again(program, folder, reported):
+    (folder / "3_iterations/seed_1/figures/learning_curves.png").unlink()
+    reported.clear()
     assert program() == (0, "")
-    assert last_drawn.exists()
+    assert reported == ["all/3_iterations/seed_1"]
 
-    # Another variant joins the table; those that are not named stay as they are.
-    assert program(variants="1_iteration", seeds=1) == (0, "")
-    more = json.loads((tmp_path / "all" / "results.json").read_text())
-    assert more[1:] == table
-    assert more[0]["variant"] == "1_iteration"
-    assert len(more[0]["test_errors"]) == 1
 
-    # What is trained already is not trained again.
-    def refuse(config, dataset):
-        raise AssertionError(config)
+def test_a_variant_resumes_from_max_steps_and_joins_the_table(program, finished, tmp_path):
+    workdir = tmp_path / "all/1_iteration/seed_0"
+    flags = {"variants": "1_iteration", "seeds": 1}
+    assert program(**flags, max_steps=2) == (0, "")
+    assert records.read_metrics(workdir)[-1]["step"] == 2
+    shutil.copytree(finished, tmp_path / "all", dirs_exist_ok=True)
+    assert program(**flags) == (0, "")
+    assert records.read_metrics(workdir)[-1]["step"] == STEPS
+    assert checkpoints.saved_steps(workdir)[-1] == STEPS
+    first, *others = read_table(tmp_path / "all")
+    assert (first["variant"], len(first["test_errors"])) == ("1_iteration", 1)
+    assert others == read_table(finished)
 
-    monkeypatch.setattr(train_mnist, "train", refuse)
+
+def test_finished_runs_are_not_trained_again(program, folder, monkeypatch):
+    def refuse(run, dataset):
+        raise AssertionError(run)
+
+    monkeypatch.setattr(mnist_ablation, "train_run", refuse)
     assert program() == (0, "")
     status, stderr = program(learning_rate=0.5)
     assert status == 2
     assert "other settings: learning_rate 0.001 there, 0.5 here" in stderr
 
 
-def test_a_run_killed_before_its_first_metrics_is_trained(program, tmp_path):
-    config = mnist_ablation.Config(dataset="mnist_small", workdir="all", conv_channels=2)
-    small = {"primary_types": 1, "capsule_length": 2, "batch_size": 8, "num_epochs": 1}
-    config = dataclasses.replace(config, **small)
-    run = mnist_ablation.run_config(config, "3_iterations", 0)
-    folder = records.open_workdir(run.workdir, config=run, data_sha256="5a")
-    records.Metrics(folder, step=0).close()
-    assert program(variants="3_iterations", seeds=1) == (0, "")
-    assert records.read_metrics(folder)[-1]["step"] == 5
+@pytest.mark.parametrize("variants", ["3_iterations", "1_iteration_reconstruction"])
+def test_lost_checkpoints_are_refused_whether_the_variant_is_named_or_not(
+    program, folder, variants
+):
+    shutil.rmtree(folder / "3_iterations/seed_0/checkpoints")
+    before = {path: path.read_bytes() for path in folder.rglob("*.png")}
+    status, stderr = program(variants=variants)
+    assert status == 2
+    message = "mnist_ablation: workdir all/3_iterations/seed_0 was trained to step 3, but .*\n"
+    assert re.fullmatch(message, stderr)
+    assert {path: path.read_bytes() for path in before} == before
 
 
-def test_a_run_with_figures_of_fewer_steps_goes_on(program, tmp_path):
-    """As one that was killed before its last checkpoint, when it went on from --max_steps."""
-    workdir = tmp_path / "all/1_iteration/seed_0"
-    assert program(variants="1_iteration", seeds=1, max_steps=3) == (0, "")
-    assert records.read_metrics(workdir)[-1]["step"] == 3
-    assert program(variants="1_iteration", seeds=1) == (0, "")
-    assert records.read_metrics(workdir)[-1]["step"] == 5
-    assert checkpoints.saved_steps(workdir)[-1] == 5
-
-
-def test_a_run_that_lost_its_checkpoints_is_refused_and_keeps_its_figures(program, tmp_path):
-    assert program(variants="1_iteration", seeds=1) == (0, "")
-    workdir = tmp_path / "all/1_iteration/seed_0"
-    shutil.rmtree(workdir / "checkpoints")
-    before = {path: path.read_bytes() for path in (tmp_path / "all").rglob("*") if path.is_file()}
-    for variants in ("1_iteration", "3_iterations"):  # named or not, its row is not left out
-        status, stderr = program(variants=variants, seeds=1, max_steps=0)
-        assert status == 2
-        assert re.fullmatch(
-            "mnist_ablation: workdir all/1_iteration/seed_0 was trained to step 5, but .*\n", stderr
-        )
-        for path, content in before.items():
-            assert path.read_bytes() == content
-
-
-def test_runs_of_one_process_use_its_devices(program, tmp_path, monkeypatch):
-    """JAX joins the processes of a cluster only once: before the first run, not before each."""
-    joined = []
-    monkeypatch.setattr(runs, "prepare", lambda config: joined.append(1) or datasets.load("small"))
-    assert program(variants="1_iteration", data_parallel=1, max_steps=1) == (0, "")
-    assert joined == [1]
+def test_processes_join_once_and_must_be_one(program, dataset, monkeypatch):
+    joined, trained = [], []
+    monkeypatch.setattr(runs, "prepare", lambda config: joined.append(config.seeds) or dataset)
+    monkeypatch.setattr(mnist_ablation, "train_run", lambda run, dataset: trained.append(run) or 0)
+    row = {"variant": "1_iteration", "test_error": 1.0, "test_errors": [1.0]}
+    monkeypatch.setattr(mnist_ablation, "table_row", lambda *_: row)
+    assert program(variants="1_iteration") == (0, "")
+    assert (joined, [run.seed for run in trained]) == ([2], [0, 1])
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     status, stderr = program(variants="1_iteration")
-    assert (status, stderr[:41]) == (2, "mnist_ablation: an ablation runs in one p")
+    assert (status, len(trained)) == (2, 2)
+    assert stderr.startswith("mnist_ablation: mnist_ablation must run in a single process")
 
 
-def test_a_stopped_run_stops_all(program, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_mnist, "train", lambda *_: 143)
+def test_a_stopped_run_ends_the_ablation(program, tmp_path, monkeypatch):
+    monkeypatch.setattr(mnist_ablation, "train_run", lambda *_: 143)
     assert program() == (143, "")
-    assert not (tmp_path / "all" / "results.json").exists()
+    assert not (tmp_path / "all/results.json").exists()
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ({"seeds": 0}, "--seeds must be at least 1, got 0"),
-        ({"variants": "2_iterations"}, "--variants must be some of .*, got '2_iterations'"),
-        ({"variants": "cnn,cnn"}, "--variants must be some of .*, each once, got 'cnn,cnn'"),
-        ({"network": "pooling_cnn"}, "--network is what --variants vary: .*, got pooling_cnn"),
-        ({"num_iterations": 5}, "--num_iterations is what --variants vary: .*, got 5"),
-        ({"reconstruction_weight": 0}, "--reconstruction_weight must be above 0: .*"),
-        ({"variants": "cnn", "diagnostics": True}, "--diagnostics and --capsule_parallel are .*"),
+        (
+            {"variants": "2_iterations"},
+            "--variants must be distinct names out of .*, got '2_iterations'",
+        ),
+        ({"variants": "cnn,cnn"}, "--variants must be distinct names out of .*, got 'cnn,cnn'"),
+        ({"network": "pooling_cnn"}, "--network is set by --variants, .*, got pooling_cnn"),
+        ({"num_iterations": 5}, "--num_iterations is set by --variants, .*, got 5"),
+        ({"reconstruction_weight": 0}, "--reconstruction_weight must be above 0; .*"),
+        ({"variants": "cnn", "diagnostics": True}, "--diagnostics and --capsule_parallel need .*"),
         ({"seed": 2**32 - 1}, r"--seed \+ --seeds must be at most 4294967296, got 4294967295 \+ 2"),
     ],
 )
-def test_what_cannot_be_used_is_one_line(program, flags, message):
+def test_invalid_settings_are_refused(program, flags, message):
     status, stderr = program(**flags)
     assert status == 2
     assert re.fullmatch(f"mnist_ablation: {message}\n", stderr)

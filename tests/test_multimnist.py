@@ -1,16 +1,21 @@
-"""Overlapping digits: which pairs there are, where they lie, and how they are scored."""
+"""MultiMNIST: pairs, objectives, training program and figure."""
 
 import collections
 import dataclasses
 import re
+import shutil
 
 import in_process
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.patches import Rectangle
 
 from experiments import train_multimnist
 from experiments.data import datasets, multimnist
+from experiments.errors import InputError
+from experiments.figures.style import BLUE, ORANGE
 from experiments.training import objectives, records
 
 
@@ -24,7 +29,7 @@ def pairs(digits):
     return multimnist.OverlaidDigits(digits, 5000, 7)
 
 
-def test_each_digit_lies_whole_within_four_pixels_of_the_middle(digits, pairs):
+def test_digits_are_shifted_by_up_to_four_pixels_and_not_cropped(digits, pairs):
     indices = np.arange(3000)
     images, labels = pairs.take(indices)
     assert images.shape == (3000, 2, 36, 36, 1)
@@ -45,7 +50,7 @@ def test_each_digit_lies_whole_within_four_pixels_of_the_middle(digits, pairs):
     assert {row for row, _ in corners} == {column for _, column in corners} == set(range(9))
 
 
-def test_partners_are_of_every_other_class_and_evenly_drawn(digits, pairs):
+def test_second_digits_are_uniform_over_the_other_classes(digits, pairs):
     labels = pairs.labels
     assert (labels[:, 0] != labels[:, 1]).all()
     of_seven = labels[labels[:, 0] == 7, 1]
@@ -56,7 +61,7 @@ def test_partners_are_of_every_other_class_and_evenly_drawn(digits, pairs):
         assert abs(counts[k] - expected) < 5 * expected**0.5
 
 
-def test_an_example_depends_on_seed_and_place_alone(digits, pairs):
+def test_an_example_depends_only_on_seed_and_index(digits, pairs):
     images, labels = pairs.take(np.array([4000, 3, 17]))
     again, _ = multimnist.OverlaidDigits(digits, 10**9, 7).take(np.array([17, 4000]))
     np.testing.assert_array_equal(again, images[[2, 0]])
@@ -65,20 +70,20 @@ def test_an_example_depends_on_seed_and_place_alone(digits, pairs):
     assert (other != images).any(axis=(1, 2, 3, 4)).all()
 
 
-def test_the_bits_are_splitmix64s():
+def test_random_bits_are_splitmix64():
     """The first five outputs for the state 1234567, as published with the reference code."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     state = np.uint64(1234567) + np.arange(1, 6).astype(np.uint64) * golden
-    wanted = [
+    expected = [
         *(6457827717110365317, 3203168211198807973, 9817491932198370423),
         *(4593380528125082431, 16408922859458223821),
     ]
-    assert multimnist._mixed(state).tolist() == wanted
+    assert multimnist._mix(state).tolist() == expected
 
 
-def test_boxes_overlap_as_two_independent_shifts_make_them(pairs):
+def test_mean_overlap_of_bounding_boxes(pairs):
     """Of 20 x 20 pixels; the mean distance of two shifts is 80 / 27 pixels."""
-    _, _, shifts = pairs._choices(np.arange(5000))
+    _, _, shifts = pairs._draw(np.arange(5000))
     beside = np.abs(shifts[:, 0] - shifts[:, 1])
     covered = (20 - beside) / 20
     along = 1 - 80 / 27 / 20
@@ -90,7 +95,7 @@ SCORES = np.array([[0.9, 0.8, 0.1, 0.2], [0.1, 0.9, 0.3, 0.2], [0.6, 0.1, 0.9, 0
 LABELS = np.array([[1, 0], [1, 3], [1, 3]])  # both right, one right, none right
 
 
-def test_an_image_is_right_if_both_digits_are_and_a_digit_counts_by_itself():
+def test_errors_per_image_and_per_digit():
     objective = objectives.OverlaidSigmoids(4)
     errors = objective.errors(jnp.asarray(SCORES), jnp.asarray(LABELS))
     assert errors.tolist() == [False, True, True]
@@ -112,7 +117,7 @@ class Model:
         return jnp.broadcast_to(labels[..., None, None, None] / 10, (*labels.shape, 4, 4, 1))
 
 
-def test_the_loss_wants_both_classes_long_and_each_digit_drawn_by_its_own():
+def test_loss_sums_margins_of_both_classes_and_errors_of_both_reconstructions():
     layers = jnp.stack([jnp.full((1, 4, 4, 1), 0.2), jnp.full((1, 4, 4, 1), 0.5)], 1)
     labels = jnp.array([[2, 1]])
     objective = objectives.OverlaidCapsules(3, 0.5)
@@ -125,55 +130,84 @@ def test_the_loss_wants_both_classes_long_and_each_digit_drawn_by_its_own():
     np.testing.assert_allclose(swapped, losses, rtol=1e-6)
 
 
-def test_overlaid_ink_is_no_brighter_than_white():
+def test_overlay_clips_to_white():
     layers = jnp.stack([jnp.full((1, 2, 2, 1), 0.7), jnp.full((1, 2, 2, 1), 0.6)], 1)
     assert (objectives.overlay(layers) == 1).all()
     np.testing.assert_allclose(objectives.overlay(layers / 2), jnp.full((1, 2, 2, 1), 0.65))
 
 
+SETTINGS = {
+    "dataset": "mnist_small",
+    "workdir": "run",
+    "conv_channels": 2,
+    "primary_types": 1,
+    "capsule_length": 2,
+    "num_iterations": 2,
+    "batch_size": 8,
+    "train_size": 48,
+    "test_size": 21,
+    "log_every_steps": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def small_data():
+    """Patch: digits of 11 x 11 pixels, and trainers that are compiled once."""
+    whole = datasets.load("mnist_small")
+    splits = [s._replace(images=s.images[:, 8:19, 8:19]) for s in (whole.train, whole.test)]
+    small = datasets.Dataset("mnist_small", 10, *splits, "5a")
+    trainers = {}
+
+    def build(config, dataset, original=train_multimnist.build):
+        key = config.network, config.train_size
+        if key not in trainers:
+            trainers[key] = original(config, dataset)
+        return trainers[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "load", lambda *_, **__: small)
+        patch.setattr(train_multimnist, "build", build)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, small_data):
+    """The workdir of a run that was not interrupted."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    settings = SETTINGS | {"workdir": str(workdir), "checkpoint_every_steps": 4}
+    assert train_multimnist.main(train_multimnist.Config(**settings)) == 0
+    return workdir
+
+
 @pytest.fixture
-def program(tmp_path, monkeypatch, capsys):
-    """Runs the program in this process, with a tiny network: exit status and stderr."""
+def program(tmp_path, monkeypatch, capsys, small_data):
+    """Return a function that runs the program in this process: its exit status and stderr."""
     monkeypatch.chdir(tmp_path)
 
     def program(**changes):
-        settings = {
-            "dataset": "mnist_small",
-            "workdir": "run",
-            "conv_channels": 2,
-            "primary_types": 1,
-            "capsule_length": 2,
-            "num_iterations": 2,
-            "batch_size": 8,
-            "train_size": 48,
-            "test_size": 21,
-            "log_every_steps": 2,
-        } | changes
-        status, _, stderr = in_process.run(train_multimnist, settings, monkeypatch, capsys)
+        status, _, stderr = in_process.run(
+            train_multimnist, SETTINGS | changes, monkeypatch, capsys
+        )
         return status, stderr
 
     return program
 
 
-def test_a_stopped_run_goes_on_to_the_same_end_and_draws(program, tmp_path):
-    assert program(workdir="whole", checkpoint_every_steps=4) == (0, "")
+def test_a_resumed_run_ends_as_an_uninterrupted_one(program, finished, tmp_path):
     assert program(max_steps=3) == (0, "")
     assert program() == (0, "")
-    whole, parts = (
-        [
-            {name: value for name, value in row.items() if name != "images_per_second"}
-            for row in records.read_metrics(tmp_path / name)
-        ][-1]
-        for name in ("whole", "run")
+    expected, resumed = (
+        [{**row, "images_per_second": None} for row in records.read_metrics(folder)][-1]
+        for folder in (finished, tmp_path / "run")
     )
-    assert parts == whole
-    assert {"test_error", "test_error_per_digit"} <= whole.keys()
+    assert resumed == expected
+    assert {"test_error", "test_error_per_digit"} <= resumed.keys()
     figures = {path.name for path in (tmp_path / "run" / "figures").iterdir()}
     assert figures == {"learning_curves.png", "overlaps.png"}
 
 
-def test_a_run_that_lost_its_checkpoints_is_refused(program, tmp_path):
-    assert program()[0] == 0
+def test_lost_checkpoints_are_refused(program, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
     for path in (tmp_path / "run/checkpoints").glob("*/record.json"):
         path.unlink()
     rows = records.read_metrics(tmp_path / "run")
@@ -183,22 +217,20 @@ def test_a_run_that_lost_its_checkpoints_is_refused(program, tmp_path):
     assert records.read_metrics(tmp_path / "run") == rows
 
 
-def test_the_control_trains_too(program, tmp_path):
+def test_the_cnn_baseline_trains(program, tmp_path):
     assert program(network="pooling_cnn", max_steps=1) == (0, "")
     assert records.read_metrics(tmp_path / "run")[-1]["step"] == 1
 
 
-def test_what_cannot_be_used_is_one_line(program, tmp_path):
-    for flags, message in (
-        ({"train_size": 3}, "--batch_size must be at most the 3 training examples .*, got 8"),
-        ({"test_size": 0}, "--test_size must be at least 1, got 0"),
-    ):
-        status, stderr = program(**flags)
-        assert status == 2
-        assert re.fullmatch(f"train_multimnist: {message}\n", stderr)
+def test_invalid_settings_are_refused(program):
+    status, stderr = program(test_size=0)
+    assert (status, stderr) == (2, "train_multimnist: --test_size must be at least 1, got 0\n")
+    config = train_multimnist.Config(**SETTINGS | {"train_size": 3})
+    with pytest.raises(InputError, match=r"^--batch_size must be at most the 3 training exam.* 8$"):
+        train_multimnist.main(config)
 
 
-def test_another_seed_tests_on_the_same_pairs():
+def test_test_pairs_do_not_depend_on_the_seed():
     dataset = datasets.load("mnist_small")
     config = train_multimnist.Config(dataset="mnist_small", test_size=30)
     first, second = (
@@ -206,3 +238,49 @@ def test_another_seed_tests_on_the_same_pairs():
         for seed in (0, 1)
     )
     np.testing.assert_array_equal(first.take(np.arange(30))[0], second.take(np.arange(30))[0])
+
+
+@pytest.fixture
+def overlaps():
+    """Layers with a digit in the upper half and one in the lower half."""
+    layers = np.zeros((2, 2, 8, 8, 1))
+    layers[:, 0, 1:3] = 1
+    layers[:, 1, 5:7] = 1
+    return layers
+
+
+def draw(layers, reconstructions, predicted):
+    return train_multimnist.draw_overlaps(
+        layers,
+        reconstructions,
+        labels=np.array([[3, 5], [4, 2]]),
+        predicted=np.array(predicted),
+        lengths=np.array([[0.9, 0.8], [0.7, 0.6]]),
+    )
+
+
+def test_a_reconstruction_has_the_colour_of_the_digit_of_its_class(overlaps):
+    figure = draw(overlaps, overlaps[:, ::-1], [[5, 3], [2, 4]])
+    [axes] = figure.axes
+    [image] = axes.images
+    mosaic = np.asarray(image.get_array())
+    height, width = mosaic.shape[0] // 2, mosaic.shape[1] // 2
+    for top in (0, height):
+        for left in (0, width):
+            np.testing.assert_allclose(mosaic[top + 3, left + 4], to_rgb(ORANGE), atol=0.01)
+            np.testing.assert_allclose(mosaic[top + 7, left + 4], to_rgb(BLUE), atol=0.01)
+    assert not [patch for patch in axes.patches if isinstance(patch, Rectangle)]
+    captions = [label.get_text() for label in axes.get_xticklabels()]
+    assert captions == ["3 + 5\n5  0.90\n3  0.80", "4 + 2\n2  0.70\n4  0.60"]
+
+
+def test_a_reconstruction_of_a_wrong_class_is_grey_and_framed(overlaps):
+    figure = draw(overlaps, overlaps, [[3, 5], [4, 9]])
+    [axes] = figure.axes
+    mosaic = np.asarray(axes.images[0].get_array())
+    height, width = mosaic.shape[0] // 2, mosaic.shape[1] // 2
+    red, green, blue = mosaic[height + 7, width + 4]
+    assert red == green == blue > 0.5
+    [frame] = axes.patches
+    assert frame.get_x() == 0.5
+    assert axes.get_title("left") == "Framed: wrong predictions"

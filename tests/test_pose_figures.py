@@ -1,4 +1,4 @@
-"""Figures of moved digits: what they show are the arrays, and every text lies on the page."""
+"""Figures of sweeps: drawn values, and texts inside the page."""
 
 from unittest import mock
 
@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from experiments.analysis.equivariance import Curve
+from experiments.analysis.equivariance import SweepCurves
 from experiments.figures import poses
 
 STEPS = {"rotation (degrees)": [-30, 0, 30], "scale": [0.5, 1.0]}
 
 
 def texts_on_page(figure):
-    """All texts that are drawn, each of them wholly on the page."""
+    """Return all texts that are drawn, after asserting that each is inside the page."""
     canvas = FigureCanvasAgg(figure)
     width, height = canvas.get_width_height()
     drawn = []
@@ -30,7 +30,7 @@ def texts_on_page(figure):
     return drawn
 
 
-def test_accuracies_are_drawn_in_a_panel_each_with_a_line_a_run():
+def test_accuracy_sweeps_have_a_panel_per_transformation_and_a_line_per_run():
     curves = {
         name: {"rotation (degrees)": [10, base, 20], "scale": [30, base]}
         for name, base in (("runs/mnist_paper", 99), ("runs/pooling_cnn", 98))
@@ -46,7 +46,7 @@ def test_accuracies_are_drawn_in_a_panel_each_with_a_line_a_run():
 
 
 @pytest.mark.parametrize(("count", "length"), [(1, 5), (9, 40), (3, 300), (12, 12)])
-def test_runs_have_looks_of_their_own(count, length):
+def test_runs_have_distinct_line_styles_and_labels(count, length):
     names = [f"runs/{'W' * (length - 7)}{k:02}" for k in range(count)]
     curves = {name: {"scale": [1, 2]} for name in names}
     figure = poses.accuracy_sweeps(curves, {"scale": [0.5, 1.0]})
@@ -56,11 +56,11 @@ def test_runs_have_looks_of_their_own(count, length):
     assert all(any(text and name.endswith(text) for text in drawn) for name in names)
 
 
-def test_medians_and_quartiles_of_every_network_are_drawn():
+def test_equivariance_curves_show_medians_and_quartiles():
     rng = np.random.default_rng(0)
     curves = {
         network: {
-            label: Curve(*(scale * rng.random((len(values), 25)) for scale in (1, 90, 60)))
+            label: SweepCurves(*(scale * rng.random((len(values), 25)) for scale in (1, 90, 60)))
             for label, values in STEPS.items()
         }
         for network in ("capsnet", "pooling_cnn")
@@ -74,8 +74,8 @@ def test_medians_and_quartiles_of_every_network_are_drawn():
                 np.testing.assert_allclose(line.get_ydata(), np.median(own[label][row], axis=1))
                 edges = band.get_paths()[0].vertices[:, 1]
                 for share in (25, 75):
-                    wanted = np.percentile(own[label][row], share, axis=1)
-                    assert np.abs(wanted[:, None] - edges).min(1).max() < 1e-9
+                    expected = np.percentile(own[label][row], share, axis=1)
+                    assert np.abs(expected[:, None] - edges).min(1).max() < 1e-9
     exact = grid[2, 1].lines[-1]
     np.testing.assert_array_equal(exact.get_xdata(), exact.get_ydata())
     assert (

@@ -1,13 +1,13 @@
-"""The tutorial: its committed copy was run in order, without warnings; its program says if not."""
+"""run_tutorial, and the committed outputs of the tutorial."""
 
 import base64
+import importlib
 import io
 import json
 import pathlib
 import re
-import subprocess
-import sys
 
+import in_process
 import pytest
 from PIL import Image
 
@@ -18,16 +18,16 @@ CODE = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
 OUTPUTS = [output for cell in CODE for output in cell["outputs"]]
 
 
-def test_every_cell_was_run_in_order_from_a_clean_state():
+def test_cells_were_executed_in_order():
     assert [cell["execution_count"] for cell in CODE] == list(range(1, len(CODE) + 1))
 
 
-def test_no_cell_has_an_error_or_a_warning():
+def test_outputs_have_no_errors_or_warnings():
     assert {output["output_type"] for output in OUTPUTS} <= {"stream", "execute_result"}
     assert {output.get("name", "stdout") for output in OUTPUTS} == {"stdout"}
 
 
-def test_every_cell_that_prints_has_its_text():
+def test_cells_that_print_have_output():
     prints = [
         cell for cell in CODE if re.search(r"^(print|judge)\(", "".join(cell["source"]), re.M)
     ]
@@ -36,7 +36,7 @@ def test_every_cell_that_prints_has_its_text():
         assert any(output["output_type"] == "stream" for output in cell["outputs"]), cell["source"]
 
 
-def test_every_figure_is_an_image_that_can_be_read():
+def test_figures_are_valid_images():
     pngs = [output["data"]["image/png"] for output in OUTPUTS if "data" in output]
     assert len(pngs) == 10
     for png in pngs:
@@ -46,14 +46,14 @@ def test_every_figure_is_an_image_that_can_be_read():
         assert high - low > 100  # not blank
 
 
-def test_the_last_cell_lists_every_verdict():
+def test_the_last_cell_lists_all_verdicts():
     listed = "".join(CODE[-1]["outputs"][0]["text"])
     judged = sum("".join(cell["source"]).count("\njudge(") for cell in CODE)
     judged += sum("".join(cell["source"]).startswith("judge(") for cell in CODE)
     assert len(re.findall(r"^(not )?supported: ", listed, re.MULTILINE)) == judged > 10
 
 
-def test_it_is_small_and_names_no_machine():
+def test_notebook_is_small_and_has_no_local_paths():
     text = TUTORIAL.read_text()
     assert len(text) < 1_500_000
     assert not re.search(r"/(home|root|tmp|Users|work)/", text)
@@ -65,12 +65,24 @@ def test_it_is_small_and_names_no_machine():
 
 
 @pytest.fixture
-def run(tmp_path):
-    """Runs the program on a notebook of these cells: what it did, and the notebook it wrote."""
+def program(monkeypatch, capsys):
+    """Return a function that runs the program in this process: exit status and stderr."""
     pytest.importorskip("nbclient", reason="needs nbclient (pip install 'capsjax[tutorial]')")
     pytest.importorskip("ipykernel", reason="needs ipykernel (pip install 'capsjax[tutorial]')")
+    run_tutorial = importlib.import_module("experiments.run_tutorial")
 
-    def run(*sources, time_limit=60):
+    def program(**flags):
+        status, _, stderr = in_process.run(run_tutorial, flags, monkeypatch, capsys)
+        return status, stderr
+
+    return program
+
+
+@pytest.fixture
+def execute(program, tmp_path):
+    """Return a function that runs the program on cells: exit status and executed notebook."""
+
+    def execute(*sources, time_limit=60):
         cells = [
             {
                 "cell_type": "code",
@@ -84,56 +96,59 @@ def run(tmp_path):
         ]
         path, output = tmp_path / "notebook.ipynb", tmp_path / "out" / "notebook.ipynb"
         path.write_text(json.dumps({**NOTEBOOK, "cells": cells}))
-        done = program(f"--notebook={path}", f"--output={output}", f"--time_limit={time_limit}")
+        status, _ = program(notebook=path, output=output, time_limit=time_limit)
         assert json.loads(path.read_text())["cells"] == cells
-        return done, json.loads(output.read_text())
+        return status, json.loads(output.read_text())
 
-    return run
-
-
-def program(*arguments):
-    command = [sys.executable, "-m", "experiments.run_tutorial", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return execute
 
 
-def test_cells_that_run_give_0_and_their_outputs(run):
-    done, written = run("x = 2", "print(x + 1)\nx")
-    assert done.returncode == 0, done.stderr
-    assert [cell["execution_count"] for cell in written["cells"]] == [1, 2]
-    stream, result = written["cells"][1]["outputs"]
+def test_successful_cells_give_status_0_and_outputs(execute):
+    status, executed = execute("x = 2", "print(x + 1)\nx")
+    assert status == 0
+    assert [cell["execution_count"] for cell in executed["cells"]] == [1, 2]
+    stream, result = executed["cells"][1]["outputs"]
     assert "".join(stream["text"]) == "3\n"
     assert "".join(result["data"]["text/plain"]) == "2"
-    assert written["metadata"] == NOTEBOOK["metadata"]
-    assert all(cell["metadata"] == {} for cell in written["cells"])
+    assert executed["metadata"] == NOTEBOOK["metadata"]
+    assert all(cell["metadata"] == {} for cell in executed["cells"])
 
 
-def test_an_error_in_a_cell_fails_and_is_shown(run):
-    done, written = run("print('before')", "1 / 0", "print('after')")
-    assert done.returncode == 1
-    assert "ZeroDivisionError" in done.stderr
-    assert [cell["execution_count"] for cell in written["cells"]] == [1, 2, None]
+def test_warnings_and_errors_in_cells_fail(execute, caplog):
+    status, executed = execute(
+        "import warnings\nwarnings.warn('mind the gap')", "1 / 0", "print('after')"
+    )
+    assert status == 1
+    assert [cell["execution_count"] for cell in executed["cells"]] == [1, 2, None]
+    assert "ZeroDivisionError" in caplog.text
+    assert "cell [1] wrote to stderr" in caplog.text
+    assert "mind the gap" in caplog.text
 
 
-def test_a_warning_in_a_cell_fails_and_is_shown(run):
-    done, _ = run("import warnings\nwarnings.warn('mind the gap')")
-    assert done.returncode == 1
-    assert "cell [1] wrote to stderr" in done.stderr
-    assert "mind the gap" in done.stderr
+def test_a_warning_alone_fails(program, tmp_path, monkeypatch):
+    run_tutorial = importlib.import_module("experiments.run_tutorial")
+    output = run_tutorial.NotebookNode(output_type="stream", name="stderr", text="mind the gap")
+
+    def execute(notebook, **_):
+        code = next(cell for cell in notebook.cells if cell.cell_type == "code")
+        code.outputs = [output]
+
+    monkeypatch.setattr(run_tutorial, "execute", execute)
+    assert program(notebook=TUTORIAL, output=tmp_path / "out.ipynb")[0] == 1
 
 
-def test_a_cell_that_takes_too_long_fails(run):
-    done, _ = run("import time\ntime.sleep(60)", time_limit=5)
-    assert done.returncode == 1
-    assert "5 seconds" in done.stderr or "timed out" in done.stderr
+def test_time_limit_is_enforced(execute, caplog):
+    status, _ = execute("import time\ntime.sleep(60)", time_limit=1)
+    assert status == 1
+    assert "timed out" in caplog.text
 
 
 @pytest.mark.parametrize("text", [None, "not a notebook", "{}"])
-def test_what_is_no_notebook_is_one_line_and_exit_2(tmp_path, text):
-    pytest.importorskip("nbclient", reason="needs nbclient (pip install 'capsjax[tutorial]')")
+def test_invalid_notebooks_are_refused(program, tmp_path, text):
     path = tmp_path / "notebook.ipynb"
     if text is not None:
         path.write_text(text)
-    done = program(f"--notebook={path}", f"--output={tmp_path / 'out.ipynb'}")
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert str(path) in done.stderr
+    status, stderr = program(notebook=path, output=tmp_path / "out.ipynb")
+    assert status == 2
+    assert len(stderr.splitlines()) == 1
+    assert str(path) in stderr

@@ -1,1 +1,1 @@
-"""What trained networks do: numbers about them."""
+"""Measurements of trained networks."""

@@ -1,7 +1,7 @@
-"""What routing and its gradient do, in a few numbers that can be watched while training.
+"""Routing and gradient diagnostics that are logged during training.
 
-Shape letters: B examples; T routing iterations; I children (primary capsules); J parents (class
-capsules); N capsules of either kind.
+Shape letters: B examples; T routing iterations; I input capsules (primary capsules); J output
+capsules (class capsules); N capsules, either primary or class capsules.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,61 +20,82 @@ from experiments.errors import InputError
 from experiments.training import loop
 from experiments.training.transforms import scaled
 
-EXAMPLES = 64  # the couplings of so many are stored, and those of MNIST take 12 MB
+EXAMPLES = 64  # their stored couplings take 12 MB per iteration for the MNIST CapsNet
 
 
-def entropies(couplings: Array) -> Array:
-    """The mean entropy in nats of each iteration's couplings `[T, B, I, J]`, as `[T]`.
+def mean_coupling_entropy(couplings: Array) -> Array:
+    """Return the mean entropy of the couplings in each iteration, in nats.
 
-    It is log(J) while children are undecided, and 0 once each has a single parent.
+    The entropy of an input capsule's couplings is log(J) if they are uniform and 0 if they select a
+    single output capsule.
+
+    Args:
+      couplings: `[T, B, I, J]`, summing to 1 over J.
+
+    Returns:
+      Means over examples and input capsules, `[T]`.
     """
     return capsjax.coupling_entropy(couplings).mean(axis=(1, 2))
 
 
-def clear_parents(couplings: Array, *, threshold: float = 0.5) -> Array:
-    """The share of children in `[T, B, I, J]` with a coupling above the threshold, as `[T]`.
+def clear_parent_fraction(couplings: Array, *, threshold: float = 0.5) -> Array:
+    """Return the fraction of input capsules with one coupling above a threshold, per iteration.
 
-    Above one half a child sends more to that parent than to all others together.
+    A coupling above 0.5 exceeds the sum of the input capsule's other couplings.
+
+    Args:
+      couplings: `[T, B, I, J]`, summing to 1 over J.
+      threshold: Couplings must be strictly greater.
+
+    Returns:
+      Fractions, `[T]`.
     """
     return (couplings.max(axis=-1) > threshold).mean(axis=(1, 2))
 
 
-def dead(lengths: Array, *, threshold: float = 0.1) -> Array:
-    """The share of capsules whose length in `[B, N]` exceeds the threshold in no example.
+def dead_fraction(lengths: Array, *, threshold: float = 0.1) -> Array:
+    """Return the fraction of capsules that never exceed a length threshold in a batch.
 
-    The threshold is the margin loss's for an absent class (Sabour, Frosst and Hinton, "Dynamic
-    Routing Between Capsules", equation 4): a shorter capsule says that its entity is not there.
+    The default is the margin loss's target length for absent classes, m⁻ = 0.1 in Sabour, Frosst
+    and Hinton, "Dynamic Routing Between Capsules", equation 4, https://arxiv.org/abs/1710.09829.
+
+    Args:
+      lengths: Capsule lengths, `[B, N]`.
+      threshold: A capsule is dead if all its lengths are at most this.
+
+    Returns:
+      The fraction of the N capsules, a scalar.
     """
     return (lengths.max(axis=0) <= threshold).mean()
 
 
-def gradient_shares(gradients: Mapping[str, Any]) -> dict[str, Array]:
-    """Each part's share of the gradient's squared norm: they add up to 1, unless all is 0."""
+def gradient_fractions(gradients: Mapping[str, Any]) -> dict[str, Array]:
+    """Return each subtree's fraction of the squared gradient norm; all 0 for a zero gradient."""
     squares = {part: optax.tree.norm(tree, squared=True) for part, tree in gradients.items()}
     total = sum(squares.values(), jnp.zeros(()))
     return {part: square / jnp.where(total > 0, total, 1) for part, square in squares.items()}
 
 
-def measurement(
+def make_diagnostics(
     trainer: loop.Trainer, examples: datasets.Examples
 ) -> Callable[[loop.Params], dict[str, float]]:
-    """Makes the function that measures a network on the same few training examples each time.
+    """Build a function that computes diagnostics of a network on a fixed batch.
 
     Args:
-      trainer: Of a `CapsNet`, with any objective.
-      examples: Those trained on; the first 64 are moved once, as in a training step, and kept.
+      trainer: The trainer of a `CapsNet`, with any objective.
+      examples: Training examples. The batch is the first 64, augmented once.
 
     Returns:
-      From parameters to a part of a row of metrics: `coupling_entropy_1` … `coupling_entropy_T`,
-      `clear_parents_1` … `clear_parents_T`, `dead_primary_capsules`, `dead_class_capsules`,
-      `gradient_norm` of the training loss, and `gradient_share_` and the name of each part that
-      has parameters (convolution, primary, capsules, decoder).
+      A function from parameters to metrics: `coupling_entropy_t` and `clear_parents_t` for t from 1
+      to T, `dead_primary_capsules`, `dead_class_capsules`, `gradient_norm` of the training loss,
+      and `gradient_share_M` for each module M with parameters (convolution, primary, capsules,
+      decoder). All but entropy (nats) and norm are fractions.
 
     Raises:
       InputError: The network has no capsules.
     """
     if not isinstance(trainer.model(trainer.initial_state(0).params), CapsNet):
-        raise InputError("--diagnostics are of routing, and this --network has no capsules")
+        raise InputError("--diagnostics measures routing, but this --network has no capsules")
     raw, labels = examples.take(np.arange(min(EXAMPLES, examples.size)))
     key = jax.random.key(0)
     images = trainer.objective.augment(scaled(jnp.asarray(raw)), key)
@@ -85,23 +106,23 @@ def measurement(
         return losses.mean()
 
     @jax.jit
-    def measured(params: loop.Params, images: Array) -> dict[str, Array]:
+    def compute(params: loop.Params, images: Array) -> dict[str, Array]:
         model = trainer.model(params)
         poses = model.primary_poses(images)
         couplings = model.capsules.couplings(poses)
         gradients = jax.grad(loss)(params, images)
         row = {
-            "dead_primary_capsules": dead(capsjax.lengths(poses)),
-            "dead_class_capsules": dead(capsjax.lengths(model.capsules(poses))),
+            "dead_primary_capsules": dead_fraction(capsjax.lengths(poses)),
+            "dead_class_capsules": dead_fraction(capsjax.lengths(model.capsules(poses))),
             "gradient_norm": optax.tree.norm(gradients),
         }
         for name, values in (
-            ("coupling_entropy", entropies(couplings)),
-            ("clear_parents", clear_parents(couplings)),
+            ("coupling_entropy", mean_coupling_entropy(couplings)),
+            ("clear_parents", clear_parent_fraction(couplings)),
         ):
             row |= {f"{name}_{t}": value for t, value in enumerate(values, 1)}
-        shares = gradient_shares(gradients)
-        return row | {f"gradient_share_{part}": share for part, share in shares.items()}
+        fractions = gradient_fractions(gradients)
+        return row | {f"gradient_share_{part}": value for part, value in fractions.items()}
 
-    # Images that were constants of the program would be folded into it, for seconds.
-    return lambda params: {name: float(value) for name, value in measured(params, images).items()}
+    # Images are an argument, because XLA would constant-fold a closed-over array for seconds.
+    return lambda params: {name: float(value) for name, value in compute(params, images).items()}

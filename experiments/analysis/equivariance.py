@@ -1,65 +1,69 @@
-"""How a vector behaves while what it describes is moved: three numbers.
+"""Equivariance measures of vectors along a sweep of an image transformation.
 
-Shape letters: S steps of a sweep, evenly spaced; N examples; D dimensions of the vector.
+Shape letters: S steps of a sweep, evenly spaced; N examples; D dimensions of a vector; n and m
+training and test examples of a regression; P penalties; R principal components.
 """
 
 from collections.abc import Callable
 
 import numpy as np
 
-from experiments.figures.poses import Curve
+from experiments.figures.poses import SweepCurves
 
 _FOLDS = 4
-# Of ridge regression, as shares of a component's mean variance: chosen by cross-validation.
+# Ridge penalties in units of the mean variance of a dimension, selected by cross-validation.
 _PENALTIES = np.array([1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0])
 
 
-def measured(
-    still: np.ndarray,
+def measure_sweep(
+    original: np.ndarray,
     swept: np.ndarray,
     values: np.ndarray,
     classes: np.ndarray,
     *,
     dimensions: int,
     seed: int,
-) -> tuple[dict[str, float], Curve]:
-    """The three numbers of a sweep with their controls, and its curves.
+) -> tuple[dict[str, float], SweepCurves]:
+    """Measure length stability, direction smoothness and decodability along a sweep.
 
     Args:
-      still: The vectors of unmoved examples, `[N, D]`.
-      swept: Those of moved ones, `[S, N, D]`.
-      values: The parameter at each step, `[S]`.
-      classes: Of the examples, `[N]`.
-      dimensions: To how many principal components `decodability_reduced` is restricted.
-      seed: Of the controls, which have every example's steps in random order.
+      original: Vectors of the untransformed examples, `[N, D]`.
+      swept: Vectors of the transformed examples, `[S, N, D]`.
+      values: The transformation's parameter at each step, `[S]`.
+      classes: Classes of the examples, `[N]`.
+      dimensions: Number of principal components R for `decodability_reduced`.
+      seed: Seed of the `_shuffled` controls, in which each example's steps are in random order.
+
+    Returns:
+      The measures and their controls by name, and the curves of all examples.
     """
-    mixed = _shuffled(swept, seed=seed)
-    read = decoded(swept, values, classes)
-    few = _reduced(swept, dimensions, classes)
-    numbers = {
+    shuffled = _shuffle_steps(swept, seed=seed)
+    decoded = decode(swept, values, classes)
+    reduced = _principal_components(swept, dimensions, classes)
+    measures = {
         "length_stability": length_stability(swept),
         "direction_smoothness": direction_smoothness(swept),
-        "direction_smoothness_shuffled": direction_smoothness(mixed),
-        "decodability": decodability(read, values, classes),
-        "decodability_shuffled": decodability(decoded(mixed, values, classes), values, classes),
-        "decodability_reduced": decodability(decoded(few, values, classes), values, classes),
+        "direction_smoothness_shuffled": direction_smoothness(shuffled),
+        "decodability": decodability(decoded, values, classes),
+        "decodability_shuffled": decodability(decode(shuffled, values, classes), values, classes),
+        "decodability_reduced": decodability(decode(reduced, values, classes), values, classes),
     }
-    lengths, unmoved = (np.linalg.norm(x, axis=-1) for x in (swept, still))
-    products = np.where(lengths > 0, lengths, 1) * np.where(unmoved > 0, unmoved, 1)
-    cosines = np.einsum("snd,nd->sn", swept, still) / products
-    curve = Curve(
-        lengths / np.where(unmoved > 0, unmoved, 1),
-        np.degrees(np.arccos(cosines.clip(-1, 1))),
-        read,
-    )
-    return numbers, curve
+    lengths, original_lengths = (np.linalg.norm(x, axis=-1) for x in (swept, original))
+    divisors = np.where(original_lengths > 0, original_lengths, 1)
+    products = np.where(lengths > 0, lengths, 1) * divisors
+    cosines = np.einsum("snd,nd->sn", swept, original) / products
+    angles = np.degrees(np.arccos(cosines.clip(-1, 1)))
+    return measures, SweepCurves(lengths / divisors, angles, decoded)
 
 
 def length_stability(vectors: np.ndarray) -> float:
-    """The shortest length of a vector in the sweep as a share of its longest; mean over examples.
+    """Return the shortest length over the longest along the sweep, averaged over examples.
 
-    1: the length stays. A ratio, because only a capsule's length has a scale of its own. A vector
-    that is always zero counts as 0.
+    1 means constant length. A ratio makes capsules comparable with CNN features, whose scale is
+    arbitrary. A vector that is zero at all steps counts as 0.
+
+    Args:
+      vectors: `[S, N, D]`.
     """
     lengths = np.linalg.norm(vectors, axis=-1)
     longest = lengths.max(0)
@@ -67,14 +71,15 @@ def length_stability(vectors: np.ndarray) -> float:
 
 
 def direction_smoothness(vectors: np.ndarray) -> float:
-    """How evenly directions move: 1 steadily, 0 as if the steps came in random order.
+    """Return how smoothly unit vectors move along the sweep: 1 for straight, 0 for random order.
 
-    Of the unit vectors `[S, N, D]`, second differences are compared with first ones (means of
-    squares over steps and examples). Both are zero for no motion, and only the second are for a
-    steady one; a jump and a zigzag make them large, a gentle bend does not. In random order,
-    |a − 2b + c|² is three times |a − b|² in expectation, so 1 − second / (3 first) is 0 then. The
-    angle between the ends over the sum of the steps was the alternative: it punishes bends and
-    forgives jumps. Directions that do not move at all have no smoothness: 0.
+    With f and s the mean squares of the first and second differences of the unit vectors, this is
+    1 − s / (3 f). In random order, |a − 2b + c|² is three times |a − b|² in expectation, which
+    gives 0; jumps and zigzags give low or negative values, a gentle curve one near 1. Constant
+    directions count as 0.
+
+    Args:
+      vectors: `[S, N, D]`.
     """
     lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
     directions = vectors / np.where(lengths > 0, lengths, 1)
@@ -82,88 +87,94 @@ def direction_smoothness(vectors: np.ndarray) -> float:
     return float(1 - second / (3 * first)) if first > 0 else 0.0
 
 
-def _shuffled(vectors: np.ndarray, *, seed: int) -> np.ndarray:
-    """The vectors `[S, N, D]`, each example's in a random order of its own: the control."""
+def _shuffle_steps(vectors: np.ndarray, *, seed: int) -> np.ndarray:
+    """Permute the steps of vectors `[S, N, D]`, independently for each example."""
     size = vectors.shape[:2]
-    # As in data._batches: bits whose meaning does not change between versions of NumPy.
+    # Raw bits of Philox are stable between versions of NumPy; `Generator`'s numbers are not.
     bits = np.random.Philox(key=np.array([seed, 0], np.uint64)).random_raw(size)
     return np.take_along_axis(vectors, np.argsort(bits, 0, kind="stable")[..., None], 0)
 
 
-def decoded(vectors: np.ndarray, values: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """The parameter of the sweep as ridge regressions read it from vectors, one for each class.
+def decode(vectors: np.ndarray, values: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Predict the transformation's parameter from vectors by ridge regression, class by class.
 
-    Each example is read by a regression on the other half of its class, with all of its steps. The
-    penalty is chosen on the training half alone, by cross-validation over its examples.
+    Predictions are two-fold cross-validated: the regression for one half of a class is fitted to
+    all steps of the other half, with a penalty that is itself selected by cross-validation there.
 
     Args:
       vectors: `[S, N, D]`.
       values: The parameter at each step, `[S]`.
-      classes: `[N]`, with at least 2 examples of each class that occurs.
+      classes: Classes of the examples, `[N]`, each with at least 2 examples.
 
     Returns:
-      `[S, N]`, in units of the values.
+      Predicted parameters, `[S, N]`.
     """
     result = np.empty(vectors.shape[:2])
     for label in np.unique(classes):
         members = np.flatnonzero(classes == label)
         for half in (0, 1):
-            read, learnt = members[half::2], members[1 - half :: 2]
-            result[:, read] = _ridge(vectors[:, learnt], values, vectors[:, read])
+            test, train = members[half::2], members[1 - half :: 2]
+            result[:, test] = _ridge_predict(vectors[:, train], values, vectors[:, test])
     return result
 
 
-def decodability(read: np.ndarray, values: np.ndarray, classes: np.ndarray) -> float:
-    """The share of the parameter's variance that `decoded` explains: R², mean over classes."""
-    errors = np.square(read - values[:, None]).mean(0)
-    spread = np.mean(np.square(values - values.mean()))
-    return float(np.mean([1 - errors[classes == k].mean() / spread for k in np.unique(classes)]))
+def decodability(decoded: np.ndarray, values: np.ndarray, classes: np.ndarray) -> float:
+    """Return the coefficient of determination R² of `decode`, averaged over classes.
 
-
-def _reduced(vectors: np.ndarray, dimensions: int, classes: np.ndarray) -> np.ndarray:
-    """The first principal components of each class's vectors, `[S, N, dimensions]` or all.
-
-    For a comparison of what equally many numbers tell. The components are found without looking at
-    the parameter.
+    Args:
+      decoded: Predicted parameters, `[S, N]`.
+      values: True parameters, `[S]`.
+      classes: Classes of the examples, `[N]`.
     """
-    kept = min(dimensions, vectors.shape[-1])
-    result = np.empty((*vectors.shape[:2], kept))
+    errors = np.square(decoded - values[:, None]).mean(0)
+    variance = np.mean(np.square(values - values.mean()))
+    return float(np.mean([1 - errors[classes == k].mean() / variance for k in np.unique(classes)]))
+
+
+def _principal_components(vectors: np.ndarray, dimensions: int, classes: np.ndarray) -> np.ndarray:
+    """Project vectors onto the first principal components of their class, `[S, N, R]`.
+
+    R is `dimensions`, at most D: CNN features are compared with capsules at equal dimension.
+    """
+    rank = min(dimensions, vectors.shape[-1])
+    result = np.empty((*vectors.shape[:2], rank))
     for label in np.unique(classes):
-        own = vectors[:, classes == label]
-        centred = own - own.mean((0, 1))
+        members = vectors[:, classes == label]
+        centred = members - members.mean((0, 1))
         _, axes = np.linalg.eigh(np.einsum("snd,sne->de", centred, centred))
-        result[:, classes == label] = centred @ axes[:, ::-1][:, :kept]
+        result[:, classes == label] = centred @ axes[:, ::-1][:, :rank]
     return result
 
 
-def _ridge(vectors: np.ndarray, values: np.ndarray, unknown: np.ndarray) -> np.ndarray:
-    """What the vectors `[S, n, D]` with their values say of others, `[S, m]`."""
+def _ridge_predict(vectors: np.ndarray, values: np.ndarray, test: np.ndarray) -> np.ndarray:
+    """Fit training vectors `[S, n, D]` and predict test vectors `[S, m, D]`: `[S, m]`."""
     folds = np.arange(vectors.shape[1]) % min(_FOLDS, vectors.shape[1])
     penalty = _PENALTIES[-1]
     if folds.any():
         errors = np.zeros(len(_PENALTIES))
         for fold in range(folds.max() + 1):
-            found = _fitted(vectors[:, folds != fold], values, vectors[:, folds == fold])
-            errors += np.square(found(_PENALTIES) - values[:, None]).sum((1, 2))
+            predict = _ridge_predictor(vectors[:, folds != fold], values, vectors[:, folds == fold])
+            errors += np.square(predict(_PENALTIES) - values[:, None]).sum((1, 2))
         penalty = _PENALTIES[errors.argmin()]
-    return _fitted(vectors, values, unknown)(np.array([penalty]))[0]
+    return _ridge_predictor(vectors, values, test)(np.array([penalty]))[0]
 
 
-def _fitted(
-    vectors: np.ndarray, values: np.ndarray, unknown: np.ndarray
+def _ridge_predictor(
+    vectors: np.ndarray, values: np.ndarray, test: np.ndarray
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """The prediction of a ridge regression as a function of its penalties: `[penalties, S, m]`."""
+    """Return a function from ridge penalties `[P]` to predictions `[P, S, m]` for `test`."""
     S, n, D = vectors.shape
-    middle = vectors.mean((0, 1))
-    # One scale for all components: one each would blow up a unit that hardly ever acts in training.
-    scale = np.sqrt(np.mean(np.square(vectors - middle))) or 1
-    known = ((vectors - middle) / scale).reshape(S * n, D)
-    gram = known.T @ known / len(known)
-    target = known.T @ np.repeat(values - values.mean(), n) / len(known)
-    asked = (unknown - middle) / scale
+    mean = vectors.mean((0, 1))
+    # One scale for all dimensions, because scaling each by its own standard deviation would amplify
+    # hidden units that are almost never active in the training half.
+    scale = np.sqrt(np.mean(np.square(vectors - mean))) or 1
+    inputs = ((vectors - mean) / scale).reshape(S * n, D)
+    gram = inputs.T @ inputs / len(inputs)
+    target = inputs.T @ np.repeat(values - values.mean(), n) / len(inputs)
+    test_inputs = (test - mean) / scale
 
     def predict(penalties: np.ndarray) -> np.ndarray:
         weights = [np.linalg.solve(gram + penalty * np.eye(D), target) for penalty in penalties]
-        return np.einsum("smd,pd->psm", asked, weights) + values.mean()
+        return np.einsum("smd,pd->psm", test_inputs, weights) + values.mean()
 
     return predict

@@ -1,4 +1,8 @@
-"""A look into a trained network: its errors on the test set in words, and the figures."""
+"""Test accuracy and figures of a trained classifier.
+
+Shape letters: K classes; D dimensions of a class capsule; V tweaks of a dimension; H, W, C height,
+width and channels of an image.
+"""
 
 import pathlib
 from collections.abc import Iterator
@@ -17,8 +21,8 @@ from experiments.figures import classifier, routing
 from experiments.training import loop, objectives, records
 from experiments.training.transforms import scaled
 
-TWEAKS = tuple(np.linspace(-0.25, 0.25, 11).tolist())
-SHOWN, ENTROPY_EXAMPLES = 12, 64
+TWEAKS = tuple(np.linspace(-0.25, 0.25, 11).tolist())  # values added to one dimension of a capsule
+SHOWN_EXAMPLES, ENTROPY_EXAMPLES = 12, 64
 
 
 def report(
@@ -29,34 +33,34 @@ def report(
     *,
     batch_size: int,
 ) -> None:
-    """Logs test error and accuracy of each class, and draws every figure into the workdir."""
+    """Log the test accuracy, and write all figures into the workdir's `figures` folder."""
     evaluation = trainer.evaluate(params, test, batch_size=batch_size)
-    for line in accuracy(evaluation, test.labels):
+    for line in accuracy_lines(evaluation, test.labels):
         logging.info("%s", line)
     folder = pathlib.Path(workdir) / "figures"
-    draw(trainer, params, test, evaluation, records.read_metrics(workdir), folder)
+    draw_figures(trainer, params, test, evaluation, records.read_metrics(workdir), folder)
     logging.info("figures are in %s", folder)
 
 
-def accuracy(evaluation: loop.Evaluation, labels: np.ndarray) -> Iterator[str]:
-    """Says in a line each the accuracy of the classes that occur, then the test error."""
-    counts = confusion(evaluation, labels)
+def accuracy_lines(evaluation: loop.Evaluation, labels: np.ndarray) -> Iterator[str]:
+    """Yield a line with the accuracy of each class that occurs, then one with the test error."""
+    counts = confusion_counts(evaluation, labels)
     for label, row in enumerate(counts):
         if row.sum():
-            yield f"class {label}: {100 * row[label] / row.sum():.2f} % of {row.sum()} right"
+            yield f"class {label}: {100 * row[label] / row.sum():.2f} % of {row.sum()} correct"
     wrong = len(labels) - np.trace(counts)
     yield f"test error {evaluation.error(labels):.2f} %: {wrong} of {len(labels)} wrong"
 
 
-def confusion(evaluation: loop.Evaluation, labels: np.ndarray) -> np.ndarray:
-    """Counts of test examples, int [true class, predicted class]."""
+def confusion_counts(evaluation: loop.Evaluation, labels: np.ndarray) -> np.ndarray:
+    """Count test examples by true and predicted class, int `[K, K]`."""
     num_classes = evaluation.scores.shape[1]
     counts = np.zeros((num_classes, num_classes), int)
     np.add.at(counts, (labels, evaluation.predictions), 1)
     return counts
 
 
-def draw(
+def draw_figures(
     trainer: loop.Trainer,
     params: loop.Params,
     test: datasets.Split,
@@ -64,55 +68,69 @@ def draw(
     rows: list[dict[str, float]],
     folder: pathlib.Path,
 ) -> None:
-    """Draws of capsules couplings, tweaks and reconstructions; confusions; and last the curves."""
+    """Write the figures of a trained network as PNG files.
+
+    `evaluation` is of the test set, `rows` are those of `metrics.jsonl`. `learning_curves.png` is
+    written last, so that its existence means that all figures are complete.
+    """
     images, labels = test
     model = trainer.model(params)
-    drawn = {
+    figures = {
         "learning_curves": classifier.learning_curves(rows),
         "confusion_matrix": classifier.confusion_matrix(
-            confusion(evaluation, labels),
+            confusion_counts(evaluation, labels),
             class_names=[str(k) for k in range(evaluation.scores.shape[1])],
         ),
         "misclassified": classifier.misclassified(
             images / np.float32(255), labels, evaluation.predictions, evaluation.scores
         ),
     }
-    if routing.measured(rows):
-        drawn["routing_diagnostics"] = routing.diagnostics(rows)
+    if routing.with_diagnostics(rows):
+        figures["routing_diagnostics"] = routing.diagnostics(rows)
     if isinstance(model, CapsNet):
         few = scaled(jnp.asarray(images[:ENTROPY_EXAMPLES]))
-        drawn |= _capsule_figures(model, few, labels, trainer.objective)
-    for name, figure in reversed(drawn.items()):
+        figures |= _capsule_figures(model, few, labels, trainer.objective)
+    for name, figure in reversed(figures.items()):
         files.save_figure(figure, folder / f"{name}.png")
 
 
 def _capsule_figures(
     model: CapsNet, images: jax.Array, labels: np.ndarray, objective: objectives.Objective
 ) -> dict[str, Figure]:
-    drawn = {}
+    """Draw reconstructions and tweaks (with a decoder), couplings and their entropy, by name."""
+    figures = {}
     capsules = model(images)
     if isinstance(objective, objectives.CapsuleClassification) and objective.reconstruction_weight:
-        drawn["reconstructions"] = classifier.reconstructions(
-            np.asarray(images[:SHOWN]),
-            np.asarray(model.reconstruct(capsules[:SHOWN])),
-            np.asarray(capsjax.lengths(capsules[:SHOWN])),
-            labels[:SHOWN],
+        shown = slice(SHOWN_EXAMPLES)
+        figures["reconstructions"] = classifier.reconstructions(
+            np.asarray(images[shown]),
+            np.asarray(model.reconstruct(capsules[shown])),
+            np.asarray(capsjax.lengths(capsules[shown])),
+            labels[shown],
         )
-        drawn["dimension_tweaks"] = classifier.dimension_tweaks(
-            np.asarray(tweaked(model, capsules[0])), values=TWEAKS
+        figures["dimension_tweaks"] = classifier.dimension_tweaks(
+            np.asarray(tweak_dimensions(model, capsules[0])), values=TWEAKS
         )
     couplings = np.asarray(model.capsules.couplings(model.primary_poses(images)))
-    drawn["couplings"] = classifier.couplings(couplings[:, 0], label=int(labels[0]))
-    drawn["coupling_entropy"] = classifier.coupling_entropy(couplings)
-    return drawn
+    figures["couplings"] = classifier.couplings(couplings[:, 0], label=int(labels[0]))
+    figures["coupling_entropy"] = classifier.coupling_entropy(couplings)
+    return figures
 
 
-def tweaked(model: CapsNet, capsules: jax.Array) -> jax.Array:
-    """Draws one example with each dimension of its longest capsule moved, `[D, 11, H, W, C]`."""
-    parents, depth = capsules.shape
-    winner = jnp.argmax(capsjax.lengths(capsules))
-    moves = jnp.einsum("k,de->dke", jnp.asarray(TWEAKS, capsules.dtype), jnp.eye(depth))
-    moved = capsules[None, None] + (
-        jax.nn.one_hot(winner, parents)[None, None, :, None] * moves[:, :, None, :]
+def tweak_dimensions(model: CapsNet, capsules: jax.Array) -> jax.Array:
+    """Reconstruct one example with `TWEAKS` added to each dimension of its longest class capsule.
+
+    Args:
+      model: A network with a decoder.
+      capsules: Class capsules of the example, `[K, D]`.
+
+    Returns:
+      Reconstructions `[D, V, H, W, C]` in [0, 1].
+    """
+    num_classes, depth = capsules.shape
+    predicted = jnp.argmax(capsjax.lengths(capsules))
+    tweaks = jnp.einsum("v,de->dve", jnp.asarray(TWEAKS, capsules.dtype), jnp.eye(depth))
+    tweaked = capsules[None, None] + (
+        jax.nn.one_hot(predicted, num_classes)[None, None, :, None] * tweaks[:, :, None, :]
     )
-    return model.reconstruct(moved, jnp.full(moved.shape[:2], winner))
+    return model.reconstruct(tweaked, jnp.full(tweaked.shape[:2], predicted))

@@ -1,1 +1,1 @@
-"""Data sets, and the images made from them."""
+"""Data sets and image transformations."""

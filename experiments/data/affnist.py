@@ -1,7 +1,8 @@
-"""affNIST, from its author's files, and a set made here that is like it and is not it.
+"""The affNIST test set: MNIST digits under random affine transformations, on 40 x 40 pixels.
 
-Source: Tijmen Tieleman, "affNIST", https://www.cs.toronto.edu/~tijmen/affNIST/: MNIST's digits,
-turned, sheared, scaled and placed at random on 40 x 40 pixels.
+Source: Tijmen Tieleman, "affNIST", https://www.cs.toronto.edu/~tijmen/affNIST/. Where its files are
+not available, `make_affnist_like` generates a similar set, which is always reported under the name
+`affnist_like`.
 """
 
 import os
@@ -11,43 +12,48 @@ import numpy as np
 from absl import logging
 
 from experiments.data import matlab
-from experiments.data.affine import Pose, uniform, warped
+from experiments.data.affine import Pose, uniform, warp
 from experiments.data.datasets import Dataset, Split, centred
 from experiments.errors import InputError
 
 SIDE = 40  # pixels
 _NUM_CLASSES = 10
-_MNIST = ("mnist", "mnist_small", "tfds:mnist")  # data sets of the digits that affNIST is made from
-# Of the transformed version: all 32 x 10,000 test cases in one file, or the first 10,000. Never a
-# bare test.mat: the author's just_centered/test.mat has the same fields, and nothing is moved.
+_MNIST_NAMES = ("mnist", "mnist_small", "tfds:mnist")  # data sets of MNIST digits
+# All 32 x 10,000 transformed test cases in one file, or the first 10,000. A bare test.mat is not
+# accepted, because the author's just_centered/test.mat has the same fields without transformations.
 _FILES = ("transformed/test.mat", "transformed/test_batches/1.mat")
 
 
-def cases(dataset: Dataset, side: int, *, folder: str, data_dir: str = "") -> dict[str, Split]:
-    """The test cases for networks of that image size, by what they must be called.
+def load_test_sets(
+    dataset: Dataset, side: int, *, folder: str, data_dir: str = ""
+) -> dict[str, Split]:
+    """Load the affNIST test set, or generate an `affnist_like` one, for a given image size.
 
     Args:
-      dataset: What the networks were trained on; `affnist_like` is made from its test images.
-      side: Pixels a side of the networks' images; nothing but 40 has test cases.
-      folder: With affNIST's files, for networks trained on MNIST's digits; empty: `data_dir`.
-      data_dir: May have them; if it does not, or is empty, or the digits are not MNIST's:
-        `affnist_like` instead.
+      dataset: The training data of the networks; `affnist_like` is made from its test images.
+      side: Height and width of the networks' images in pixels.
+      folder: Folder of affNIST's files; empty: search `data_dir`.
+      data_dir: Folder to search if `folder` is empty. Without affNIST's files in it, or if
+        `dataset` is not MNIST, the result is `affnist_like`.
+
+    Returns:
+      The test set under its name, `affnist` or `affnist_like`; nothing if `side` is not 40.
 
     Raises:
-      InputError: There is a folder but the size or the data set is another, or it has no such file;
-        or a file cannot be read.
+      InputError: `folder` is given, but `side` is not 40, `dataset` is not MNIST, or the folder has
+        no affNIST file; or a file cannot be read.
     """
     shape = dataset.test.images.shape[1:]
-    is_mnist = shape[2] == 1 and dataset.name.split("/")[0] in _MNIST
-    own = f"{dataset.name} with images of {'x'.join(map(str, shape))}"
+    is_mnist = shape[2] == 1 and dataset.name.split("/")[0] in _MNIST_NAMES
+    description = f"{dataset.name} with images of {'x'.join(map(str, shape))}"
     if folder and side != SIDE:
         raise InputError(
             f"--affnist_dir needs runs with --canvas={SIDE}, got images of {side}x{side} pixels"
         )
     if folder and not is_mnist:
         raise InputError(
-            f"--affnist_dir needs runs on MNIST's digits ({', '.join(_MNIST)}; 1 channel), "
-            f"got {own}"
+            f"--affnist_dir needs runs on MNIST digits ({', '.join(_MNIST_NAMES)}; 1 channel), "
+            f"got {description}"
         )
     if side != SIDE:
         return {}
@@ -56,30 +62,30 @@ def cases(dataset: Dataset, side: int, *, folder: str, data_dir: str = "") -> di
         return {"affnist": read(path)}
     if folder:
         raise InputError(
-            f"--affnist_dir={folder} has none of {', '.join(_FILES)}; they are in the archives of "
+            f"--affnist_dir={folder} has none of {', '.join(_FILES)}; download them from "
             "https://www.cs.toronto.edu/~tijmen/affNIST/"
         )
     reason = "neither --affnist_dir nor --data_dir names a folder with its files"
     if not is_mnist:
-        reason = f"it is of MNIST's digits (1 channel), and the runs are on {own}"
+        reason = f"affNIST is made of MNIST digits (1 channel), but the runs are on {description}"
     elif data_dir:
         reason = f"--data_dir={data_dir} has none of {', '.join(_FILES)}"
-    logging.info("affnist_like is made from the test images in place of affNIST: %s", reason)
-    return {"affnist_like": affnist_like(dataset.test)}
+    logging.info("using affnist_like, made from the test images, instead of affNIST: %s", reason)
+    return {"affnist_like": make_affnist_like(dataset.test)}
 
 
 def find(folder: str) -> Path | None:
-    """The file with the transformed test set in a folder, or else with its first part, if any."""
-    # Unlike Path's own methods, these take names that are too long, or of users that do not exist.
+    """Return the path of the transformed test set in a folder, or of its first part, or None."""
+    # os.path, because Path's methods raise for names that are too long or of unknown users.
     paths = (Path(os.path.expanduser(folder), name) for name in _FILES)
     return next(filter(os.path.isfile, paths), None) if folder else None
 
 
 def read(path: Path) -> Split:
-    """Reads the test cases from one of the author's files.
+    """Read a test set from one of affNIST's .mat files.
 
     Raises:
-      InputError: It does not hold images and labels of affNIST's shape.
+      InputError: The file does not hold images and labels of affNIST's shapes.
     """
     try:
         struct = matlab.read_struct(path, "affNISTdata", ("image", "label_int"))
@@ -88,13 +94,17 @@ def read(path: Path) -> Split:
             f"{path} is not a MATLAB file with a struct affNISTdata that has image and label_int: "
             f"{error}"
         ) from error
-    split = _checked(struct["image"], struct["label_int"], path)
+    split = _to_split(struct["image"], struct["label_int"], path)
     logging.info("%s: %d test cases", path, split.size)
     return split
 
 
-def _checked(images: np.ndarray, labels: np.ndarray, path: Path) -> Split:
-    """A column is an image, row after row."""
+def _to_split(images: np.ndarray, labels: np.ndarray, path: Path) -> Split:
+    """Check and reshape affNIST's arrays: each column of `images` is one image in row-major order.
+
+    Raises:
+      InputError: A shape, a type or a label is wrong; `path` is named in the message.
+    """
     if images.dtype != np.uint8 or images.shape[0] != SIDE**2 or images.ndim != 2:
         raise InputError(
             f"{path}: image must be uint8 of shape ({SIDE**2}, N), got {images.dtype} of "
@@ -103,7 +113,7 @@ def _checked(images: np.ndarray, labels: np.ndarray, path: Path) -> Split:
     size = images.shape[1]
     if not size or labels.shape not in ((1, size), (size, 1)):
         raise InputError(
-            f"{path}: label_int must have shape (1, N) with the N = {size} of image, one at least, "
+            f"{path}: label_int must have shape (1, N), N = {size} as in image and at least 1, "
             f"got {labels.shape}"
         )
     labels = labels.reshape(size)
@@ -114,36 +124,40 @@ def _checked(images: np.ndarray, labels: np.ndarray, path: Path) -> Split:
     )
 
 
-def affnist_like(split: Split) -> Split:
-    """Makes a set like affNIST from images; the same in every call, and never to be called affNIST.
+def make_affnist_like(split: Split) -> Split:
+    """Generate a test set similar to affNIST from images, deterministically.
 
-    Each image is turned by up to 20 degrees either way, sheared by up to 0.2 (the tangent), width
-    and height are scaled by 0.8 to 1.2, each uniformly and on its own: affNIST's published ranges.
-    Then its box of ink is placed where it fits into 40 x 40 pixels, every place being as likely.
-    Ours are the interpolation (linear), the direction of the shear (along the rows) and what
-    counts as ink (any pixel that is not 0 of 255).
+    Angle (±20°), shear (±0.2, a tangent), width and height (0.8 to 1.2) are independent and uniform
+    in affNIST's published ranges. The bounding box of the transformed image's non-zero pixels is
+    then placed uniformly at random inside 40 x 40 pixels. affNIST's page does not specify the
+    interpolation (here bilinear) or the direction of the shear (here along the rows).
 
     Args:
-      split: Images uint8 `[N, S, S, C]` of at most 40 pixels a side.
+      split: Images uint8 `[N, S, S, C]`, S at most 40, with their labels.
+
+    Returns:
+      Images uint8 `[N, 40, 40, C]`, with the same labels.
     """
     size = split.size
     images = centred(split.images, SIDE) / np.float32(255)
-    angle, lean, width, height, row, column = uniform(6, size, key=[SIDE, size])
-    pose = Pose.of(
+    angle, shear, width, height, row, column = uniform(6, size, key=[SIDE, size])
+    pose = Pose.broadcast(
         size,
         rotation=20 * (2 * angle - 1),
-        shear=np.degrees(np.arctan(0.2 * (2 * lean - 1))),
+        shear=np.degrees(np.arctan(0.2 * (2 * shear - 1))),
         scale=0.8 + 0.4 * np.stack([width, height], -1),
     )
-    moved = np.rint(255 * warped(images, pose)).astype(np.uint8)
-    placed = np.zeros_like(moved)
-    for image, target, places in zip(moved, placed, zip(row, column, strict=True), strict=True):
+    transformed = np.rint(255 * warp(images, pose)).astype(np.uint8)
+    placed = np.zeros_like(transformed)
+    for image, target, fractions in zip(
+        transformed, placed, zip(row, column, strict=True), strict=True
+    ):
         ink = image.any(-1)
         if ink.any():
             box = [_extent(ink.any(axis)) for axis in (1, 0)]
             corner = [
-                int(place * (SIDE - (stop - start) + 1))
-                for place, (start, stop) in zip(places, box, strict=True)
+                int(fraction * (SIDE - (stop - start) + 1))
+                for fraction, (start, stop) in zip(fractions, box, strict=True)
             ]
             (top, bottom), (left, right) = box
             rows = slice(corner[0], corner[0] + bottom - top)
@@ -153,6 +167,6 @@ def affnist_like(split: Split) -> Split:
 
 
 def _extent(ink: np.ndarray) -> tuple[int, int]:
-    """Where ink starts, and where it has stopped."""
-    found = np.flatnonzero(ink)
-    return int(found[0]), int(found[-1]) + 1
+    """Return the half-open range from the first to the last true element of a vector."""
+    indices = np.flatnonzero(ink)
+    return int(indices[0]), int(indices[-1]) + 1

@@ -1,4 +1,7 @@
-"""Data sets by name, the order of training batches, and a user's own images."""
+"""Image classification data sets, the order of training batches, and users' image files.
+
+Shape letters: N examples; S height and width of an image; C channels, 1 or 3.
+"""
 
 import hashlib
 import itertools
@@ -20,16 +23,16 @@ from experiments.data import idx
 from experiments.errors import InputError
 
 MNIST_SMALL = Path(__file__).parent / "mnist_small" / "mnist_small.npz"
-_MNIST_SMALL_NPZ = "18c9b695305efafd33c7c538f6438582dada91986c65f4e078b8868bce0d18bb"
-# As Keras itself checks it: keras.datasets.mnist.load_data, argument file_hash.
-_KERAS_NPZ = "731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"
-# `Dataset.sha256` of the published files.
-_MNIST = "b0b75c7f5724eba07d4667d9b28ea5fdf9f225df12c75ea697d8f200525cc2b2"
+_MNIST_SMALL_SHA256 = "18c9b695305efafd33c7c538f6438582dada91986c65f4e078b8868bce0d18bb"
+# The file_hash that keras.datasets.mnist.load_data checks.
+_KERAS_NPZ_SHA256 = "731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"
+# `Dataset.sha256` of the published MNIST files.
+_MNIST_SHA256 = "b0b75c7f5724eba07d4667d9b28ea5fdf9f225df12c75ea697d8f200525cc2b2"
 _NUM_CLASSES = 10  # of MNIST and Fashion-MNIST
-# torchvision's folder of each set, below the root given to it.
-_TORCHVISION = {"mnist": "MNIST/raw", "fashion_mnist": "FashionMNIST/raw"}
-# Where other programs leave the idx files; "data" is the root in torchvision's own examples.
-_CACHES = {
+# Subfolder that torchvision makes for each data set.
+_TORCHVISION_FOLDERS = {"mnist": "MNIST/raw", "fashion_mnist": "FashionMNIST/raw"}
+# Default folders of idx files: torchvision with root "data" (as in its examples), Keras, Debian.
+_CACHE_FOLDERS = {
     "mnist": ("data/MNIST/raw",),
     "fashion_mnist": (
         "data/FashionMNIST/raw",
@@ -37,68 +40,68 @@ _CACHES = {
         "/usr/share/datasets/fashion-mnist",
     ),
 }
-_BLANK = 0.1  # of white: an image with less contrast shows nothing
-# Of the contrast: what differs less from the background is background. Clean digits are recognised
-# equally well with 0.1 to 0.3, but below 0.3 the noise of a camera passes for ink.
-_INK = 0.3
-_WORKING_SIZE = 1024  # pixels a side: larger images are scaled down before anything else
+_MIN_CONTRAST = 0.1  # as a fraction of white; an image with less is rejected as blank
+# Least difference from the background, as a fraction of the contrast, that counts as ink. Clean
+# digits are recognised equally well with 0.1 to 0.3; below 0.3, camera noise counts as ink.
+_INK_THRESHOLD = 0.3
+_MAX_SIDE = 1024  # pixels; larger images are scaled down first
 _IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 
 
 class Examples(Protocol):
-    """What training takes batches from: examples in memory, or made when asked for."""
+    """A source of labelled images for training, in memory or generated on demand."""
 
     @property
     def size(self) -> int:
-        """N, how many there are."""
+        """Return the number of examples, N."""
 
     @property
     def labels(self) -> np.ndarray:
-        """The labels of all, int32 `[N, ...]`."""
+        """Return the labels of all examples, int32 `[N, ...]`."""
 
     def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The images, uint8, and the labels of these examples."""
+        """Return the images (uint8) and the labels (int32) at the given indices."""
 
 
 class Split(NamedTuple):
-    """The training or the test half of a data set."""
+    """The training or the test part of a data set."""
 
     images: np.ndarray  # uint8 [N, S, S, C]
     labels: np.ndarray  # int32 [N]
 
     @property
     def size(self) -> int:
-        """N."""
+        """Return the number of examples, N."""
         return len(self.labels)
 
     def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The images and labels at these indices."""
+        """Return the images and labels at the given indices."""
         return self.images[indices], self.labels[indices]
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Images in memory, and a digest that says which they are."""
+    """A data set in memory, with a digest of its content."""
 
     name: str
     num_classes: int
     train: Split
     test: Split
-    sha256: str  # over the decoded arrays and their shapes: idx, idx.gz and npz give the same
+    sha256: str  # of the decoded arrays and their shapes, so independent of the file format
 
 
 def load(name: str, *, data_dir: str = "", download: bool = False) -> Dataset:
-    """Loads a data set by its name, and never another in its place.
+    """Load a data set by its name.
 
     Args:
-      name: `mnist_small` (comes with the programs), `mnist`, `fashion_mnist` or `tfds:<name>`.
-      data_dir: the only folder to search: for idx or idx.gz files, there or in the subfolder that
-        torchvision makes, and for a data set prepared by TFDS. If empty, the places where
-        torchvision, Keras, Debian and TFDS leave their files.
-      download: whether TFDS may fetch what was not found.
+      name: `mnist_small` (included with the programs), `mnist`, `fashion_mnist` or `tfds:<name>`.
+      data_dir: Folder to search for idx or idx.gz files, directly or in torchvision's subfolder,
+        and for a data set prepared by TFDS. Empty: the default folders of torchvision, Keras,
+        Debian and TFDS.
+      download: Whether to download a missing data set with TFDS.
 
     Raises:
-      InputError: The name is unknown, or the data are missing, damaged or of another kind.
+      InputError: The name is unknown, or the data are missing, damaged or not image classification.
     """
     if name == "mnist_small":
         if data_dir:
@@ -106,52 +109,57 @@ def load(name: str, *, data_dir: str = "", download: bool = False) -> Dataset:
                 "mnist_small comes with the programs and takes no --data_dir; "
                 f"name the data set in {data_dir} with --dataset=mnist."
             )
-        return _from_npz(name, MNIST_SMALL, sha256=_MNIST_SMALL_NPZ, keys="{}_images {}_labels")
+        return _from_npz(name, MNIST_SMALL, sha256=_MNIST_SMALL_SHA256, keys="{}_images {}_labels")
     if not re.fullmatch(r"mnist|fashion_mnist|tfds:\w+(/[\w.-]+)*", name):
         raise InputError(
             f"--dataset must be mnist_small, mnist, fashion_mnist or tfds:<name>, got {name!r}."
         )
     root = Path(os.path.expanduser(data_dir)) if data_dir else None
-    # Unlike Path's own methods, these take names that are too long.
+    # os.path, because Path's methods raise for names that are too long.
     if root and not (os.path.isdir(root) and os.access(root, os.R_OK | os.X_OK)):
         raise InputError(f"--data_dir must be a folder that can be read, got {data_dir}.")
 
     if name.startswith("tfds:"):
-        _import_tfds(name)  # without it, nothing below can succeed
+        _import_tfds(name)  # fail early if the package is missing
 
-    looked_for = []
+    searched = []
     for folder in _idx_folders(name, root):
         if paths := idx.locate(folder):
             return _from_idx(name, paths)
-        looked_for.append(f"the four idx or idx.gz files in {folder}")
+        searched.append(f"the four idx or idx.gz files in {folder}")
     if name == "mnist" and not root:
         path = Path("~/.keras/datasets/mnist.npz").expanduser()
         if os.path.isfile(path):
-            return _from_npz(name, path, sha256=_KERAS_NPZ, keys="x_{} y_{}")
-        looked_for.append(str(path))
+            return _from_npz(name, path, sha256=_KERAS_NPZ_SHA256, keys="x_{} y_{}")
+        searched.append(str(path))
     tfds_name = name.removeprefix("tfds:")
     default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     tfds_root = root or Path(default).expanduser()
-    if prepared := _prepared(tfds_name, tfds_root):
+    if prepared := _find_prepared(tfds_name, tfds_root):
         return _from_tfds(name, prepared)
-    looked_for.append(f"a data set prepared by TFDS in {tfds_root / tfds_name}")
+    searched.append(f"a data set prepared by TFDS in {tfds_root / tfds_name}")
     if download:
         return _from_tfds(name, _download(tfds_name, tfds_root))
     raise InputError(
-        f"{name} was not found. Looked for {'; '.join(looked_for)}. Give its folder with "
-        "--data_dir=DIR, or let TFDS fetch it with --download, or train on the images that come "
-        "with the programs with --dataset=mnist_small."
+        f"{name} was not found. Looked for {'; '.join(searched)}. Name its folder with "
+        "--data_dir=DIR, download it through TFDS with --download, or use the included digits with "
+        "--dataset=mnist_small."
     )
 
 
 def placed(split: Split, canvas: int) -> Split:
-    """The images, each somewhere on a black canvas; where is the same in every call.
+    """Place each image at a fixed pseudo-random position on a black canvas.
 
-    As the expanded MNIST test set of Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules",
-    section 5.2, https://arxiv.org/abs/1710.09829, with 40 pixels.
+    With 40 pixels this is the expanded MNIST test set of Sabour, Frosst and Hinton, "Dynamic
+    Routing Between Capsules", section 5.2, https://arxiv.org/abs/1710.09829. Positions depend only
+    on N and `canvas`.
+
+    Args:
+      split: Images `[N, S, S, C]`.
+      canvas: Height and width of the result in pixels, at least S.
     """
     size, side = split.size, split.images.shape[1]
-    # As in `_batches`: bits whose meaning does not change between versions of NumPy.
+    # Raw bits of Philox are stable between versions of NumPy; `Generator`'s numbers are not.
     bits = np.random.Philox(key=np.array([canvas, size], np.uint64)).random_raw(2 * size)
     corners = (bits % np.uint64(canvas - side + 1)).astype(int).reshape(size, 2)
     images = np.zeros((size, canvas, canvas, split.images.shape[3]), np.uint8)
@@ -161,7 +169,7 @@ def placed(split: Split, canvas: int) -> Split:
 
 
 def centred(images: np.ndarray, canvas: int) -> np.ndarray:
-    """Images `[N, S, S, C]` in the middle of a black canvas, which is no smaller than they are."""
+    """Pad images `[N, S, S, C]` to `[N, canvas, canvas, C]` with black, keeping them centred."""
     free = canvas - images.shape[1]
     edges = (free // 2, free - free // 2)
     return np.pad(images, ((0, 0), edges, edges, (0, 0)))
@@ -170,21 +178,20 @@ def centred(images: np.ndarray, canvas: int) -> np.ndarray:
 def batches(
     num_examples: int, *, batch_size: int, seed: int, first_step: int = 0
 ) -> Iterator[np.ndarray]:
-    """Yields the indices of one training batch after another, int32 [batch_size], for ever.
+    """Yield the example indices of training batches, int32 `[batch_size]`, without end.
 
-    An epoch is `num_examples // batch_size` steps through a permutation of its own. The remainder
-    of the permutation, fewer than `batch_size` examples and others in every epoch, is left out.
-    The stream depends on the arguments alone: starting at `first_step` gives what an unbroken
-    stream gives from there on.
+    Each epoch is a new permutation of the examples, cut into `num_examples // batch_size` batches;
+    the remaining examples of the permutation are skipped in that epoch. The stream is a function of
+    the arguments, so a stream that starts at `first_step` continues an interrupted one.
 
     Args:
-      num_examples: size of the training split.
-      batch_size: indices per batch.
-      seed: of all permutations, 0 to 2**64 - 1.
-      first_step: how many batches to skip.
+      num_examples: Number of training examples.
+      batch_size: Indices per batch, 1 to `num_examples`.
+      seed: Seed of the permutations, 0 to 2**64 - 1.
+      first_step: Number of batches to skip.
 
     Raises:
-      InputError: The batch is empty or larger than the data, or the seed is out of range.
+      InputError: `batch_size` or `seed` is out of range.
     """
     if not 0 <= seed < 2**64:
         raise InputError(f"--seed must be 0 to 2**64 - 1, got {seed}.")
@@ -201,35 +208,35 @@ def _batches(
 ) -> Iterator[np.ndarray]:
     first_epoch, skipped = divmod(first_step, num_examples // batch_size)
     for epoch in itertools.count(first_epoch):
-        # Not Generator.permutation: NumPy keeps the bits of Philox from version to version, but
-        # not what its Generator makes of them.
+        # Not Generator.permutation, which may change between versions of NumPy; Philox's raw bits
+        # do not.
         bits = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(num_examples)
         order = np.argsort(bits, kind="stable").astype(np.int32)
-        del bits  # else 8 bytes an example are held all epoch
+        del bits  # frees 8 bytes per example during the epoch
         for start in range(skipped * batch_size, num_examples - batch_size + 1, batch_size):
             yield order[start : start + batch_size]
         skipped = 0
 
 
 def read_images(paths: Sequence[str], *, image_size: int, channels: int) -> np.ndarray:
-    """Reads a user's own images into the form of a data set's.
+    """Read image files and convert them to a data set's format.
 
-    For 1 channel, as MNIST was made from its scans: what differs from the background (the median
-    of the border) by at least 0.3 of the contrast is ink; its bounding box is scaled so that the
-    longer side is 20 / 28 of the image, and placed with its centre of mass in the middle. Dark ink
-    on light ground is inverted. For 3 channels: scaled, with what exceeds a square cut off evenly
-    on both sides. Transparent parts count as white.
+    With 1 channel, images are normalised as MNIST's scans were: pixels that differ from the
+    background (the median of the border) by at least 0.3 of the contrast are ink; the ink's
+    bounding box is scaled so that its longer side is 20/28 of S, and its centre of mass is placed
+    in the middle; dark ink on a light background is inverted. With 3 channels, images are scaled
+    and cropped to a centred square. Transparent pixels are treated as white.
 
     Args:
-      paths: BMP, GIF, JPEG, PNG or WebP files of any size.
-      image_size: S, width and height of the result in pixels.
+      paths: N BMP, GIF, JPEG, PNG or WebP files of any size.
+      image_size: Height and width S of the result in pixels.
       channels: C, 1 or 3.
 
     Returns:
-      Images in 0 to 1, float32 [N, S, S, C]; ink is light on dark.
+      Images in [0, 1], float32 `[N, S, S, C]`; with 1 channel, light ink on a dark background.
 
     Raises:
-      InputError: A file is missing, unreadable, too large to be safe, or blank.
+      InputError: A file is missing, unreadable, above Pillow's size limit, or blank.
     """
     return np.stack([_read_image(path, image_size, channels) for path in paths])
 
@@ -238,8 +245,8 @@ def _idx_folders(name: str, root: Path | None) -> list[Path]:
     if name.startswith("tfds:"):
         return []
     if root:
-        return [root, root / _TORCHVISION[name]]
-    return [Path(folder).expanduser() for folder in _CACHES[name]]
+        return [root, root / _TORCHVISION_FOLDERS[name]]
+    return [Path(folder).expanduser() for folder in _CACHE_FOLDERS[name]]
 
 
 def _from_idx(name: str, paths: dict[str, Path]) -> Dataset:
@@ -247,18 +254,18 @@ def _from_idx(name: str, paths: dict[str, Path]) -> Dataset:
     for split, (images_stem, labels_stem) in idx.STEMS.items():
         images, labels = idx.read_images(paths[images_stem]), idx.read_labels(paths[labels_stem])
         where = f"{paths[images_stem]} and {paths[labels_stem].name}"
-        splits[split] = _split(images, labels, _NUM_CLASSES, where)
-    dataset = _dataset(name, _NUM_CLASSES, **splits)
-    if name == "fashion_mnist" and dataset.sha256 == _MNIST:
+        splits[split] = _check_split(images, labels, _NUM_CLASSES, where)
+    dataset = _build_dataset(name, _NUM_CLASSES, **splits)
+    if name == "fashion_mnist" and dataset.sha256 == _MNIST_SHA256:
         folder = paths["train-images-idx3-ubyte"].parent
-        raise InputError(f"{folder}: the files are MNIST's, not Fashion-MNIST's; --dataset=mnist.")
+        raise InputError(f"{folder}: the files are MNIST, not Fashion-MNIST: use --dataset=mnist.")
     return dataset
 
 
 def _from_npz(name: str, path: Path, *, sha256: str, keys: str) -> Dataset:
     try:
         with path.open("rb") as stream:
-            # Before NumPy looks at it: the sizes in an npz can only be trusted if all of it can.
+            # Checked before np.load, which allocates as many bytes as the file's headers claim.
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
             if digest == sha256:
                 stream.seek(0)
@@ -268,18 +275,18 @@ def _from_npz(name: str, path: Path, *, sha256: str, keys: str) -> Dataset:
         raise InputError(f"{path}: the file cannot be read: {error}.") from error
     if digest != sha256:
         raise InputError(
-            f"{path}: the file is damaged or another: its sha256 must be {sha256}, got {digest}."
+            f"{path}: damaged or not the published file: sha256 must be {sha256}, got {digest}."
         )
     splits = {}
     for split in idx.STEMS:
         images_key, labels_key = keys.replace("{}", split).split()
         images, labels = arrays[images_key][..., None], arrays[labels_key]
-        splits[split] = _split(images, labels, _NUM_CLASSES, str(path))
-    return _dataset(name, _NUM_CLASSES, **splits)
+        splits[split] = _check_split(images, labels, _NUM_CLASSES, str(path))
+    return _build_dataset(name, _NUM_CLASSES, **splits)
 
 
-def _prepared(name: str, root: Path) -> Path | None:
-    """The folder of the newest version prepared; `tfds.builder` might ask the network instead."""
+def _find_prepared(name: str, root: Path) -> Path | None:
+    """Return the folder of the newest prepared version, without the network access of TFDS."""
     folders = [path.parent for path in (root / name).glob("*.*.*/dataset_info.json")]
     folders = [folder for folder in folders if re.fullmatch(r"\d+\.\d+\.\d+", folder.name)]
     if (root / name / "dataset_info.json").is_file():
@@ -301,11 +308,11 @@ def _import_tfds(name: str) -> ModuleType:
 def _download(name: str, root: Path) -> Path:
     tfds = _import_tfds(name)
     try:
-        # Not TFDS's default, tfrecord: reading that needs TensorFlow.
+        # array_record, because reading TFDS's default format, tfrecord, needs TensorFlow.
         builder = tfds.builder(name, data_dir=str(root), file_format="array_record")
         builder.download_and_prepare()
     except (ImportError, OSError, RuntimeError, ValueError, tfds.download.DownloadError) as error:
-        raise InputError(f"{name}: TFDS cannot fetch or prepare it: {_one_line(error)}") from error
+        raise InputError(f"{name}: TFDS cannot prepare it: {_one_line(error)}") from error
     return Path(builder.data_path)
 
 
@@ -313,12 +320,12 @@ def _from_tfds(name: str, folder: Path) -> Dataset:
     tfds = _import_tfds(name)
     from google.protobuf import json_format
 
-    # What TFDS and the libraries below it raise for files that are damaged or of another format.
-    unusable = (KeyError, OSError, RuntimeError, ValueError, json_format.Error)
+    # Exceptions of TFDS and its dependencies for damaged files and other formats.
+    read_errors = (KeyError, OSError, RuntimeError, ValueError, json_format.Error)
     try:
         builder = tfds.builder_from_directory(folder)
         features, sources = dict(builder.info.features), builder.as_data_source()
-    except unusable as error:
+    except read_errors as error:
         raise InputError(f"{folder}: TFDS cannot read it: {_one_line(error)}") from error
     image, label = features.get("image"), features.get("label")
     if not (
@@ -328,7 +335,7 @@ def _from_tfds(name: str, folder: Path) -> Dataset:
         and {"train", "test"} <= set(sources)
     ):
         raise InputError(
-            f"{folder}: a data set must have an image, a label that is a class, and the splits "
+            f"{folder}: a data set must have the features image and label (a class) and the splits "
             f"train and test, got {', '.join(features)} and {', '.join(sources)}."
         )
     splits = {}
@@ -341,25 +348,27 @@ def _from_tfds(name: str, folder: Path) -> Dataset:
                 example = source[index]
                 images.append(example["image"])
                 labels.append(example["label"])
-        except unusable as error:
+        except read_errors as error:
             raise InputError(f"{folder}: TFDS cannot read {split}: {_one_line(error)}") from error
         kinds = sorted({(image.shape, image.dtype.name) for image in images})
         if len(kinds) > 1:
             raise InputError(
                 f"{folder}: the images of {split} must all have one shape, got {kinds[:4]}."
             )
-        splits[split] = _split(np.array(images), np.array(labels), label.num_classes, str(folder))
-    return _dataset(name, label.num_classes, **splits)
+        splits[split] = _check_split(
+            np.array(images), np.array(labels), label.num_classes, str(folder)
+        )
+    return _build_dataset(name, label.num_classes, **splits)
 
 
 def _one_line(error: Exception) -> str:
     return textwrap.shorten(f"{type(error).__name__}: {error}", 300)
 
 
-def _split(images: np.ndarray, labels: np.ndarray, num_classes: int, where: str) -> Split:
+def _check_split(images: np.ndarray, labels: np.ndarray, num_classes: int, where: str) -> Split:
     if len(images) != len(labels) or not len(images):
         raise InputError(
-            f"{where}: there must be one label for every image and at least one image, "
+            f"{where}: there must be one label per image and at least one image, "
             f"got {len(images)} images and {len(labels)} labels."
         )
     if images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] not in (1, 3):
@@ -378,7 +387,7 @@ def _split(images: np.ndarray, labels: np.ndarray, num_classes: int, where: str)
     return Split(images, labels.astype(np.int32))
 
 
-def _dataset(name: str, num_classes: int, train: Split, test: Split) -> Dataset:
+def _build_dataset(name: str, num_classes: int, train: Split, test: Split) -> Dataset:
     if train.images.shape[1:] != test.images.shape[1:]:
         raise InputError(
             f"{name}: training and test images must have one shape, "
@@ -403,25 +412,26 @@ def _read_image(path: str, image_size: int, channels: int) -> np.ndarray:
         raise InputError(f"{path}: the image cannot be read: {_one_line(error)}") from error
     if image.mode.startswith(("I", "F")):
         raise InputError(
-            f"{path}: an image must have 8 bits per channel, got Pillow's mode {image.mode}."
+            f"{path}: an image must have 8 bits per channel, got Pillow mode {image.mode}."
         )
     image = image.convert("RGBA")
-    image.thumbnail((_WORKING_SIZE, _WORKING_SIZE))
+    image.thumbnail((_MAX_SIDE, _MAX_SIDE))
     white = Image.new("RGBA", image.size, "white")
     image = Image.alpha_composite(white, image).convert("L" if channels == 1 else "RGB")
     pixels = np.asarray(image, np.float32) / 255
-    if np.ptp(pixels, axis=(0, 1)).max() < _BLANK:
-        raise InputError(f"{path}: the image is blank: nothing in it stands out by {_BLANK:.0%}.")
+    if np.ptp(pixels, axis=(0, 1)).max() < _MIN_CONTRAST:
+        raise InputError(f"{path}: the image is blank: its contrast is below {_MIN_CONTRAST:.0%}.")
     if channels == 1:
         return _fit_digit(pixels, image_size)[..., None]
     return np.asarray(ImageOps.fit(image, (image_size, image_size)), np.float32) / 255
 
 
 def _fit_digit(pixels: np.ndarray, image_size: int) -> np.ndarray:
+    """Normalise a grey image `[H, W]` to `[image_size, image_size]` as MNIST's scans were."""
     background = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]))
     dark_ink = background > (pixels.min() + pixels.max()) / 2
     ink = background - pixels if dark_ink else pixels - background
-    ink = np.where(ink < _INK * ink.max(), 0, ink / ink.max())
+    ink = np.where(ink < _INK_THRESHOLD * ink.max(), 0, ink / ink.max())
     rows, columns = np.flatnonzero(ink.any(axis=1)), np.flatnonzero(ink.any(axis=0))
     ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
@@ -429,13 +439,13 @@ def _fit_digit(pixels: np.ndarray, image_size: int) -> np.ndarray:
     height, width = (max(1, round(side * scale)) for side in ink.shape)
     resized = Image.fromarray(ink).resize((width, height), Image.Resampling.BOX)
     digit = np.asarray(resized)
-    middle = [
+    centre_of_mass = [
         np.average(np.arange(side), weights=digit.sum(axis=1 - axis))
         for axis, side in enumerate(digit.shape)
     ]
     top, left = (
         min(max(0, round(image_size / 2 - centre)), image_size - side)
-        for centre, side in zip(middle, digit.shape, strict=True)
+        for centre, side in zip(centre_of_mass, digit.shape, strict=True)
     )
     result = np.zeros((image_size, image_size), np.float32)
     result[top : top + height, left : left + width] = digit

@@ -1,8 +1,8 @@
-"""Reads idx files, the format in which MNIST and its relatives are published.
+"""Reader of idx files, the format of MNIST and Fashion-MNIST.
 
-Source: "The MNIST database of handwritten digits", section "File formats for the MNIST
-database", http://yann.lecun.com/exdb/mnist/. Nothing in a file is believed before it is checked:
-no allocation is larger than what the file really holds, plus one block.
+Source: "The MNIST database of handwritten digits", section "File formats for the MNIST database",
+http://yann.lecun.com/exdb/mnist/. Files are not trusted: memory is allocated for the bytes that a
+file has, not for the sizes that its header claims.
 """
 
 import gzip
@@ -22,20 +22,20 @@ STEMS = {
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
 _MAX_BYTES = 2**32
-_BLOCK = 2**20
+_BLOCK_BYTES = 2**20
 
 
 def locate(folder: Path) -> dict[str, Path]:
-    """Finds the four files of a data set, plain before gzipped.
+    """Find the four idx files of a data set, preferring plain files to gzipped ones.
 
     Args:
-      folder: where to look; its subfolders are not searched.
+      folder: The folder to search, without its subfolders.
 
     Returns:
-      The path of every name in `STEMS`, or nothing if the folder has none of them.
+      The path of each name in `STEMS`; an empty dict if the folder has none of the files.
 
     Raises:
-      InputError: The folder has some of the files and lacks others.
+      InputError: Some of the files are missing, but not all.
     """
     stems = [stem for pair in STEMS.values() for stem in pair]
     paths = {}
@@ -46,12 +46,12 @@ def locate(folder: Path) -> dict[str, Path]:
                 break
     missing = [stem for stem in stems if stem not in paths]
     if paths and missing:
-        raise InputError(f"{folder}: {', '.join(missing)} (or the same with .gz) is missing.")
+        raise InputError(f"{folder}: {', '.join(missing)} (plain or .gz) is missing.")
     return paths
 
 
 def read_images(path: Path) -> np.ndarray:
-    """Reads square grey images, uint8 [N, S, S, 1], from an idx3 file or an idx3.gz file."""
+    """Read square grey images, uint8 `[N, S, S, 1]`, from an idx3 or idx3.gz file."""
     images = _read(path, rank=3)
     if images.shape[1] != images.shape[2]:
         raise InputError(
@@ -61,17 +61,17 @@ def read_images(path: Path) -> np.ndarray:
 
 
 def read_labels(path: Path) -> np.ndarray:
-    """Reads labels, uint8 [N], from an idx1 file or an idx1.gz file."""
+    """Read labels, uint8 `[N]`, from an idx1 or idx1.gz file."""
     return _read(path, rank=1)
 
 
 def header(array: np.ndarray) -> bytes:
-    """The bytes that stand before an array's own in an idx file."""
+    """Return the idx header of an array, the bytes that precede its data in a file."""
     return struct.pack(f">{1 + array.ndim}I", _magic(array.ndim), *array.shape)
 
 
 def _magic(rank: int) -> int:
-    return 0x08 << 8 | rank  # the third byte says unsigned bytes, the fourth how many dimensions
+    return 0x08 << 8 | rank  # third byte: type (8, unsigned byte); fourth: number of dimensions
 
 
 def _read(path: Path, *, rank: int) -> np.ndarray:
@@ -87,7 +87,7 @@ def _parse(stream: BufferedIOBase, path: Path, *, rank: int) -> np.ndarray:
     if len(header) < 4 + 4 * rank:
         raise InputError(
             f"{path}: an idx{rank} file starts with {4 + 4 * rank} bytes of header, "
-            f"got {len(header)} bytes in all."
+            f"got a file of {len(header)} bytes."
         )
     magic, *shape = struct.unpack(f">{1 + rank}I", header)
     if magic != _magic(rank):
@@ -99,12 +99,12 @@ def _parse(stream: BufferedIOBase, path: Path, *, rank: int) -> np.ndarray:
     num_bytes = math.prod(shape)
     if not 1 <= num_bytes <= _MAX_BYTES:
         raise InputError(
-            f"{path}: the sizes in the header must give 1 to {_MAX_BYTES} bytes of data, "
+            f"{path}: the sizes in the header must amount to 1 to {_MAX_BYTES} bytes of data, "
             f"got {sizes} = {num_bytes}."
         )
     data = _read_at_most(stream, num_bytes + 1)
     if len(data) != num_bytes:
-        found = "more than that" if len(data) > num_bytes else f"{len(data)}"
+        found = "more" if len(data) > num_bytes else f"{len(data)}"
         raise InputError(
             f"{path}: the sizes in the header, {sizes}, need {num_bytes} bytes of data, "
             f"got {found}."
@@ -114,7 +114,7 @@ def _parse(stream: BufferedIOBase, path: Path, *, rank: int) -> np.ndarray:
 
 def _read_at_most(stream: BufferedIOBase, limit: int) -> bytearray:
     data = bytearray()
-    # In blocks: one read of `limit` bytes would allocate them all, whatever the file holds.
-    while block := stream.read(min(_BLOCK, limit - len(data))):
+    # In blocks, because read(limit) would allocate `limit` bytes for a file of any size.
+    while block := stream.read(min(_BLOCK_BYTES, limit - len(data))):
         data += block
     return data

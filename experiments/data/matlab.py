@@ -1,8 +1,8 @@
-"""Reads numbers out of a struct in a MATLAB file of level 5, without trusting a size in it.
+"""Reader of numeric struct fields in MATLAB level 5 files.
 
 Source: The MathWorks, "MAT-File Format", chapter 1, "MAT-File Level 5 File Format",
-https://www.mathworks.com/help/pdf_doc/matlab/matfile_format.pdf. It exists because SciPy's reader
-ends the whole process on some damaged files.
+https://www.mathworks.com/help/pdf_doc/matlab/matfile_format.pdf. It replaces `scipy.io.loadmat`,
+which crashes the process on some damaged files; here they raise ValueError.
 """
 
 import struct
@@ -12,135 +12,140 @@ from pathlib import Path
 
 import numpy as np
 
-LARGEST = 2**30  # bytes of a file, and of a variable that is compressed in it
-_HEADER, _VERSION = 128, b"\0\1IM"
-_MATRIX, _COMPRESSED = 14, 15
-_STRUCT = 2
-# NumPy's types by the numbers of the format: of stored data, and of arrays.
-_STORED = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8"}
-_STORED |= {13: "u8"}
-_CLASSES = {6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2", 12: "i4", 13: "u4"}
-_CLASSES |= {14: "i8", 15: "u8"}
+MAX_BYTES = 2**30  # of a file, and of a decompressed variable
+_HEADER_BYTES, _VERSION = 128, b"\0\1IM"
+_MATRIX, _COMPRESSED = 14, 15  # data types of elements
+_STRUCT = 2  # class of an array
+_COMPLEX_FLAG = 0x0800
+# NumPy types by the format's numbers: data types of stored numbers, then classes of arrays.
+_DATA_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8"}
+_DATA_TYPES |= {13: "u8"}
+_ARRAY_CLASSES = {6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2", 12: "i4", 13: "u4"}
+_ARRAY_CLASSES |= {14: "i8", 15: "u8"}
 
 
 def read_struct(path: Path, name: str, fields: Collection[str]) -> dict[str, np.ndarray]:
-    """The named fields of a struct that is a variable of a file.
+    """Read real numeric fields of a 1 x 1 struct in a MATLAB file.
 
     Args:
       path: The file.
-      name: The variable, a struct of one element.
-      fields: Real numeric arrays in it; others are passed over.
+      name: Name of the variable that holds the struct.
+      fields: Names of the fields to read; all others are skipped.
 
     Returns:
-      The arrays, in MATLAB's shape and type.
+      The arrays by field name, with MATLAB's shapes and types.
 
     Raises:
       OSError: The file cannot be read.
-      ValueError: It is damaged, too large, of another format or has no such struct and fields.
+      ValueError: The file is damaged, larger than `MAX_BYTES`, of another format, or lacks the
+        struct or one of the fields.
     """
-    if path.stat().st_size > LARGEST:
-        raise ValueError(f"it has more than {LARGEST} bytes")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"the file has more than {MAX_BYTES} bytes")
     content = memoryview(path.read_bytes())
-    if bytes(content[_HEADER - 4 : _HEADER]) != _VERSION:
-        raise ValueError("it has no header of a MATLAB file of level 5, little-endian")
-    for kind, body in _elements(content[_HEADER:]):
+    if bytes(content[_HEADER_BYTES - 4 : _HEADER_BYTES]) != _VERSION:
+        raise ValueError("the header is not that of a little-endian MATLAB level 5 file")
+    for kind, body in _iter_elements(content[_HEADER_BYTES:]):
         if kind == _COMPRESSED:
-            kind, body = next(_elements(_decompressed(body)), (0, body))
-        if kind == _MATRIX and (found := _fields(body, name, fields)) is not None:
+            kind, body = next(_iter_elements(_decompress(body)), (0, body))
+        if kind == _MATRIX and (found := _read_fields(body, name, fields)) is not None:
             return found
-    raise ValueError(f"it has no variable {name}")
+    raise ValueError(f"there is no variable {name}")
 
 
-def _fields(body: memoryview, name: str, fields: Collection[str]) -> dict[str, np.ndarray] | None:
-    """The fields of a variable; None if it has another name."""
-    parts = _elements(body)
-    number, shape, own = _heading(parts)
-    if own != name:
+def _read_fields(
+    body: memoryview, name: str, fields: Collection[str]
+) -> dict[str, np.ndarray] | None:
+    """Read the fields of a variable, or return None if the variable is not called `name`."""
+    parts = _iter_elements(body)
+    array_class, shape, variable = _read_array_header(parts)
+    if variable != name:
         return None
-    if number != _STRUCT or np.prod(shape, dtype=float) != 1:
-        raise ValueError(f"{name} is no struct of one element")
-    (width,), text = _integers(*_next(parts)), bytes(_next(parts)[1])
+    if array_class != _STRUCT or np.prod(shape, dtype=float) != 1:
+        raise ValueError(f"{name} is not a struct of one element")
+    (width,), text = _read_integers(*_next_element(parts)), bytes(_next_element(parts)[1])
     if width < 1:
-        raise ValueError("names of fields have no length")
+        raise ValueError("the field names have length 0")
     found = {}
     for start in range(0, len(text), int(width)):
         field = text[start : start + int(width)].partition(b"\0")[0].decode("latin-1")
-        kind, inner = _next(parts)
+        kind, inner = _next_element(parts)
         if field in fields:
-            found[field] = _array(kind, inner, field)
+            found[field] = _read_array(kind, inner, field)
     if missing := set(fields) - found.keys():
         raise ValueError(f"{name} has no {', '.join(sorted(missing))}")
     return found
 
 
-def _array(kind: int, body: memoryview, field: str) -> np.ndarray:
-    parts = _elements(body)
-    number, shape, _ = _heading(parts)
-    if kind != _MATRIX or number not in _CLASSES:
-        raise ValueError(f"{field} is no array of numbers")
-    values = _numbers(*_next(parts))
+def _read_array(kind: int, body: memoryview, field: str) -> np.ndarray:
+    parts = _iter_elements(body)
+    array_class, shape, _ = _read_array_header(parts)
+    if kind != _MATRIX or array_class not in _ARRAY_CLASSES:
+        raise ValueError(f"{field} is not a numeric array")
+    values = _read_numbers(*_next_element(parts))
     if len(values) != np.prod(shape, dtype=float):
         raise ValueError(f"{field} has {len(values)} numbers for the shape {shape}")
-    cast = values.astype(_CLASSES[number])
+    cast = values.astype(_ARRAY_CLASSES[array_class])
     if not np.array_equal(cast, values, equal_nan=True):
-        raise ValueError(f"{field} has numbers that its class cannot hold")
+        raise ValueError(f"{field} has numbers that its class cannot represent")
     return cast.reshape(shape, order="F")
 
 
-def _heading(parts: Iterator[tuple[int, memoryview]]) -> tuple[int, tuple, str]:
-    """The class, the shape and the name of an array."""
-    flags, shape = (_integers(*_next(parts)) for _ in range(2))
-    # As Python's: NumPy's of one byte, which a tag may ask for, take no 0x0800.
-    if len(flags) != 2 or int(flags[0]) & 0x0800 or len(shape) < 2 or shape.min() < 0:
-        raise ValueError("an array has no flags or shape, or complex numbers")
-    name = bytes(_next(parts)[1]).decode("latin-1")
+def _read_array_header(parts: Iterator[tuple[int, memoryview]]) -> tuple[int, tuple, str]:
+    """Read the class, the shape and the name of an array."""
+    flags, shape = (_read_integers(*_next_element(parts)) for _ in range(2))
+    # int(), because a damaged file may give uint8 flags, and NumPy refuses uint8 & 0x0800.
+    is_complex = len(flags) == 2 and int(flags[0]) & _COMPLEX_FLAG
+    if len(flags) != 2 or is_complex or len(shape) < 2 or shape.min() < 0:
+        raise ValueError("an array is complex or has invalid flags or shape")
+    name = bytes(_next_element(parts)[1]).decode("latin-1")
     return int(flags[0]) & 0xFF, tuple(map(int, shape)), name
 
 
-def _numbers(kind: int, body: memoryview) -> np.ndarray:
-    if kind not in _STORED or len(body) % np.dtype(_STORED[kind]).itemsize:
-        raise ValueError("numbers have a type or a size that does not exist")
-    return np.frombuffer(body, f"<{_STORED[kind]}")
+def _read_numbers(kind: int, body: memoryview) -> np.ndarray:
+    if kind not in _DATA_TYPES or len(body) % np.dtype(_DATA_TYPES[kind]).itemsize:
+        raise ValueError("numbers have an unknown type or an incomplete last value")
+    return np.frombuffer(body, f"<{_DATA_TYPES[kind]}")
 
 
-def _integers(kind: int, body: memoryview) -> np.ndarray:
-    values = _numbers(kind, body)
+def _read_integers(kind: int, body: memoryview) -> np.ndarray:
+    values = _read_numbers(kind, body)
     if values.dtype.kind == "f":
-        raise ValueError("a shape, flags or a length are no integers")
+        raise ValueError("a shape, flags or a length are not integers")
     return values
 
 
-def _next(parts: Iterator[tuple[int, memoryview]]) -> tuple[int, memoryview]:
+def _next_element(parts: Iterator[tuple[int, memoryview]]) -> tuple[int, memoryview]:
     found = next(parts, None)
     if found is None:
-        raise ValueError("an array ends early")
+        raise ValueError("an array is incomplete")
     return found
 
 
-def _elements(content: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """The type and the data of each element; one is read when it is asked for."""
-    place = 0
-    while place < len(content):
-        if len(content) - place < 8:
-            raise ValueError("it ends inside a tag")
-        kind, size = struct.unpack_from("<II", content, place)
-        start = place + 8
-        place = start + size + (0 if kind == _COMPRESSED else -size % 8)
-        if kind >> 16:  # a small element: its data share the 8 bytes of the tag
-            kind, size, start, place = kind & 0xFFFF, kind >> 16, start - 4, start
+def _iter_elements(content: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Yield the data type and the data of each element lazily."""
+    position = 0
+    while position < len(content):
+        if len(content) - position < 8:
+            raise ValueError("the file ends inside a tag")
+        kind, size = struct.unpack_from("<II", content, position)
+        start = position + 8
+        position = start + size + (0 if kind == _COMPRESSED else -size % 8)
+        if kind >> 16:  # small data element format: the data are inside the 8 bytes of the tag
+            kind, size, start, position = kind & 0xFFFF, kind >> 16, start - 4, start
             if size > 4:
-                raise ValueError("a small element is too large")
+                raise ValueError("a small data element has more than 4 bytes")
         if size > len(content) - start:
-            raise ValueError("it ends inside an element")
+            raise ValueError("the file ends inside an element")
         yield kind, content[start : start + size]
 
 
-def _decompressed(body: memoryview) -> memoryview:
+def _decompress(body: memoryview) -> memoryview:
     stream = zlib.decompressobj()
     try:
-        content = stream.decompress(body, LARGEST)
+        content = stream.decompress(body, MAX_BYTES)
     except zlib.error as error:
-        raise ValueError(f"it is damaged: {error}") from error
+        raise ValueError(f"a compressed variable is damaged: {error}") from error
     if not stream.eof:
-        raise ValueError(f"a variable is damaged or has more than {LARGEST} bytes")
+        raise ValueError(f"a compressed variable is damaged or has more than {MAX_BYTES} bytes")
     return memoryview(content)

@@ -1,10 +1,12 @@
-"""MultiMNIST: two overlapping digits an image, made when asked for.
+"""MultiMNIST: images of two overlapping digits, generated on demand.
 
 Source: Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules", section 6,
-https://arxiv.org/abs/1710.09829. A digit lies on another of another class from the same half of
-MNIST; each is shifted by up to 4 pixels in each direction, which makes 36 x 36 of 28 x 28 pixels.
-The paper says that their bounding boxes, of 20 x 20 pixels, overlap by 80 % on average; with these
-shifts it is 73 % of the area, and 85 % of the width.
+https://arxiv.org/abs/1710.09829. Two digits of different classes, both from the training or both
+from the test set, are each shifted by up to 4 pixels along both axes, so that 28 x 28 pixels become
+36 x 36. The paper states that the digits' bounding boxes (20 x 20 pixels) overlap by 80 % on
+average; these shifts give 73 % of the area and 85 % of the width.
+
+Shape letters: N examples; B examples of a batch; S height and width of a digit; C channels.
 """
 
 import dataclasses
@@ -19,10 +21,10 @@ SHIFT = 4  # pixels
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OverlaidDigits:
-    """Any number of examples: the i-th depends on the digits, the seed and i alone.
+    """A virtual data set of `size` pairs of digits; example i is a function of split, seed and i.
 
-    An example is its two digits apart, layers of one image; `objectives` lays them over each
-    other. The first digits are those of the split, in order, over and over.
+    The first digit of example i is digit i modulo N of the split; the second digit and both shifts
+    are random. The two digits are separate layers; the training objective overlays them.
     """
 
     split: datasets.Split
@@ -30,8 +32,8 @@ class OverlaidDigits:
     seed: int
 
     def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The layers, uint8 `[B, 2, S + 8, S + 8, C]`, and their classes, int32 `[B, 2]`."""
-        first, second, shifts = self._choices(indices)
+        """Return digit layers, uint8 `[B, 2, S + 8, S + 8, C]`, and classes, int32 `[B, 2]`."""
+        first, second, shifts = self._draw(indices)
         digits = np.stack([self.split.images[first], self.split.images[second]], 1)
         batch, layers, side, _, channels = digits.shape
         wide = side + 2 * SHIFT
@@ -47,15 +49,15 @@ class OverlaidDigits:
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
-        """The classes of all examples, int32 `[N, 2]`."""
-        first, second, _ = self._choices(np.arange(self.size))
+        """Return the classes of both digits of all examples, int32 `[N, 2]`."""
+        first, second, _ = self._draw(np.arange(self.size))
         return np.stack([self.split.labels[first], self.split.labels[second]], 1)
 
-    def _choices(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Which digits, and where: `[B]`, `[B]` and `[B, 2, 2]`."""
+    def _draw(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Draw the digits' indices `[B]` and `[B]`, and their (row, column) corners `[B, 2, 2]`."""
         first = indices % self.split.size
-        bits = _bits(self.seed, indices, 5)
-        # Of the digits in the order of their classes, all but those of the first one's class.
+        bits = _random_bits(self.seed, indices, 5)
+        # Uniform over the digits sorted by class, skipping the range of the first digit's class.
         order, starts, counts = self._by_class
         start, count = starts[self.split.labels[first]], counts[self.split.labels[first]]
         other = (bits[:, 0] % (self.split.size - count).astype(np.uint64)).astype(np.int64)
@@ -69,22 +71,22 @@ class OverlaidDigits:
         return np.argsort(self.split.labels, kind="stable"), np.cumsum(counts) - counts, counts
 
 
-def _bits(seed: int, indices: np.ndarray, count: int) -> np.ndarray:
-    """Random bits for each index, uint64 `[B, count]`.
+def _random_bits(seed: int, indices: np.ndarray, count: int) -> np.ndarray:
+    """Return random bits for each index, uint64 `[B, count]`.
 
     Source: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", figure 17
-    (SplitMix64), https://doi.org/10.1145/2660193.2660195: unlike NumPy's generators it jumps to
-    any place of its stream, for many at once.
+    (SplitMix64), https://doi.org/10.1145/2660193.2660195. Unlike NumPy's generators, it evaluates
+    arbitrary positions of its stream in one vectorised expression.
     """
-    place = np.uint64(count) * indices.astype(np.uint64)[:, None] + np.arange(
+    position = np.uint64(count) * indices.astype(np.uint64)[:, None] + np.arange(
         count, dtype=np.uint64
     )
     golden = np.uint64(0x9E3779B97F4A7C15)
-    x = _mixed(np.array([seed], np.uint64) + golden) + (place + np.uint64(1)) * golden
-    return _mixed(x)
+    x = _mix(np.array([seed], np.uint64) + golden) + (position + np.uint64(1)) * golden
+    return _mix(x)
 
 
-def _mixed(x: np.ndarray) -> np.ndarray:
+def _mix(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -1,8 +1,9 @@
-"""Figures of a trained capsule network: functions of arrays that return a Matplotlib figure.
+"""Figures of a trained classifier.
 
-Shape letters: N examples; H, W, C height, width and channels of an image, with C 1 or 3; K classes;
-D dimensions of a capsule; V tweaks; T routing iterations; I children (input capsules); J parents
-(output capsules). Images hold values from 0 to 1. No function uses pyplot or writes a file.
+Shape letters: N examples; H, W, C height, width and channels of an image, C 1 or 3; K classes; D
+dimensions of a capsule; V values added to a dimension; T routing iterations; I children (input
+capsules); J parents (output capsules). Images are in [0, 1]. `class_names` are K names, or J names
+of parents, by default their indices. No function uses pyplot or writes a file.
 """
 
 import math
@@ -25,19 +26,19 @@ _HEAT = "Blues"
 
 @STYLE
 def learning_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
-    """Draws loss and error in percent against epochs, and writes the last test error beside it.
+    """Draw loss and error (%) over epochs, annotated with the last test error.
 
     Args:
-        rows: the rows of `metrics.jsonl`. Each has `epoch` and any of `train_loss`, `test_loss`,
-            `train_error` and `test_error`.
+      rows: The rows of `metrics.jsonl`. Each has `epoch` and any of `train_loss`, `test_loss`,
+        `train_error` and `test_error`.
 
     Raises:
-        ValueError: if there is no row, or one without `epoch`.
+      ValueError: `rows` is empty, or a row lacks `epoch`.
     """
-    unplaced = [dict(row) for row in rows if "epoch" not in row]
-    if unplaced or not rows:
+    invalid = [dict(row) for row in rows if "epoch" not in row]
+    if invalid or not rows:
         raise ValueError(
-            f"learning_curves: rows must be one or more with an epoch, got {unplaced[:1] or rows}"
+            f"learning_curves: rows must be one or more with an epoch, got {invalid[:1] or rows}"
         )
     figure = Figure((7.2, 2.8))
     for axes, measure in zip(figure.subplots(1, 2), ("loss", "error"), strict=True):
@@ -56,13 +57,13 @@ def learning_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
                 beside = axes.get_yaxis_transform()
                 last = axes.text(1.02, values[-1], f"{values[-1]:.2f} %", transform=beside)
                 last.set(color=colour, fontweight="bold", verticalalignment="center")
-        _scale_values(axes, np.concatenate(shown))
+        _set_value_scale(axes, np.concatenate(shown))
         axes.set(title="Loss" if measure == "loss" else "Error (%)", xlabel="epoch")
         axes.set_xlim(0, max(row["epoch"] for row in rows) or 1)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
         axes.grid(visible=True)
         if len(shown) > 1:
-            # Beside the title, because every place inside may hold a curve.
+            # Above the axes, because curves may cover any position inside them.
             axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2, ncols=2)
     settle_ticks(figure)
     return figure
@@ -77,30 +78,30 @@ def reconstructions(
     *,
     class_names: Sequence[str] | None = None,
 ) -> Figure:
-    """Draws images over their reconstructions, a column an example; wrong predictions are framed.
+    """Draw images above their reconstructions, with a frame around wrong predictions.
 
     Args:
-        images: the originals, `[N, H, W, C]`; 10 or 12 fill the width of a page.
-        reconstructions: what the decoder made of them, `[N, H, W, C]`.
-        lengths: the length of each class capsule, `[N, K]`; the longest is the prediction.
-        labels: the true classes, `[N]`.
-        class_names: one name a class; their numbers by default.
+      images: Original images, `[N, H, W, C]`; N of 10 or 12 fills the width of a page.
+      reconstructions: The decoder's images, `[N, H, W, C]`.
+      lengths: Lengths of the class capsules, `[N, K]`; the longest is the prediction.
+      labels: True classes, `[N]`.
+      class_names: Names of the classes, `[K]`.
 
     Raises:
-        ValueError: if a shape, a pixel or a label is out of its range.
+      ValueError: A shape, a pixel value or a label is invalid.
     """
-    images = _pixels("reconstructions: images", images, "NHWC")
+    images = _check_images("reconstructions: images", images, "NHWC")
     sizes = dict(zip("NHWC", images.shape, strict=True))
-    decoded = _pixels("reconstructions: reconstructions", reconstructions, "NHWC", **sizes)
+    decoded = _check_images("reconstructions: reconstructions", reconstructions, "NHWC", **sizes)
     N, H, W, _ = images.shape
-    lengths = _shaped("reconstructions: lengths", lengths, "NK", N=N)
-    names = _named_classes("reconstructions", lengths.shape[1], class_names)
-    labels = _classes("reconstructions: labels", labels, "N", len(names), N=N)
+    lengths = _check_shape("reconstructions: lengths", lengths, "NK", N=N)
+    names = _class_labels("reconstructions", lengths.shape[1], class_names)
+    labels = _check_classes("reconstructions: labels", labels, "N", len(names), N=N)
     longest = lengths.argmax(axis=1)
     wrong = np.flatnonzero(longest != labels)
     captions = [
-        f"{names[label]}\n{names[best]}\n{own[best]:.2f}"
-        for label, best, own in zip(labels, longest, lengths, strict=True)
+        f"{names[label]}\n{names[best]}\n{example[best]:.2f}"
+        for label, best, example in zip(labels, longest, lengths, strict=True)
     ]
     tile = max(0.6, _text_inches(names) + 0.1)
     height = 2 * tile * H / W + (0.85 if wrong.size else 0.65)
@@ -109,7 +110,7 @@ def reconstructions(
     draw_tiles(axes, np.stack([images, decoded]))
     axes.set_yticks([0, 1], ["original", "reconstruction"])
     axes.set_xticks(range(N), captions)
-    beside = (-3.5, -3.5)  # as far off as tick labels, so that the lines meet
+    beside = (-3.5, -3.5)  # the offset of tick labels, for a common baseline
     heads = axes.annotate("true class\npredicted\nlength", (0, 0), beside, xycoords="axes fraction")
     heads.set(anncoords="offset points", color=GREY, ha="right", va="top")
     for column in wrong:
@@ -123,18 +124,18 @@ def reconstructions(
 
 @STYLE
 def dimension_tweaks(grid: np.ndarray, *, values: Sequence[float]) -> Figure:
-    """Draws what the decoder makes of one capsule with one dimension changed at a time.
+    """Draw reconstructions of a capsule with one dimension changed at a time.
 
     Args:
-        grid: decoded images, `[D, V, H, W, C]`, for each dimension and each change of it.
-        values: what was added to the dimension, `[V]`.
+      grid: Reconstructions by dimension and added value, `[D, V, H, W, C]`.
+      values: The values that were added to the dimension, `[V]`.
 
     Raises:
-        ValueError: if a shape or a pixel is out of its range.
+      ValueError: A shape or a pixel value is invalid.
     """
-    grid = _pixels("dimension_tweaks: grid", grid, "DVHWC")
+    grid = _check_images("dimension_tweaks: grid", grid, "DVHWC")
     D, V, H, W, _ = grid.shape
-    added = np.round(_shaped("dimension_tweaks: values", values, "V", V=V), 4) + 0.0  # no -0
+    added = np.round(_check_shape("dimension_tweaks: values", values, "V", V=V), 4) + 0.0  # no -0
     numbers = [f"{value:g}".replace("-", "\N{MINUS SIGN}") for value in added]
     tile = max(0.5, _text_inches(numbers) + 0.1)
     figure = Figure((max(3.2, V * tile + 0.6), D * tile * H / W + 0.5))
@@ -152,37 +153,36 @@ def dimension_tweaks(grid: np.ndarray, *, values: Sequence[float]) -> Figure:
 def couplings(
     couplings: np.ndarray, *, label: int, class_names: Sequence[str] | None = None
 ) -> Figure:
-    """Draws, for one example, how each iteration divides the children among the parents.
+    """Draw the couplings of one example in each routing iteration.
 
-    Above stand the mean coupling to each parent and the range of nine tenths of the children; below
-    are all children, ordered by the parent they prefer in the last iteration. Highlighted is the
-    parent with the largest mean coupling in the last iteration.
+    The upper row shows mean and 5 to 95 % quantiles of the couplings to each parent; the lower row
+    is a heat map of all children, sorted by their most coupled parent in the last iteration. The
+    parent with the largest mean coupling in the last iteration is highlighted.
 
     Args:
-        couplings: `[T, I, J]`; those of one child add up to 1.
-        label: the true class of the example.
-        class_names: one name a parent; their numbers by default.
+      couplings: `[T, I, J]`, summing to 1 over J.
+      label: The true class of the example.
+      class_names: Names of the parents, `[J]`.
 
     Raises:
-        ValueError: if the shape, the couplings or the label are out of their range.
+      ValueError: The shape, a coupling or the label is invalid.
     """
-    shares = _shares("couplings: couplings", couplings, "TIJ")
-    T, I, J = shares.shape  # noqa: E741
-    names = _named_classes("couplings", J, class_names)
-    true = names[_classes("couplings: label", label, "", J)]
-    means = shares.mean(axis=1)
-    low, high = np.quantile(shares, [0.05, 0.95], axis=1)
+    c = _check_couplings("couplings: couplings", couplings, "TIJ")
+    T, I, J = c.shape  # noqa: E741
+    names = _class_labels("couplings", J, class_names)
+    true = names[_check_classes("couplings: label", label, "", J)]
+    means = c.mean(axis=1)
+    low, high = np.quantile(c, [0.05, 0.95], axis=1)
     winner = int(means[-1].argmax())
-    favourite = shares[-1].argmax(axis=1)
-    order = np.lexsort((-shares[-1].max(axis=1), favourite))
+    order = np.lexsort((-c[-1].max(axis=1), c[-1].argmax(axis=1)))
 
     panel = min(2.4, max(1.0, 9 / T))
     figure = Figure((max(6.0, T * panel + 1.2), 4.6))
     grid = figure.subplots(
         2, T, sharex="col", sharey="row", squeeze=False, gridspec_kw={"height_ratios": [2, 3]}
     )
-    # An even split is at most half as dark as the darkest colour, so it reads as neither end.
-    top = max(shares.max(), 2 / J)
+    # At least 2/J, so that uniform couplings are in the middle of the colour map.
+    top = max(c.max(), 2 / J)
     colours = [RED if j == winner else BLUE for j in range(J)]
     thickness = min(8, 0.6 * 72 * panel / J)
     for t, (above, below) in enumerate(grid.T):
@@ -192,7 +192,7 @@ def couplings(
         above.set_title(f"iteration {t + 1}", loc="center")
         above.grid(visible=True, axis="y")
         heat = below.imshow(
-            shares[t, order], cmap=_HEAT, aspect="auto", interpolation="nearest", vmin=0, vmax=top
+            c[t, order], cmap=_HEAT, aspect="auto", interpolation="nearest", vmin=0, vmax=top
         )
         heat.set_extent((-0.5, J - 0.5, I, 0))
         below.set_xlabel("parent")
@@ -201,12 +201,12 @@ def couplings(
             if j == winner:
                 text.set(color=RED, fontweight="bold")
     grid[0, 0].set(ylabel="coupling", ylim=(0, None))
-    grid[1, 0].set_ylabel("child, by favourite parent")
+    grid[1, 0].set_ylabel("child, sorted by top parent")
     grid[1, 0].yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     figure.colorbar(heat, ax=grid[1], label="coupling", pad=0.02 / T)
     figure.suptitle(
         f"True class {true}; highlighted: most coupled parent {names[winner]}\n"
-        f"dot: mean; bar: 5 to 95 % of {I} children; dashed: 1/{J}"
+        f"Dot: mean; bar: 5 to 95 % of {I} children; dashed: uniform, 1/{J}"
     )
     settle_ticks(figure)
     return figure
@@ -214,23 +214,23 @@ def couplings(
 
 @STYLE
 def coupling_entropy(couplings: np.ndarray) -> Figure:
-    """Draws how far each iteration leaves the children from an even split among the parents.
+    """Draw mean and quantiles of the entropy of the couplings in each routing iteration.
 
     Args:
-        couplings: `[T, N, I, J]`; those of one child add up to 1.
+      couplings: `[T, N, I, J]`, summing to 1 over J.
 
     Raises:
-        ValueError: if the shape or the couplings are out of their range.
+      ValueError: The shape or a coupling is invalid.
     """
-    shares = _shares("coupling_entropy: couplings", couplings, "TNIJ")
-    T, N, I, J = shares.shape  # noqa: E741
-    entropy = -(shares * np.log(np.where(shares > 0, shares, 1))).sum(axis=-1).reshape(T, N * I)
+    c = _check_couplings("coupling_entropy: couplings", couplings, "TNIJ")
+    T, N, I, J = c.shape  # noqa: E741
+    entropy = -(c * np.log(np.where(c > 0, c, 1))).sum(axis=-1).reshape(T, N * I)
     quantiles = np.quantile(entropy, [0.05, 0.25, 0.75, 0.95], axis=1)
-    even = math.log(J)
+    uniform = math.log(J)
     iterations = np.arange(1, T + 1)
     figure = Figure((4.8, 2.8))
     axes = figure.subplots()
-    axes.axhline(even, color=GREY, label=f"even split:\nlog {J} = {even:.3f}", ls="--", lw=1)
+    axes.axhline(uniform, color=GREY, label=f"uniform:\nlog {J} = {uniform:.3f}", ls="--", lw=1)
     axes.plot(iterations, entropy.mean(axis=1), color=RED, label="mean", marker="o", zorder=3)
     axes.vlines(iterations, *quantiles[[1, 2]], alpha=0.35, color=BLUE, label="25 to 75 %", lw=6)
     axes.vlines(iterations, *quantiles[[0, 3]], color=BLUE, label="5 to 95 %", lw=1)
@@ -239,7 +239,7 @@ def coupling_entropy(couplings: np.ndarray) -> Figure:
         xlabel="iteration",
         ylabel="entropy (nats)",
         xlim=(0.5, T + 0.5),
-        ylim=(max(0, quantiles[0].min() - 0.1 * even), 1.05 * even),
+        ylim=(max(0, quantiles[0].min() - 0.1 * uniform), 1.05 * uniform),
     )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(visible=True, axis="y")
@@ -250,24 +250,23 @@ def coupling_entropy(couplings: np.ndarray) -> Figure:
 
 @STYLE
 def confusion_matrix(counts: np.ndarray, *, class_names: Sequence[str] | None = None) -> Figure:
-    """Draws how often each true class was predicted as each class, coloured by the errors alone.
+    """Draw a confusion matrix; only errors are coloured, and up to 20 classes have counts.
 
     Args:
-        counts: `[K, K]` integers, true classes down and predicted classes across. They are written
-            into the cells of up to 20 classes.
-        class_names: one name a class; their numbers by default.
+      counts: Integers `[K, K]`, true classes as rows, predicted classes as columns.
+      class_names: Names of the classes, `[K]`.
 
     Raises:
-        ValueError: if the counts are not a square of at least 2 x 2 integers from 0 up, not all 0.
+      ValueError: `counts` is not a non-negative, non-zero integer matrix with K of at least 2.
     """
-    counts = _shaped("confusion_matrix: counts", counts, "KK", K=len(np.atleast_1d(counts)))
+    counts = _check_shape("confusion_matrix: counts", counts, "KK", K=len(np.atleast_1d(counts)))
     K = len(counts)
     if not np.issubdtype(counts.dtype, np.integer) or counts.min() < 0 or not counts.any() or K < 2:
         raise ValueError(
-            "confusion_matrix: counts must be integers from 0 up, not all 0, of 2 or more classes, "
-            f"got {counts.dtype} from {counts.min()} to {counts.max()} of {K}"
+            "confusion_matrix: counts must be non-negative integers, not all 0, of 2 or more "
+            f"classes, got {counts.dtype} from {counts.min()} to {counts.max()} of {K}"
         )
-    names = _named_classes("confusion_matrix", K, class_names)
+    names = _class_labels("confusion_matrix", K, class_names)
     errors = counts * ~np.eye(K, dtype=bool)
     percent = 100 * errors / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     if written := K <= 20:
@@ -310,27 +309,27 @@ def misclassified(
     class_names: Sequence[str] | None = None,
     limit: int = 40,
 ) -> Figure:
-    """Draws the first wrongly classified images, each with both classes and their lengths.
+    """Draw the first misclassified images with true and predicted class and their lengths.
 
     Args:
-        images: `[N, H, W, C]`.
-        labels: the true classes, `[N]`.
-        predictions: the predicted classes, `[N]`.
-        lengths: the length of each class capsule, `[N, K]`.
-        class_names: one name a class; their numbers by default.
-        limit: the most examples to draw.
+      images: `[N, H, W, C]`.
+      labels: True classes, `[N]`.
+      predictions: Predicted classes, `[N]`.
+      lengths: Lengths of the class capsules, `[N, K]`.
+      class_names: Names of the classes, `[K]`.
+      limit: Maximum number of images to draw.
 
     Raises:
-        ValueError: if a shape, a pixel, a class or the limit is out of its range.
+      ValueError: A shape, a pixel value, a class or the limit is invalid.
     """
     if limit < 1:
         raise ValueError(f"misclassified: limit must be at least 1, got {limit}")
-    images = _pixels("misclassified: images", images, "NHWC")
+    images = _check_images("misclassified: images", images, "NHWC")
     N, H, W, _ = images.shape
-    lengths = _shaped("misclassified: lengths", lengths, "NK", N=N)
-    names = _named_classes("misclassified", lengths.shape[1], class_names)
-    labels = _classes("misclassified: labels", labels, "N", len(names), N=N)
-    predictions = _classes("misclassified: predictions", predictions, "N", len(names), N=N)
+    lengths = _check_shape("misclassified: lengths", lengths, "NK", N=N)
+    names = _class_labels("misclassified", lengths.shape[1], class_names)
+    labels = _check_classes("misclassified: labels", labels, "N", len(names), N=N)
+    predictions = _check_classes("misclassified: predictions", predictions, "N", len(names), N=N)
     wrong = np.flatnonzero(labels != predictions)
     if not wrong.size:
         figure = Figure((3.6, 1.0))
@@ -339,8 +338,10 @@ def misclassified(
     shown = wrong[:limit]
     arrow = "\N{RIGHTWARDS ARROW}"
     captions = [
-        (f"{names[true]} ({own[true]:.2f})", f"{arrow} {names[guess]} ({own[guess]:.2f})")
-        for true, guess, own in zip(labels[shown], predictions[shown], lengths[shown], strict=True)
+        (f"{names[true]} ({example[true]:.2f})", f"{arrow} {names[guess]} ({example[guess]:.2f})")
+        for true, guess, example in zip(
+            labels[shown], predictions[shown], lengths[shown], strict=True
+        )
     ]
     columns = min(8, len(shown))
     rows = math.ceil(len(shown) / columns)
@@ -354,15 +355,15 @@ def misclassified(
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
         axes.set_xlabel("\n".join(caption))
-    part = f", the first {len(shown)} shown" if len(shown) < len(wrong) else ""
+    part = f", first {len(shown)} shown" if len(shown) < len(wrong) else ""
     figure.suptitle(
         f"{len(wrong)} of {N} misclassified{part}\ntrue (length) {arrow} predicted (length)"
     )
     return figure
 
 
-def _scale_values(axes: Axes, values: np.ndarray) -> None:
-    """Makes the y axis logarithmic over a ratio of 10; zeros stay, on a linear first stretch."""
+def _set_value_scale(axes: Axes, values: np.ndarray) -> None:
+    """Scale the y axis to values: log, or symlog if there are zeros, from a ratio of 10."""
     positive = values[values > 0]
     if not positive.size or positive.max() < 10 * positive.min():
         axes.set_ylim(0, None if positive.size else 1)
@@ -384,7 +385,7 @@ def _scale_values(axes: Axes, values: np.ndarray) -> None:
 
 
 def draw_tiles(axes: Axes, tiles: np.ndarray) -> None:
-    """Draws images `[rows, columns, H, W, C]` in one; the centre of each is at (column, row)."""
+    """Draw images `[rows, columns, H, W, C]` as a mosaic; tile (r, c) is centred at x=c, y=r."""
     rows, columns, H, W, C = tiles.shape
     gap = max(1, H // 28)
     framed = np.pad(tiles, ((0, 0), (0, 0), (gap, gap), (gap, gap), (0, 0)), constant_values=1)
@@ -397,23 +398,24 @@ def draw_tiles(axes: Axes, tiles: np.ndarray) -> None:
 
 
 def _label_classes(axis: Axis, names: list[str], inches: float, *, always: int = 0) -> None:
-    """Labels the classes, `inches` apart, or as many as there is room for; `always` is one."""
+    """Label classes that are `inches` apart, skipping some if space is short, but not `always`."""
     height, width = 1.25 * POINTS / 72, _text_inches(names) + 0.05
-    across = isinstance(axis, XAxis)
-    turned = across and width > inches
-    every = math.ceil((width if across and not turned else height) / inches)
+    is_x = isinstance(axis, XAxis)
+    rotated = is_x and width > inches
+    every = math.ceil((width if is_x and not rotated else height) / inches)
     shown = range(always % every, len(names), every)
-    axis.set_ticks(shown, [names[k] for k in shown], rotation=90 if turned else 0)
+    axis.set_ticks(shown, [names[k] for k in shown], rotation=90 if rotated else 0)
 
 
 def _text_inches(texts: Sequence[str]) -> float:
-    """The width of the widest of one-line labels."""
+    """Return the width in inches of the widest text, each of one line."""
     font = FontProperties(size=POINTS)
     measure = text_to_path.get_text_width_height_descent
     return max(measure(text, font, ismath=False)[0] for text in texts) / 72
 
 
-def _named_classes(function: str, count: int, class_names: Sequence[str] | None) -> list[str]:
+def _class_labels(function: str, count: int, class_names: Sequence[str] | None) -> list[str]:
+    """Return names of `count` classes, truncated to 14 letters; by default their indices."""
     names = [str(name) for name in (range(count) if class_names is None else class_names)]
     if len(names) != count:
         raise ValueError(
@@ -422,7 +424,8 @@ def _named_classes(function: str, count: int, class_names: Sequence[str] | None)
     return [name if len(name) <= 14 else f"{name[:13]}…" for name in names]
 
 
-def _shaped(what: str, value: ArrayLike, letters: str, **sizes: int) -> np.ndarray:
+def _check_shape(what: str, value: ArrayLike, letters: str, **sizes: int) -> np.ndarray:
+    """Convert to an array, one axis per letter; raise ValueError if a given size differs."""
     array = np.asarray(value)
     if (
         array.ndim != len(letters)
@@ -437,8 +440,8 @@ def _shaped(what: str, value: ArrayLike, letters: str, **sizes: int) -> np.ndarr
     return array
 
 
-def _pixels(what: str, value: ArrayLike, letters: str, **sizes: int) -> np.ndarray:
-    images = _shaped(what, value, letters, **sizes).astype(np.float32)
+def _check_images(what: str, value: ArrayLike, letters: str, **sizes: int) -> np.ndarray:
+    images = _check_shape(what, value, letters, **sizes).astype(np.float32)
     if images.shape[-1] not in (1, 3):
         raise ValueError(f"{what} must have 1 or 3 channels, got {images.shape[-1]}")
     if not (images.min() >= 0 and images.max() <= 1):
@@ -446,8 +449,10 @@ def _pixels(what: str, value: ArrayLike, letters: str, **sizes: int) -> np.ndarr
     return images
 
 
-def _classes(what: str, value: ArrayLike, letters: str, count: int, **sizes: int) -> np.ndarray:
-    classes = _shaped(what, value, letters, **sizes)
+def _check_classes(
+    what: str, value: ArrayLike, letters: str, count: int, **sizes: int
+) -> np.ndarray:
+    classes = _check_shape(what, value, letters, **sizes)
     if not np.issubdtype(classes.dtype, np.integer) or classes.min() < 0 or classes.max() >= count:
         raise ValueError(
             f"{what} must be integers from 0 to {count - 1}, "
@@ -456,15 +461,15 @@ def _classes(what: str, value: ArrayLike, letters: str, count: int, **sizes: int
     return classes
 
 
-def _shares(what: str, value: ArrayLike, letters: str) -> np.ndarray:
-    shares = _shaped(what, value, letters).astype(np.float32)
-    if shares.shape[-1] < 2:
-        raise ValueError(f"{what} must have at least 2 parents, got {shares.shape[-1]}")
-    sums = shares.sum(axis=-1)
-    # A softmax in bfloat16 is within 0.005 of 1.
-    if not (shares.min() >= 0 and abs(sums - 1).max() <= 0.01):
+def _check_couplings(what: str, value: ArrayLike, letters: str) -> np.ndarray:
+    couplings = _check_shape(what, value, letters).astype(np.float32)
+    if couplings.shape[-1] < 2:
+        raise ValueError(f"{what} must have at least 2 parents, got {couplings.shape[-1]}")
+    sums = couplings.sum(axis=-1)
+    # The sums of a bfloat16 softmax are within 0.005 of 1.
+    if not (couplings.min() >= 0 and abs(sums - 1).max() <= 0.01):
         raise ValueError(
-            f"{what} must be from 0 up and add up to 1 over the parents, "
+            f"{what} must be non-negative and sum to 1 over the parents, "
             f"got sums from {sums.min():g} to {sums.max():g}"
         )
-    return shares
+    return couplings

@@ -1,4 +1,4 @@
-"""The figure of what `experiments.diagnostics` measures while a network is trained."""
+"""Figure of the routing diagnostics of a training run."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,24 +12,27 @@ from experiments.figures.style import BLUE, GREEN, ORANGE, PINK, RED, STYLE, set
 _PARTS = {"convolution": BLUE, "primary": RED, "capsules": GREEN, "decoder": ORANGE}
 
 
-def measured(rows: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
-    """Those rows of `metrics.jsonl` that have diagnostics."""
+def with_diagnostics(rows: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
+    """Return the rows of `metrics.jsonl` that have diagnostics."""
     return [row for row in rows if "gradient_norm" in row]
 
 
 @STYLE
 def diagnostics(rows: Sequence[Mapping[str, float]]) -> Figure:
-    """Draws entropy and clear parents by iteration, dead capsules, and shares of the gradient.
+    """Draw the routing diagnostics of `analysis.diagnostics` over epochs.
+
+    Panels: coupling entropy, input capsules with a coupling above 0.5, dead capsules, and fractions
+    of the squared gradient norm by module.
 
     Args:
-      rows: The rows of `metrics.jsonl`; only those with diagnostics are drawn.
+      rows: The rows of `metrics.jsonl`; rows without diagnostics are ignored.
 
     Raises:
-      ValueError: No row has any.
+      ValueError: No row has diagnostics.
     """
-    rows = measured(rows)
+    rows = with_diagnostics(rows)
     if not rows:
-        raise ValueError("diagnostics: rows must be one or more with diagnostics, got none")
+        raise ValueError("diagnostics: rows must include one with diagnostics, got none")
     iterations = sum(key.startswith("coupling_entropy_") for key in rows[0])
     shades = matplotlib.colormaps["viridis"]
     numbered = {
@@ -37,15 +40,15 @@ def diagnostics(rows: Sequence[Mapping[str, float]]) -> Figure:
     }
     figure = Figure((7.2, 4.4))
     panels: tuple[tuple[str, str, Mapping[str, Any], str], ...] = (
-        ("Mean entropy of couplings (nats)", "coupling_entropy", numbered, "iteration"),
-        ("Children with a coupling above 0.5 (%)", "clear_parents", numbered, "iteration"),
+        ("Mean coupling entropy (nats)", "coupling_entropy", numbered, "iteration"),
+        ("Input capsules with a coupling > 0.5 (%)", "clear_parents", numbered, "iteration"),
         (
-            "Capsules never longer than 0.1 (%)",
+            "Dead capsules, length ≤ 0.1 (%)",
             "dead",
             {"primary_capsules": BLUE, "class_capsules": PINK},
             "",
         ),
-        ("Share of the gradient's squared norm (%)", "gradient_share", _PARTS, ""),
+        ("Fraction of squared gradient norm (%)", "gradient_share", _PARTS, ""),
     )
     for axes, (title, prefix, colours, heading) in zip(
         figure.subplots(2, 2, sharex=True).flat, panels, strict=True
@@ -59,7 +62,7 @@ def diagnostics(rows: Sequence[Mapping[str, float]]) -> Figure:
             line.set_marker("o" if len(values) <= 40 else "")
         axes.set_title(title)
         if percent == 1:
-            axes.ticklabel_format(useOffset=False)  # iteration 1 is log(J), and others may be near
+            axes.ticklabel_format(useOffset=False)  # all values may be close to log(J)
         else:
             axes.set_ylim(0, max(1, 1.05 * axes.dataLim.y1))
         axes.grid(visible=True)

@@ -1,4 +1,4 @@
-"""Figures of benchmark_routing: functions of its rows that return a Matplotlib figure."""
+"""Figures of the rows that benchmark_routing writes. No function uses pyplot or writes a file."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,20 +30,20 @@ _MODES = {"forward": "Forward", "gradients": "Value and gradients"}
 
 @STYLE
 def time_over_capsules(rows: Sequence[Row]) -> Figure:
-    """Draws the time of a call over the number of input capsules, a line an implementation.
+    """Draw the median time per call over the number of input capsules, by implementation.
 
-    A bar spans the fastest and the slowest round. Where an implementation could not be measured,
-    a cross stands at the foot, in its colour.
+    Bars span the fastest and the slowest round. A cross at the bottom, in the implementation's
+    colour, marks a size that could not be measured.
 
     Args:
-      rows: Rows of one case at one or more numbers of capsules, as `benchmark_routing` writes them.
+      rows: Rows of one case at one or more numbers of input capsules.
 
     Raises:
-      ValueError: None of them has a time.
+      ValueError: No row has a time.
     """
     measured = [row for row in rows if "reason" not in row]
     if not measured:
-        raise ValueError("time_over_capsules: rows must hold one with a time, got none")
+        raise ValueError("time_over_capsules: rows must include one with a time, got none")
     modes = [mode for mode in _MODES if any(row["mode"] == mode for row in rows)]
     lines = list(dict.fromkeys((_name(row), row["dtype"]) for row in rows))
     figure = Figure((3.2 * len(modes) + 1.4, 3.0))
@@ -51,9 +51,9 @@ def time_over_capsules(rows: Sequence[Row]) -> Figure:
     for axes, mode in zip(panels, modes, strict=True):
         missing = 0
         for line in lines:
-            own = [r for r in rows if r["mode"] == mode and (_name(r), r["dtype"]) == line]
-            own.sort(key=lambda row: row["capsules"])
-            timed = [row for row in own if "reason" not in row]
+            of_line = [r for r in rows if r["mode"] == mode and (_name(r), r["dtype"]) == line]
+            of_line.sort(key=lambda row: row["capsules"])
+            timed = [row for row in of_line if "reason" not in row]
             look = _look(lines, line)
             if timed:
                 capsules, low, middle, high = np.array(
@@ -61,7 +61,7 @@ def time_over_capsules(rows: Sequence[Row]) -> Figure:
                 ).T
                 axes.plot(capsules, 1e3 * middle, **look, lw=1, marker="o")
                 axes.vlines(capsules, 1e3 * low, 1e3 * high, color=look["color"], lw=2, alpha=0.4)
-            absent = [row["capsules"] for row in own if "reason" in row]
+            absent = [row["capsules"] for row in of_line if "reason" in row]
             if absent:
                 height = 0.04 + 0.05 * missing
                 missing += 1
@@ -73,7 +73,7 @@ def time_over_capsules(rows: Sequence[Row]) -> Figure:
         _plain_ticks(axes.xaxis)
         _plain_ticks(axes.yaxis)
         axes.grid(visible=True)
-    panels[0].set_ylabel("ms a call")
+    panels[0].set_ylabel("time per call (ms)")
     handles = [Line2D([], [], **_look(lines, line), lw=1, marker="o") for line in lines]
     names = [" ".join(line) if _several(line[1] for line in lines) else line[0] for line in lines]
     if len(measured) < len(rows):
@@ -81,10 +81,10 @@ def time_over_capsules(rows: Sequence[Row]) -> Figure:
         names.append("not measured")
     figure.legend(handles, names, loc="outside right upper")
     first = measured[0]
-    what = [first["case"], *(f"{letter}={first[size]}" for letter, size in _SIZES.items())]
+    title = [first["case"], *(f"{letter}={first[size]}" for letter, size in _SIZES.items())]
     if not _several(row["dtype"] for row in rows):
-        what.append(first["dtype"])
-    figure.suptitle(f"{' '.join(what)}, on {first['device']}", x=0.01, ha="left")
+        title.append(first["dtype"])
+    figure.suptitle(f"{' '.join(title)}, on {first['device']}", x=0.01, ha="left")
     _room_for_decades(panels)
     settle_ticks(figure)
     return figure
@@ -92,19 +92,19 @@ def time_over_capsules(rows: Sequence[Row]) -> Figure:
 
 @STYLE
 def roofline(rows: Sequence[Row]) -> Figure:
-    """Draws what each row achieves below what memory and arithmetic of the device allow.
+    """Draw the achieved FLOP/s of each row below the roofline of the device.
 
-    Across is the arithmetic intensity that votes-free routing has at least: the same for all rows
-    of a case, mode and dtype, so that a row stands above another as many times as it is faster.
+    The arithmetic intensity is computed from the least FLOPs and bytes that votes-free routing
+    needs. It is equal for all rows of a case, mode and dtype, so vertical ratios are speedups.
 
     Args:
-      rows: Rows with a time, as `benchmark_routing` writes them.
+      rows: Rows with a time.
 
     Raises:
-      ValueError: There is none.
+      ValueError: `rows` is empty.
     """
     if not rows:
-        raise ValueError("roofline: rows must hold one with a time, got none")
+        raise ValueError("roofline: rows must include one with a time, got none")
     names = list(dict.fromkeys(_name(row) for row in rows))
     cases = list(dict.fromkeys(row["case"] for row in rows))
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
@@ -113,10 +113,10 @@ def roofline(rows: Sequence[Row]) -> Figure:
     intensities = [row["least_flops"] / row["least_bytes"] for row in rows]
     ridges = []
     for dtype, style in zip(dtypes, ("-", "--"), strict=False):
-        # Peaks are measured with each case; the highest of them is the roof.
-        own = [row for row in rows if row["dtype"] == dtype]
-        flops = max(row["peak_flops_per_second"] for row in own)
-        memory = max(row["peak_bytes_per_second"] for row in own)
+        # Peaks are measured once per case; the roof is the highest of them.
+        of_dtype = [row for row in rows if row["dtype"] == dtype]
+        flops = max(row["peak_flops_per_second"] for row in of_dtype)
+        memory = max(row["peak_bytes_per_second"] for row in of_dtype)
         ridges.append(flops / memory)
         across = np.geomspace(
             min([*intensities, ridges[-1]]) / 4, max([*intensities, ridges[-1]]) * 4, 200
@@ -128,7 +128,7 @@ def roofline(rows: Sequence[Row]) -> Figure:
         point.set_marker(_MARKERS[cases.index(row["case"]) % len(_MARKERS)])
         point.set(markersize=5, markerfacecolor=colour if row["mode"] == "forward" else "white")
     axes.set(xscale="log", yscale="log")
-    axes.set(xlabel="arithmetic intensity (FLOP a byte)", ylabel="GFLOP/s")
+    axes.set(xlabel="arithmetic intensity (FLOP per byte)", ylabel="GFLOP/s")
     axes.set_title(f"Roofline of {rows[0]['device']}, measured in the same run")
     _plain_ticks(axes.xaxis)
     _plain_ticks(axes.yaxis)
@@ -167,7 +167,7 @@ def _name(row: Row) -> str:
 
 
 def _look(lines: Sequence[tuple[str, str]], line: tuple[str, str]) -> dict[str, Any]:
-    """Colour by implementation, dashes by dtype."""
+    """Return the line's colour, by implementation, and dash pattern, by dtype."""
     names = list(dict.fromkeys(name for name, _ in lines))
     dtypes = list(dict.fromkeys(dtype for _, dtype in lines))
     colour = _COLOURS[names.index(line[0]) % len(_COLOURS)]
@@ -179,7 +179,7 @@ def _several(values: Any) -> bool:
 
 
 def _plain_ticks(axis: Axis) -> None:
-    """Labels 1, 10, 100 as such, with unlabelled ticks between."""
+    """Label powers of ten as plain numbers, with unlabelled minor ticks."""
     axis.set_major_locator(LogLocator(base=10, numticks=12))
     axis.set_major_formatter(lambda value, position: f"{value:,.10g}")
     axis.set_minor_locator(LogLocator(base=10, subs=range(2, 10), numticks=12))
@@ -187,7 +187,7 @@ def _plain_ticks(axis: Axis) -> None:
 
 
 def _room_for_decades(panels: Sequence[Axes]) -> None:
-    """Widens an axis to the decades around it, so that at least two ticks have labels."""
+    """Extend logarithmic axes to whole decades, so that at least two ticks have labels."""
     for axes in panels:
         low, high = axes.get_ylim()
         axes.set_ylim(10 ** np.floor(np.log10(low)), 10 ** np.ceil(np.log10(high)))

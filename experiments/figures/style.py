@@ -1,9 +1,9 @@
-"""How the figures of all programs look."""
+"""Matplotlib style that all figures share."""
 
 from matplotlib import style
 from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, which stays distinct under the common colour-blindnesses and in grey.
+# Okabe and Ito's colour-blind-safe palette, https://jfly.uni-koeln.de/color/.
 BLUE, RED, GREEN, ORANGE, PINK = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7"
 GREY = "#666666"
 POINTS = 7.0
@@ -22,14 +22,14 @@ STYLE = style.context(
             "grid.linewidth": 0.4,
             "legend.frameon": False,
             "lines.markersize": 3,
-            "text.parse_math": False,  # a class may be called "$"
+            "text.parse_math": False,  # class names may contain "$"
         },
     ]
 )
 
 
 def settle_ticks(figure: Figure) -> None:
-    """Makes the ticks now: Matplotlib makes them while it draws, when the style is over."""
+    """Create all ticks inside the style context; Matplotlib would create them when drawing."""
     for axes in figure.axes:
         axes.tick_params(labelsize=POINTS)
     figure.draw_without_rendering()

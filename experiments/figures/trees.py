@@ -1,7 +1,8 @@
-"""Figures of routing as a parse tree: where evidence lies in the image, and who is coupled to whom.
+"""Figures of routing as a parse tree: evidence by image position, and couplings as edges.
 
-Shape letters: T routing iterations; F class capsules that are looked at; R x C positions of primary
-capsules; N children and K parents of a tree; H, W, C height, width and channels of an image.
+Shape letters: T routing iterations; F class capsules (parents) that are drawn; N primary capsules
+(children) that are drawn; R and Q rows and columns of positions of primary capsules; H, W, C
+height, width and channels of an image.
 """
 
 from collections.abc import Sequence
@@ -15,58 +16,58 @@ from matplotlib.patheffects import withStroke
 
 from experiments.figures.style import BLUE, GREEN, GREY, ORANGE, PINK, POINTS, RED, STYLE
 
-_PARENTS = (RED, BLUE, GREEN, ORANGE, PINK)
+_PARENT_COLOURS = (RED, BLUE, GREEN, ORANGE, PINK)
 
 
-class Fields(NamedTuple):
-    """The pixels that each primary capsule sees."""
+class ReceptiveFields(NamedTuple):
+    """Receptive fields of the primary capsules, squares on a grid of positions."""
 
-    rows: np.ndarray  # [R], the middle of the receptive fields, counted from the first pixel's
-    columns: np.ndarray  # [C]
+    rows: np.ndarray  # [R], centres in pixels; 0 is the centre of the first pixel
+    columns: np.ndarray  # [Q], as rows
     side: int  # pixels
 
     @property
     def positions(self) -> int:
-        """How many there are."""
+        """Return the number of positions, R · Q."""
         return len(self.rows) * len(self.columns)
 
 
 @STYLE
 def evidence(
     image: np.ndarray,
-    shares: np.ndarray,
-    where: Fields,
+    values: np.ndarray,
+    fields: ReceptiveFields,
     *,
     names: Sequence[str],
     lengths: np.ndarray,
 ) -> Figure:
-    """Draws, iteration by iteration, how much each position of an image speaks for a capsule.
+    """Draw the evidence for class capsules by image position and routing iteration.
 
     Args:
-      image: `[H, W, C]` in 0 … 1.
-      shares: Evidence `[F, T, R, C]`, above 0 for, below 0 against the capsule.
-      where: The receptive fields of the positions.
-      names: One a capsule, `[F]`.
-      lengths: The capsules' in each iteration, `[F, T]`.
+      image: `[H, W, C]` in [0, 1].
+      values: Evidence `[F, T, R, Q]`, positive for the capsule, negative against it.
+      fields: The receptive fields of the positions.
+      names: Names of the capsules, `[F]`.
+      lengths: Lengths of the capsules, `[F, T]`.
     """
-    F, T = shares.shape[:2]
+    F, T = values.shape[:2]
     H, W, _ = image.shape
     panel = min(2.2, max(1.3, 6.4 / T))
     figure = Figure((max(5.6, T * panel + 0.5), F * (panel * H / W + 0.2) + 0.45))
     grid = figure.subplots(F, T, squeeze=False)
-    spacing = min([2.0, *np.diff(where.rows), *np.diff(where.columns)])
-    largest = abs(shares).max() or 1
+    spacing = min([2.0, *np.diff(fields.rows), *np.diff(fields.columns)])
+    largest = abs(values).max() or 1
     for (f, t), axes in np.ndenumerate(grid):
         _draw_image(axes, image)
-        for (r, c), share in np.ndenumerate(shares[f, t]):
-            radius = 0.5 * spacing * np.sqrt(abs(share) / largest)
-            dot = Circle((float(where.columns[c]), float(where.rows[r])), radius, linewidth=0)
-            dot.set_facecolor(RED if share > 0 else BLUE)
+        for (r, q), value in np.ndenumerate(values[f, t]):
+            radius = 0.5 * spacing * np.sqrt(abs(value) / largest)
+            dot = Circle((float(fields.columns[q]), float(fields.rows[r])), radius, linewidth=0)
+            dot.set_facecolor(RED if value > 0 else BLUE)
             axes.add_patch(dot)
-        r, c = np.unravel_index(shares[f, t].argmax(), shares[f, t].shape)
-        corner = (where.columns[c] - where.side / 2, where.rows[r] - where.side / 2)
+        r, q = np.unravel_index(values[f, t].argmax(), values[f, t].shape)
+        corner = (fields.columns[q] - fields.side / 2, fields.rows[r] - fields.side / 2)
         axes.add_patch(
-            Rectangle(corner, where.side, where.side, fill=False, edgecolor=GREY, linewidth=0.6)
+            Rectangle(corner, fields.side, fields.side, fill=False, edgecolor=GREY, linewidth=0.6)
         )
         axes.set_title(
             f"iteration {t + 1}: length {lengths[f, t]:.2f}", fontsize=POINTS, loc="center"
@@ -74,9 +75,8 @@ def evidence(
         if t == 0:
             axes.set_ylabel(names[f], fontsize=POINTS)
     figure.suptitle(
-        "Evidence for a class capsule by position: orange for it, blue against; its size is the "
-        f"area of the dot,\non one scale; box: the {where.side} x {where.side} pixels that the "
-        "strongest position sees",
+        "Evidence for a class capsule by position: dot area; orange positive, blue negative.\n"
+        f"Box: receptive field of the top position, {fields.side} x {fields.side} pixels",
         fontsize=POINTS + 1,
     )
     figure.draw_without_rendering()
@@ -87,33 +87,34 @@ def evidence(
 def tree(
     image: np.ndarray,
     couplings: np.ndarray,
-    where: Fields,
+    fields: ReceptiveFields,
     *,
     positions: np.ndarray,
     captions: Sequence[str],
     parents: Sequence[str],
-    drawings: np.ndarray | None,
+    reconstructions: np.ndarray | None,
     title: str,
 ) -> Figure:
-    """Draws children below their parents, with the couplings on the edges.
+    """Draw parents above children, with their couplings on the edges.
 
-    A child is shown by what it sees of the image; at the left, the image tells where that is.
+    Each child is drawn as the image inside its receptive field; the whole image at the left marks
+    the fields' centres with the children's numbers.
 
     Args:
-      image: `[H, W, C]` in 0 … 1.
-      couplings: Of each child with each parent, `[N, K]`.
-      where: The receptive fields.
-      positions: Row and column of each child among the receptive fields, integers `[N, 2]`.
-      captions: What is written below each child, `[N]`.
-      parents: What is written above each parent, `[K]`.
-      drawings: What the decoder draws of each parent, `[K, H, W, C]`; None without a decoder.
-      title: Of the figure.
+      image: `[H, W, C]` in [0, 1].
+      couplings: Coupling of each child with each parent, `[N, F]`.
+      fields: The receptive fields.
+      positions: Position (row, column) of each child in the grid of fields, integers `[N, 2]`.
+      captions: Text below each child, `[N]`.
+      parents: Text above each parent, `[F]`.
+      reconstructions: The decoder's image of each parent, `[F, H, W, C]`; None without a decoder.
+      title: Title of the figure.
     """
-    N, K = couplings.shape
+    N, F = couplings.shape
     whole, leaf, node = 2.2, 0.72, 0.72  # inches a side
-    step, rise = 0.98, 1.15 + 0.2 * K
+    step, rise = 0.98, 1.15 + 0.2 * F
     left = whole + 0.5
-    span = max(N, K + 1) * step
+    span = max(N, F + 1) * step
     width = left + span + 0.1
     base = 0.3  # below the leaves, for their captions
     top = base + leaf + rise
@@ -128,9 +129,9 @@ def tree(
     bottom = (top + node - whole) / 2
     _place(axes, image, (0.15, bottom, whole, whole * H / W))
     xs = left + (np.arange(N) + 0.5) * span / N
-    spread = left + (np.arange(K) + 1) * span / (K + 1)
-    for n, (r, c) in enumerate(positions):
-        row, column = where.rows[r], where.columns[c]
+    parent_xs = left + (np.arange(F) + 1) * span / (F + 1)
+    for n, (r, q) in enumerate(positions):
+        row, column = fields.rows[r], fields.columns[q]
         number = axes.text(
             0.15 + whole * (column + 0.5) / W,
             bottom + whole * H / W * (1 - (row + 0.5) / H),
@@ -138,37 +139,39 @@ def tree(
         )
         number.set(ha="center", va="center", color=RED, fontweight="bold")
         number.set_path_effects([withStroke(linewidth=2, foreground="white")])
-        start = np.round([row - (where.side - 1) / 2, column - (where.side - 1) / 2]).astype(int)
-        seen = image[start[0] : start[0] + where.side, start[1] : start[1] + where.side]
-        _place(axes, seen, (xs[n] - leaf / 2, base, leaf, leaf))
+        half = (fields.side - 1) / 2
+        top_row, first_column = np.round([row - half, column - half]).astype(int)
+        patch = image[top_row : top_row + fields.side, first_column : first_column + fields.side]
+        _place(axes, patch, (xs[n] - leaf / 2, base, leaf, leaf))
         axes.text(xs[n], base - 0.06, captions[n], ha="center", va="top", linespacing=1.1)
     strongest = couplings.max()
-    for k in range(K):
-        colour = _PARENTS[k % len(_PARENTS)]
-        # All numbers of a parent are on one line, and each parent has a line of its own.
-        height = 0.22 + 0.2 * k
+    for f in range(F):
+        colour = _PARENT_COLOURS[f % len(_PARENT_COLOURS)]
+        # One height per parent, so that couplings of different parents cannot overlap.
+        height = 0.22 + 0.2 * f
         for n in range(N):
-            ends = (xs[n], spread[k]), (base + leaf, top)
+            ends = (xs[n], parent_xs[f]), (base + leaf, top)
             axes.plot(
-                *ends, color=colour, lw=max(0.3, 2.5 * couplings[n, k] / strongest), alpha=0.7
+                *ends, color=colour, lw=max(0.3, 2.5 * couplings[n, f] / strongest), alpha=0.7
             )
         for n in range(N):
-            place = xs[n] + (spread[k] - xs[n]) * height / rise
-            number = axes.text(place, base + leaf + height, f"{couplings[n, k]:.2f}", zorder=3)
+            x = xs[n] + (parent_xs[f] - xs[n]) * height / rise
+            number = axes.text(x, base + leaf + height, f"{couplings[n, f]:.2f}", zorder=3)
             number.set(ha="center", va="center", color=colour)
             number.set_bbox({"facecolor": "white", "linewidth": 0, "pad": 0.8})
-        if drawings is None:
-            disc = Circle((spread[k], top + node / 2), node / 2, fill=False, edgecolor=colour)
+        if reconstructions is None:
+            disc = Circle((parent_xs[f], top + node / 2), node / 2, fill=False, edgecolor=colour)
             axes.add_patch(disc)
         else:
-            _place(axes, drawings[k], (spread[k] - node / 2, top, node, node), colour)
-        heading = axes.text(spread[k], top + node + 0.06, parents[k], ha="center", va="bottom")
+            box = (parent_xs[f] - node / 2, top, node, node)
+            _place(axes, reconstructions[f], box, colour)
+        heading = axes.text(parent_xs[f], top + node + 0.06, parents[f], ha="center", va="bottom")
         heading.set(color=colour, fontweight="bold")
     return figure
 
 
 def _faded(image: np.ndarray) -> np.ndarray:
-    """Light on dark becomes grey on white, on which marks can be seen; colours stay."""
+    """Map light-on-dark images to grey on white, on which marks are visible; keep colour images."""
     return 1 - image / 2 if image.shape[-1] == 1 else image
 
 
@@ -179,7 +182,7 @@ def _draw_image(axes: Axes, image: np.ndarray) -> None:
 
 
 def _place(axes: Axes, image: np.ndarray, box: tuple[float, ...], edge: str = GREY) -> None:
-    """Puts an image into a box (left, bottom, width, height) of the axes' own units."""
+    """Draw an image in a box (left, bottom, width, height) in data coordinates."""
     left, bottom, width, height = box
     extent = (left, left + width, bottom, bottom + height)
     axes.imshow(

@@ -1,5 +1,6 @@
-"""The programs that look into capsules: what they leave, and what they refuse in one line."""
+"""tweak_dimensions and parse_tree: files they write, refused settings, legible trees."""
 
+import functools
 import json
 import re
 
@@ -12,15 +13,16 @@ from PIL import Image
 from experiments import files, parse_tree, tweak_dimensions
 from experiments.data import datasets, idx
 from experiments.figures import trees
-from experiments.training import mnist, records
+from experiments.training import mnist, records, trained
 from experiments.training.checkpoints import Checkpoints
 
+load = functools.cache(trained.load)  # each network is compiled once
 PROGRAMS = {"tweak_dimensions": tweak_dimensions, "parse_tree": parse_tree}
 
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """12 images of noise, 20 x 20 pixels, to test, and as many to train on."""
+    """Folder of 12 training and 12 test images of noise, 20 x 20 pixels."""
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     for images_stem, labels_stem in idx.STEMS.values():
@@ -33,8 +35,8 @@ def data_dir(tmp_path_factory):
     return folder
 
 
-def trained(folder, data_dir, *, checkpoint=True, **settings):
-    """A run that has only begun."""
+def save_run(folder, data_dir, *, checkpoint=True, **settings):
+    """Save an untrained network as a run, and return its workdir."""
     config = mnist.Config(
         dataset="mnist",
         data_dir=str(data_dir),
@@ -57,17 +59,18 @@ def trained(folder, data_dir, *, checkpoint=True, **settings):
 def workdirs(tmp_path_factory, data_dir):
     folder = tmp_path_factory.mktemp("runs")
     return {
-        "capsnet": trained(folder / "capsnet", data_dir),
-        "plain": trained(folder / "plain", data_dir, reconstruction_weight=0.0),
-        "cnn": trained(folder / "cnn", data_dir, network="pooling_cnn"),
-        "begun": trained(folder / "begun", data_dir, checkpoint=False),
+        "capsnet": save_run(folder / "capsnet", data_dir),
+        "plain": save_run(folder / "plain", data_dir, reconstruction_weight=0.0),
+        "cnn": save_run(folder / "cnn", data_dir, network="pooling_cnn"),
+        "begun": save_run(folder / "begun", data_dir, checkpoint=False),
         "none": folder / "none",
     }
 
 
 @pytest.fixture
 def program(tmp_path, monkeypatch, capsys):
-    """Runs a program in this process: its exit status, stdout and stderr."""
+    """Return a function that runs a program in this process: exit status, stdout and stderr."""
+    monkeypatch.setattr(trained, "load", load)
     monkeypatch.chdir(tmp_path)
 
     def program(name, **flags):
@@ -84,7 +87,7 @@ def read(path):
     return json.loads(path.read_bytes())
 
 
-def test_tweaks_leave_grids_sweeps_and_measured_effects(program, workdirs, tmp_path):
+def test_tweak_dimensions_writes_grids_animations_and_effects(program, workdirs, tmp_path):
     for name in ("a", "b"):
         Image.fromarray(np.eye(40, dtype=np.uint8) * 255).save(f"{name}.png")
     before = {path: path.stat().st_mtime_ns for path in workdirs["capsnet"].rglob("*")}
@@ -108,47 +111,42 @@ def test_tweaks_leave_grids_sweeps_and_measured_effects(program, workdirs, tmp_p
 
 
 @pytest.mark.parametrize("run", ["capsnet", "plain"])
-def test_a_tree_is_drawn_with_and_without_a_decoder(program, workdirs, tmp_path, run):
+def test_parse_tree_draws_with_and_without_a_decoder(program, workdirs, tmp_path, run):
     status, stdout, _ = program("parse_tree", workdir=workdirs[run], output="out", index=11)
     assert status == 0
     assert left(tmp_path / "out") == {"test_11_evidence.png", "test_11_tree.png", "results.json"}
     table = read(tmp_path / "out/results.json")
-    assert [row["iteration"] for row in table] == [1, 2, 3] * parse_tree.FOCUS
+    assert [row["iteration"] for row in table] == [1, 2, 3] * parse_tree.EVIDENCE_PARENTS
     assert re.fullmatch(r"test_11: longest capsules (\d \(0\.\d\d\)(, |\n)){3}", stdout)
 
 
-def test_two_digits_make_one_tree(program, workdirs, tmp_path):
-    status, stdout, _ = program(
-        "parse_tree", workdir=workdirs["capsnet"], output="out", overlap="3,7", children=4, shift=2
-    )
+def test_parse_tree_draws_two_digits_and_an_odd_number_of_children(
+    program, workdirs, tmp_path, monkeypatch
+):
+    captions, tree = [], trees.tree
+
+    def recorded(*arguments, **options):
+        captions.extend(options["captions"])
+        return tree(*arguments, **options)
+
+    monkeypatch.setattr(trees, "tree", recorded)
+    flags = {"workdir": workdirs["capsnet"], "output": "out", "overlap": "3,7", "shift": 2}
+    status, stdout, _ = program("parse_tree", **flags, children=3)
     assert (status, stdout[:9]) == (0, "overlap_3")
+    assert len(captions) == 3
     assert left(tmp_path / "out") == {
         *("overlap_3_7_evidence.png", "overlap_3_7_tree.png", "results.json"),
     }
 
 
-def test_all_children_asked_for_are_drawn(program, workdirs, monkeypatch):
-    """Of an odd number one more is the first digit's."""
-    drawn, tree = [], trees.tree
-
-    def recorded(*arguments, **options):
-        drawn.append(options["captions"])
-        return tree(*arguments, **options)
-
-    monkeypatch.setattr(trees, "tree", recorded)
-    flags = {"workdir": workdirs["capsnet"], "output": "out", "overlap": "3,7", "children": 3}
-    assert program("parse_tree", **flags)[0] == 0
-    assert [len(captions) for captions in drawn] == [3]
-
-
-def test_overlapping_digits_move_apart_and_add_up():
+def test_overlay_shifts_and_adds_digits():
     first, second = np.zeros((5, 6, 1)), np.zeros((5, 6, 1))
     first[2, 3], second[2, 3], second[4, 0] = 0.7, 0.9, 0.4
-    first[0, 0] = 1  # leaves the frame
-    wanted = np.zeros((5, 6, 1))
-    wanted[2, 2], wanted[2, 4], wanted[4, 1] = 0.7, 0.9, 0.4
-    np.testing.assert_array_equal(parse_tree.overlapped(first, second, shift=1), wanted)
-    unmoved = parse_tree.overlapped(first, second, shift=0)
+    first[0, 0] = 1  # shifted out of the image
+    expected = np.zeros((5, 6, 1))
+    expected[2, 2], expected[2, 4], expected[4, 1] = 0.7, 0.9, 0.4
+    np.testing.assert_array_equal(parse_tree.overlay(first, second, shift=1), expected)
+    unmoved = parse_tree.overlay(first, second, shift=0)
     assert unmoved[2, 3] == 1  # 0.7 + 0.9, at most 1
     np.testing.assert_array_equal(unmoved[4, 0], 0.4)
 
@@ -160,13 +158,13 @@ def test_overlapping_digits_move_apart_and_add_up():
         ("none", {}, "workdir .*none holds no run: it has no config.json"),
         ("begun", {}, "workdir .* has no checkpoint yet; let it train further"),
         ("cnn", {}, "workdir .*cnn holds a pooling_cnn, which has no capsules"),
-        ("capsnet", {"index": 12}, "there is no test image 12: mnist has 12, from 0"),
+        ("capsnet", {"index": 12}, "test image 12 does not exist: mnist has 0 to 11"),
         ("capsnet", {"index": -1}, "--index must be at least 0, got -1"),
         ("capsnet", {"images": "none.png"}, "none.png: the image cannot be read: .*"),
         (
             "capsnet",
             {"images": "a/x.png,b/x.png"},
-            "--images must have names of their own, got x, x",
+            "--images must have different file names, got x, x",
         ),
         (
             "capsnet",
@@ -176,7 +174,9 @@ def test_overlapping_digits_move_apart_and_add_up():
         ("capsnet", {"output": "file/out"}, "file/out/.* cannot be written: Not a directory"),
     ],
 )
-def test_what_cannot_be_used_is_one_line(program, workdirs, tmp_path, name, run, flags, message):
+def test_invalid_settings_of_both_programs_are_refused(
+    program, workdirs, tmp_path, name, run, flags, message
+):
     (tmp_path / "file").write_text("precious")
     usual = {"workdir": workdirs[run], "output": "out"}
     if name == "tweak_dimensions":
@@ -202,14 +202,14 @@ def test_what_cannot_be_used_is_one_line(program, workdirs, tmp_path, name, run,
             "parse_tree",
             "capsnet",
             {"overlap": "3"},
-            "--overlap must be two .* A,B, got '3'",
+            "--overlap must be the .* A,B, got '3'",
         ),
-        ("parse_tree", "capsnet", {"overlap": "3,12"}, "there is no test image 12: .*"),
+        ("parse_tree", "capsnet", {"overlap": "3,12"}, "test image 12 does not exist: .*"),
         (
             "parse_tree",
             "capsnet",
             {"overlap": "3,4", "images": "a.png"},
-            "--overlap is made of test images: give it or --images, not both",
+            "--overlap and --images exclude each other",
         ),
         (
             "parse_tree",
@@ -220,7 +220,7 @@ def test_what_cannot_be_used_is_one_line(program, workdirs, tmp_path, name, run,
         ("parse_tree", "capsnet", {"children": 13}, "--children must be at most 12, got 13"),
     ],
 )
-def test_what_one_of_them_cannot_use_is_one_line(
+def test_invalid_settings_of_one_program_are_refused(
     program, workdirs, tmp_path, name, run, flags, message
 ):
     status, stdout, stderr = program(name, **{"workdir": workdirs[run], "output": "out"} | flags)
@@ -229,7 +229,7 @@ def test_what_one_of_them_cannot_use_is_one_line(
     assert not left(tmp_path)
 
 
-def test_a_full_disk_is_one_line(program, workdirs, monkeypatch):
+def test_a_full_disk_is_reported_in_one_line(program, workdirs, monkeypatch):
     def full(path, content):
         raise OSError(28, "No space left on device")
 
@@ -239,7 +239,7 @@ def test_a_full_disk_is_one_line(program, workdirs, monkeypatch):
     assert re.fullmatch("parse_tree: .*png cannot be written: No space left on device\n", stderr)
 
 
-WHERE = trees.Fields(np.arange(8.0, 19, 2), np.arange(8.0, 19, 2), 17)
+WHERE = trees.ReceptiveFields(np.arange(8.0, 19, 2), np.arange(8.0, 19, 2), 17)
 
 
 def drawn_tree(N, K, C, *, decoder=True):
@@ -251,7 +251,7 @@ def drawn_tree(N, K, C, *, decoder=True):
         positions=np.stack([np.arange(N) % 6, np.arange(N) // 6], axis=1),
         captions=[f"{n}: type 32" for n in range(1, N + 1)],
         parents=[f"class {k}: 0.99" for k in range(K)],
-        drawings=test_figures.images(K, 28, 28, C) if decoder else None,
+        reconstructions=test_figures.images(K, 28, 28, C) if decoder else None,
         title="Of what this is and of what that is, and of what it should be\nand so on",
     )
 
