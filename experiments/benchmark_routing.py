@@ -1,4 +1,4 @@
-"""Measures routing on this device: every implementation, beside stored votes and the roofline."""
+"""Measure every implementation of routing on this device, beside stored votes and the roofline."""
 
 import dataclasses
 import pathlib
@@ -10,7 +10,14 @@ from capsjax.kernels.vote_passes.cases import CASES, Case
 from capsjax.kernels.vote_passes.config import CONFIGS
 from experiments import cli, files
 from experiments.benchmarks import torch_routing
-from experiments.benchmarks.routing_rows import MODES, TORCH, Way, check_torch, measure, variants
+from experiments.benchmarks.routing_rows import (
+    MODES,
+    TORCH,
+    Variant,
+    check_torch,
+    measure_case,
+    neighbouring_configs,
+)
 from experiments.cli import flag
 from experiments.errors import InputError
 from experiments.figures import routing_speed
@@ -20,53 +27,57 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to measure, and how often. Lists are separated by commas."""
+    """What to measure, and how often. Lists are comma-separated."""
 
-    cases: str = flag("capsnet_mnist", "Cases of kernels/vote_passes/cases.py; empty: all.")
-    implementations: str = flag("", f"Any of {', '.join(passes.IMPLEMENTATIONS)}; empty: all.")
-    modes: str = flag("", "forward, gradients (and values); empty: both.")
-    dtypes: str = flag("", "float32, bfloat16; empty: the one of the case.")
+    cases: str = flag(
+        "capsnet_mnist", "Cases of kernels/vote_passes/cases.py, comma-separated; empty: all."
+    )
+    implementations: str = flag(
+        "", f"Any of {', '.join(passes.IMPLEMENTATIONS)}, comma-separated; empty: all."
+    )
+    modes: str = flag("", "forward, gradients (with the outputs), comma-separated; empty: both.")
+    dtypes: str = flag("", "float32, bfloat16, comma-separated; empty: that of the case.")
     scaling: str = flag(
-        "", "Numbers of input capsules, at each of which the first case is measured too."
+        "", "More numbers of input capsules for the first case, comma-separated; empty: none."
     )
     torch: bool = flag(False, "Also measure PyTorch's einsum over stored votes.")
     sweep: bool = flag(
         False,
-        "Look for the best config: measure each implementation that has one with its own choice "
-        "and with each size of it halved and doubled.",
+        "Search for the best config: measure each implementation that has one with its default, "
+        "and with each size of the default halved and doubled.",
     )
-    repeats: int = flag(5, "Rounds in which all rows of a case are timed in turn.", minimum=1)
-    output: str = flag("", "File that a JSON line for each row is added to; empty: none.")
+    repeats: int = flag(5, "Rounds; each times all rows of a case in turn.", minimum=1)
+    output: str = flag("", "File to append a JSON line a row to; empty: none.")
     figures: str = flag("", "Folder for time_over_capsules.png and roofline.png; empty: none.")
 
 
 def main(config: Config) -> int:
-    """Measures case by case, and prints and writes each one's rows as soon as they are there."""
-    problems = problems_of(config)
+    """Measure case by case; print and write the rows of a case before the next starts."""
+    problems = select_problems(config)
     known = CONFIGS if config.sweep else passes.IMPLEMENTATIONS
-    names = chosen("implementations", config.implementations, known)
-    modes = chosen("modes", config.modes, MODES)
-    dtypes = chosen("dtypes", config.dtypes, DTYPES) if config.dtypes else []
+    names = select("implementations", config.implementations, known)
+    modes = select("modes", config.modes, MODES)
+    dtypes = select("dtypes", config.dtypes, DTYPES) if config.dtypes else []
     if config.torch:
-        torch_routing.device()  # raises if there is none
+        torch_routing.device()  # raises InputError if it cannot be used
         check_torch(next(iter(problems.values())))
         names.append(TORCH)
     if config.output:
-        files.append_lines(config.output, [])  # fails now, if it must
+        files.append_lines(config.output, [])  # fails before the first measurement
     rows: list[dict[str, Any]] = []
     for (name, _), case in problems.items():
-        ways = [
-            Way(implementation, mode, dtype, choice)
+        variants = [
+            Variant(implementation, mode, dtype, kernel_config)
             for dtype in dtypes or [case.dtype]
             for mode in modes
             for implementation in names
-            for choice in (
-                variants(implementation, case)
+            for kernel_config in (
+                neighbouring_configs(implementation, case)
                 if config.sweep and implementation != TORCH
                 else [None]
             )
         ]
-        new = measure(name, case, ways, repeats=config.repeats)
+        new = measure_case(name, case, variants, repeats=config.repeats)
         print("\n".join(report(name, case, new, sweep=config.sweep)), end="\n\n", flush=True)
         if config.output:
             files.append_lines(config.output, new)
@@ -76,9 +87,9 @@ def main(config: Config) -> int:
     return 0
 
 
-def problems_of(config: Config) -> dict[tuple[str, int], Case]:
-    """The cases by name and I: those asked for, then the first of them with other I."""
-    names = chosen("cases", config.cases, CASES)
+def select_problems(config: Config) -> dict[tuple[str, int], Case]:
+    """Return the cases by name and number of input capsules: --cases, then those of --scaling."""
+    names = select("cases", config.cases, CASES)
     problems = {(name, CASES[name].capsules): CASES[name] for name in names}
     for word in config.scaling.split(",") if config.scaling else []:
         if not word.isdecimal() or int(word) < 1:
@@ -89,8 +100,8 @@ def problems_of(config: Config) -> dict[tuple[str, int], Case]:
     return problems
 
 
-def chosen(flag_name: str, text: str, known: Collection[str]) -> list[str]:
-    """The names in a flag, in the order in which they are known."""
+def select(flag_name: str, text: str, known: Collection[str]) -> list[str]:
+    """Parse the names in a comma-separated flag; return them in the order of `known`."""
     names = text.split(",") if text else list(known)
     for name in names:
         if name not in known:
@@ -99,30 +110,30 @@ def chosen(flag_name: str, text: str, known: Collection[str]) -> list[str]:
 
 
 def report(name: str, case: Case, rows: Sequence[dict[str, Any]], *, sweep: bool) -> list[str]:
-    """A table of the rows of a case, with the peaks that were measured beside them."""
-    measured = [row for row in rows if "reason" not in row]
+    """Return the printed lines of a case: its sizes, the device's peaks, and a table of rows."""
+    timed = [row for row in rows if "reason" not in row]
     sizes = dict(zip("BIPJDT", case[:6], strict=True))
     lines = [" ".join([name, *(f"{letter}={size}" for letter, size in sizes.items())])]
-    peaks = {row["dtype"]: f"{row['peak_flops_per_second'] / 1e9:.0f}" for row in measured}
-    if measured:
-        triad = f"{measured[0]['peak_bytes_per_second'] / 1e9:.1f} GB/s"
+    peaks = {row["dtype"]: f"{row['peak_flops_per_second'] / 1e9:.0f}" for row in timed}
+    if timed:
+        triad = f"{timed[0]['peak_bytes_per_second'] / 1e9:.1f} GB/s"
         products = ", ".join(f"{peak} GFLOP/s in {dtype}" for dtype, peak in peaks.items())
         lines.append(f"peaks on {rows[0]['device']}: triad {triad}, matrix product {products}")
     columns = ["median ms", "min", "max", "calls", "compile s", "temporary MB", "peak MB"]
     columns += ["GFLOP/s", "% of roofline", "speedup", "difference"]
-    cells = [["", "mode", "dtype", *columns], *map(_cells, measured)]
-    lines += cli.table(cells) if measured else []
+    cells = [["", "mode", "dtype", *columns], *map(_cells, timed)]
+    lines += cli.table(cells) if timed else []
     for row in rows:
         if "reason" in row:
             title = f"{_title(row)}, {row['mode']}, {row['dtype']}"
             lines.append(f"{title}: not measured: {row['reason']}")
     if sweep:
-        lines += best(measured)
+        lines += best(timed)
     return lines
 
 
 def best(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """For each implementation, mode and dtype, the config of the shortest median."""
+    """Return a line for each implementation, mode and dtype: the config of the shortest median."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
         if row["config"] is not None:
@@ -130,25 +141,25 @@ def best(rows: Sequence[dict[str, Any]]) -> list[str]:
             groups.setdefault(key, []).append(row)
     lines = []
     for (_, mode, dtype), group in groups.items():
-        first = min(group, key=lambda row: row["median"])
-        gain = group[0]["median"] / first["median"]
-        lines.append(f"best, {mode}, {dtype}: {_title(first)}, {gain:.2f} x its own choice's speed")
+        fastest = min(group, key=lambda row: row["median"])
+        gain = group[0]["median"] / fastest["median"]
+        lines.append(f"best, {mode}, {dtype}: {_title(fastest)}, {gain:.2f} x the default's speed")
     return lines
 
 
 def draw(rows: Sequence[dict[str, Any]], folder: str, scaled: str) -> None:
-    """Draws what was measured: time over I for one case, and all cases below their roofs."""
-    measured = [row for row in rows if "reason" not in row]
-    drawn = {
+    """Write the figures: times of the case `scaled` over its capsules, and the roofline of all."""
+    timed = [row for row in rows if "reason" not in row]
+    rows_of_figures = {
         routing_speed.time_over_capsules: [row for row in rows if row["case"] == scaled],
         routing_speed.roofline: [
-            row for row in measured if row["capsules"] == CASES[row["case"]].capsules
+            row for row in timed if row["capsules"] == CASES[row["case"]].capsules
         ],
     }
-    for figure, its_rows in drawn.items():
+    for figure, drawn in rows_of_figures.items():
         path = pathlib.Path(folder) / f"{figure.__name__}.png"
-        if any(row in measured for row in its_rows):
-            files.save_figure(figure(its_rows), path)
+        if any(row in timed for row in drawn):
+            files.save_figure(figure(drawn), path)
         else:
             print(f"{path} is not drawn: none of its rows could be measured")
 

@@ -1,7 +1,7 @@
-"""Shows how routing and training scale over devices: memory, communication, time on a CPU.
+"""Measure how routing and training scale over devices: memory, communication, and time on a CPU.
 
-A CPU pretends to be several devices, and is timed where each has a core of its own. For a TPU or
-GPU the programs are compiled by its own compiler, which needs no device.
+Programs for the CPU run on as many virtual host devices as they need, and are timed if there is a
+core a device. Programs for a TPU or GPU are only compiled, ahead of time and without the device.
 """
 
 import concurrent.futures
@@ -19,7 +19,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 from capsjax.kernels.vote_passes.cases import CASES, Case
 from experiments import cli, files
 from experiments.benchmarks import scaling
-from experiments.benchmarks.scaling import HOST, Program
+from experiments.benchmarks.scaling import HOST, ShardedCase
 from experiments.cli import flag
 from experiments.compilers import targets
 from experiments.errors import InputError
@@ -34,12 +34,12 @@ from experiments.figures.style import (
     settle_ticks,
 )
 
-# The network of the paper at a quarter of its batch: 1 to 8 times of it run on two cores.
+# The paper's network at a quarter of its batch, so that two cores run 1 to 8 times as much.
 HOST_CASE = CASES["capsnet_mnist"]._replace(batch=32)
 HOST_DEVICES = 1, 2, 4, 8
-# The quickstart's network: 6 x 6 positions of 8 types.
+# The network of the quickstart: 6 x 6 positions of 8 types.
 TRAINED = HOST_CASE._replace(batch=64, capsules=288)
-# What a device does not get done alone: the largest case, and a million input capsules.
+# Cases that are too large for one device.
 LARGE = {
     "long": CASES["long"],
     "million": Case(batch=32, capsules=2**20, length=4, parents=10, depth=16),
@@ -52,31 +52,31 @@ class Config:
     """What to compile, and how often to run it."""
 
     target: str = flag(
-        ",".join([HOST, *DEVICES]), f"Any of {', '.join([HOST, *DEVICES])}, commas in between."
+        ",".join([HOST, *DEVICES]), f"Any of {', '.join([HOST, *DEVICES])}, comma-separated."
     )
-    repeats: int = flag(5, "Timed runs on a CPU, where there is a core a device.", minimum=1)
-    jobs: int = flag(2, "Compilers for absent devices that run at the same time.", minimum=1)
-    output: str = flag("", "File that a JSON line for each row is added to; empty: none.")
+    repeats: int = flag(5, "Timed runs on a CPU, if there is a core a device.", minimum=1)
+    jobs: int = flag(2, "Ahead-of-time compilations in parallel.", minimum=1)
+    output: str = flag("", "File to append a JSON line a row to; empty: none.")
     figure: str = flag("", "File of a plot, .png; empty: none.")
 
 
 def main(config: Config) -> int:
-    """Compiles every program, prints a row for each, and draws them."""
-    asked = [
-        (kind, program) for name in _targets(config.target) for kind, program in programs(name)
+    """Compile every sharded case; print and write its row as soon as it is measured; draw all."""
+    named = [
+        (kind, case) for target in _select_targets(config.target) for kind, case in cases(target)
     ]
     if config.output:
-        files.append_lines(config.output, [])  # fails now, if it must
+        files.append_lines(config.output, [])  # fails before the first compilation
     rows: list[dict[str, Any]] = []
     print(heading())
-    # Runs that are timed have the machine for themselves.
+    # First the host's, one at a time, so that nothing else runs beside a timed case.
     for is_host in (True, False):
-        chosen = [(k, p) for k, p in asked if (p.target == HOST) == is_host]
-        repeats = [config.repeats if _is_timed(program) else 0 for _, program in chosen]
+        group = [(kind, case) for kind, case in named if (case.target == HOST) == is_host]
+        repeats = [config.repeats if _is_timed(case) else 0 for _, case in group]
         with concurrent.futures.ThreadPoolExecutor(1 if is_host else config.jobs) as pool:
-            measured = pool.map(scaling.measure, [program for _, program in chosen], repeats)
-            for (kind, program), found in zip(chosen, measured, strict=True):
-                rows.append(describe(kind, program, found))
+            results = pool.map(scaling.measure_sharded, [case for _, case in group], repeats)
+            for (kind, case), result in zip(group, results, strict=True):
+                rows.append(describe(kind, case, result))
                 print(line(rows[-1]), flush=True)
                 if config.output:
                     files.append_lines(config.output, rows[-1:])
@@ -85,62 +85,80 @@ def main(config: Config) -> int:
     return 0
 
 
-def programs(target: str) -> list[tuple[str, Program]]:
-    """What to compile for a target, each with its name.
+def _select_targets(text: str) -> list[str]:
+    """Parse --target; raise InputError for an unknown target or a missing compiler."""
+    names = text.split(",")
+    for name in names:
+        if name not in (HOST, *DEVICES):
+            known = ", ".join([HOST, *DEVICES])
+            raise InputError(f"--target must name any of {known}, got {name!r}")
+        if name != HOST:
+            targets.check_installed(name)
+    return names
 
-    Strong scaling shares one problem out; in weak scaling it grows with the devices. Either is
-    over input capsules or over examples. Training always shares its examples out; split, it is by
-    input capsules too.
+
+def cases(target: str) -> list[tuple[str, ShardedCase]]:
+    """List the sharded cases of a target, each with its kind.
+
+    Strong scaling divides a fixed problem among the devices; in weak scaling the problem grows with
+    their number. Routing shards either the input capsules or the examples. Training shards the
+    examples; "split training" shards the input capsules too.
     """
     if target != HOST:
         return [
-            (f"{name}, strong", Program("routing", target, 1, count, case))
+            (f"{name}, strong", ShardedCase("routing", target, 1, count, case))
             for name, case in LARGE.items()
             for count in DEVICES[target]
         ]
     whole = HOST_CASE._replace(batch=4 * HOST_CASE.batch)
-    found = []
+    named = []
     for count in HOST_DEVICES:
         more_capsules = HOST_CASE._replace(capsules=count * HOST_CASE.capsules)
         more_examples = HOST_CASE._replace(batch=count * HOST_CASE.batch)
         more_trained = TRAINED._replace(batch=count * TRAINED.batch // 2)
-        found += [
-            ("capsules, strong", Program("routing", HOST, 1, count, whole)),
-            ("capsules, weak", Program("routing", HOST, 1, count, more_capsules)),
-            ("examples, strong", Program("routing", HOST, count, 1, whole)),
-            ("examples, weak", Program("routing", HOST, count, 1, more_examples)),
-            ("training, strong", Program("training", HOST, count, 1, TRAINED)),
-            ("training, weak", Program("training", HOST, count, 1, more_trained)),
-            ("split training", Program("training", HOST, 1, count, TRAINED)),
+        named += [
+            ("capsules, strong", ShardedCase("routing", HOST, 1, count, whole)),
+            ("capsules, weak", ShardedCase("routing", HOST, 1, count, more_capsules)),
+            ("examples, strong", ShardedCase("routing", HOST, count, 1, whole)),
+            ("examples, weak", ShardedCase("routing", HOST, count, 1, more_examples)),
+            ("training, strong", ShardedCase("training", HOST, count, 1, TRAINED)),
+            ("training, weak", ShardedCase("training", HOST, count, 1, more_trained)),
+            ("split training", ShardedCase("training", HOST, 1, count, TRAINED)),
         ]
-    return found
+    return named
 
 
-def describe(kind: str, program: Program, found: dict[str, Any]) -> dict[str, Any]:
-    """One row."""
+def _is_timed(case: ShardedCase) -> bool:
+    """Return whether a case runs on this machine, with a core a device."""
+    return case.target == HOST and case.data * case.capsules <= (os.cpu_count() or 1)
+
+
+def describe(kind: str, case: ShardedCase, result: dict[str, Any]) -> dict[str, Any]:
+    """Return the row of a sharded case, from the result of `scaling.measure_sharded`."""
     return {
         "kind": kind,
-        **dataclasses.asdict(program),
-        "sizes": program.case._asdict(),
-        "votes_mb": scaling.votes_mb(program.case),
-        **found,
-        "memory_mb": found["argument_mb"] + found["result_mb"] + found["temporary_mb"],
+        **dataclasses.asdict(case),
+        "sizes": case.case._asdict(),
+        "votes_mb": scaling.votes_mb(case.case),
+        **result,
+        "memory_mb": result["argument_mb"] + result["result_mb"] + result["temporary_mb"],
         "jax": jax.__version__,
         "date": datetime.date.today().isoformat(),
     }
 
 
+# Titles and widths: rows are printed one by one, before the widths of later ones are known.
 _COLUMNS = {"I": 9, "B": 6, "memory MB": 11, "temp MB": 9, "sent MB": 9, "all votes MB": 14}
 
 
 def heading() -> str:
-    """The head of the table."""
+    """Return the titles of the table."""
     cells = "".join(f"{name:>{width}}" for name, width in _COLUMNS.items())
     return f"{'target':8} {'':20}{'devices':>8}{cells}{'ms (min, max)':>24}"
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row of the table; memory and what is sent are of one device."""
+    """Format a row of the table; memory and communication are those of one device."""
     sizes = row["sizes"]
     cells = (
         sizes["capsules"],
@@ -159,47 +177,31 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def _is_timed(program: Program) -> bool:
-    """Whether it runs here, with a core a device."""
-    return program.target == HOST and program.data * program.capsules <= (os.cpu_count() or 1)
-
-
-def _targets(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in (HOST, *DEVICES):
-            known = ", ".join([HOST, *DEVICES])
-            raise InputError(f"--target must name any of {known}, got {name!r}")
-        if name != HOST:
-            targets.check_installed(name)
-    return names
-
-
-# The first is the thickest, so that lines that coincide are seen.
+# Colour and width of each kind: later lines are thinner, so that overlapping ones stay visible.
 _LINES = (
     *((BLUE, 3.2), (RED, 2.4), (GREEN, 1.6), (ORANGE, 0.8)),
     *((PINK, 2.4), (GREY, 1.6), ("black", 0.8)),
 )
 _PANELS = {
     "Memory of one device (MB)": lambda row: row["memory_mb"],
-    "Handed over by one device (MB)": lambda row: sum(row["sent_mb"].values()),
+    "Sent by one device (MB)": lambda row: sum(row["sent_mb"].values()),
 }
 
 
 @STYLE
 def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draws memory and communication against the number of devices, a row of panels a target.
+    """Draw memory and communication against the number of devices, a row of panels a target.
 
     Args:
-      rows: As `benchmark_scaling.describe` makes them.
+      rows: Results of `describe`.
     """
     names = list(dict.fromkeys(row["target"] for row in rows))
     figure = Figure((7.2, 2.3 * len(names)))
     grid = figure.subplots(len(names), len(_PANELS), squeeze=False)
-    for line_of_axes, target in zip(grid, names, strict=True):
+    for panels, target in zip(grid, names, strict=True):
         own = [row for row in rows if row["target"] == target]
         kinds = list(dict.fromkeys(row["kind"] for row in own))
-        for axes, (title, value) in zip(line_of_axes, _PANELS.items(), strict=True):
+        for axes, (title, value) in zip(panels, _PANELS.items(), strict=True):
             for kind, (colour, width) in zip(kinds, _LINES, strict=False):
                 points = [
                     (row["data"] * row["capsules"], value(row))
@@ -219,7 +221,7 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
                 axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
             axes.set_xlim(min(counts) / 1.1, 1.1 * max(counts))
             axes.grid(visible=True)
-        line_of_axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     for axes in grid[-1]:
         axes.set_xlabel("devices")
     settle_ticks(figure)

@@ -1,7 +1,7 @@
-"""Measures the paper's network on this machine, beside plain JAX and PyTorch, and part by part.
+"""Measure the paper's network on this machine, beside plain JAX and PyTorch, and layer by layer.
 
-Every program has a process of its own, as its users run it, and only one of them runs at a time:
-each round times every row of every program once.
+Each contender runs in a child process, with memory and threads of its own. They take turns: each
+round times every row of every contender once, and only one of them computes at a time.
 """
 
 import contextlib
@@ -21,15 +21,17 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from matplotlib import style
 from matplotlib.figure import Figure
 
 from capsjax.models import CapsNet
 from experiments import cli, files
-from experiments.benchmarks import programs, step_parts
+from experiments.benchmarks import contenders, step_parts
 from experiments.cli import flag
 from experiments.errors import InputError
+from experiments.figures.style import BLUE, GREY, STYLE, settle_ticks
 
+# Rows of every contender, and rows of capsjax only.
+COMMON = ("training", "inference", "routing, with gradients")
 PARTS = (
     "routing",
     "first convolution, with gradients",
@@ -37,8 +39,7 @@ PARTS = (
     "decoder, with gradients",
     "matrix product",
 )
-COMMON = ("training", "inference", "routing, with gradients")
-TOLERANCE = 1e-4  # of class capsules, whose length is below 1
+TOLERANCE = 1e-4  # maximum absolute error of class capsules, whose lengths are below 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,23 +49,81 @@ class Config:
     batch_size: int = flag(128, "Images in one step.", minimum=1)
     image_size: int = flag(28, "Height and width of the images, in pixels.", minimum=17)
     repeats: int = flag(5, "Timed rounds.", minimum=1)
-    plain_repeats: int = flag(1, "Rounds that time plain JAX, a step a minute; 0: none.", minimum=0)
-    torch: bool = flag(False, "Time two forms in PyTorch too.")
-    output: str = flag("", "File that a JSON line for each row is added to; empty: none.")
+    plain_repeats: int = flag(
+        1, "Rounds that include plain JAX, at a minute a step; 0: none.", minimum=0
+    )
+    torch: bool = flag(False, "Also measure PyTorch, in two forms.")
+    output: str = flag("", "File to append a JSON line a row to; empty: none.")
     figure: str = flag("", "File of a bar chart, .png; empty: none.")
 
 
-class Contender:
-    """One program in its process."""
+def main(config: Config) -> int:
+    """Time all contenders in turn; print, write and draw the medians with their spread."""
+    names = ["capsjax"] + ["plain_jax"] * (config.plain_repeats > 0)
+    if config.torch:
+        if importlib.util.find_spec("torch") is None:
+            raise InputError("--torch needs the package torch: pip install 'capsjax[torch]'")
+        names += ["torch", "torch_notebook"]
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        arguments = [
+            f"--params={_write_params(folder, config)}",
+            f"--batch_size={config.batch_size}",
+            f"--image_size={config.image_size}",
+        ]
+
+        def start(name: str, *more: str) -> ContenderProcess:
+            process = ContenderProcess(name, [*arguments, *more])
+            stack.callback(process.stop)
+            return process
+
+        cache = [f"--compilation_cache={os.path.join(folder, 'compiled')}", "--more_steps=0"]
+        for _ in range(2):  # the first one fills the compilation cache, the second one reads it
+            cached = start("capsjax", *cache)
+            cached.stop()
+        processes = [
+            start(name, *(["--more_steps=0"] if name == "plain_jax" else [])) for name in names
+        ]
+        _check_equal(processes)
+        seconds: dict[tuple[str, str], list[float]] = {}
+        for process, row in _schedule(processes, config):
+            seconds.setdefault((process.name, row), []).append(process.seconds(row))
+    rows = [_describe(*key, values, config) for key, values in seconds.items()]
+    rows += [
+        _describe(process.name, row, [process.started[key]], config, unit=unit)
+        for process in processes
+        for row, key, unit in (
+            ("first step", "first_step", "s"),
+            ("peak memory", "peak_mib", "MiB"),
+        )
+    ]
+    first_step = cached.started["first_step"]
+    rows.append(_describe("capsjax", "first step, compiled before", [first_step], config))
+    for text in report(rows):
+        print(text)
+    if config.output:
+        files.append_lines(config.output, rows)
+    if config.figure:
+        files.save_figure(throughput(rows), config.figure)
+    return 0
+
+
+class ContenderProcess:
+    """A child process that runs `experiments.benchmarks.contender_process`.
+
+    Attributes:
+      name: Of the contender.
+      started: The report about its first steps: `first_step` in seconds, `peak_mib`, and
+        `class_capsules` of a few images.
+    """
 
     def __init__(self, name: str, arguments: list[str]):
-        """Starts it; `started` says what it reports of its first steps."""
+        """Start the process, and wait for its report."""
         self.name = name
         self.process = subprocess.Popen(
             [
                 sys.executable,
                 "-m",
-                "experiments.benchmarks.contender",
+                "experiments.benchmarks.contender_process",
                 f"--name={name}",
                 *arguments,
             ],
@@ -75,14 +134,14 @@ class Contender:
         self.started = self._answer()
 
     def seconds(self, row: str) -> float:
-        """Runs one row once."""
+        """Time one call of a row."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{row}\n")
         self.process.stdin.flush()
         return self._answer()
 
     def stop(self) -> None:
-        """Ends the process, whatever it does."""
+        """Kill the process."""
         self.process.kill()
         self.process.communicate()
 
@@ -90,122 +149,52 @@ class Contender:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the process of {self.name} ended with {self.process.wait()}")
+            raise RuntimeError(f"the process of {self.name} exited with {self.process.wait()}")
         return json.loads(line)
 
 
-def main(config: Config) -> int:
-    """Times every row in turn, and prints medians with their spread."""
-    names = ["capsjax"] + ["plain_jax"] * (config.plain_repeats > 0)
-    if config.torch:
-        if importlib.util.find_spec("torch") is None:
-            raise InputError("--torch needs the package torch: pip install 'capsjax[torch]'")
-        names += ["torch", "torch_notebook"]
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        arguments = [
-            f"--params={_params(folder, config)}",
-            f"--batch_size={config.batch_size}",
-            f"--image_size={config.image_size}",
-        ]
-
-        def start(name: str, *more: str) -> Contender:
-            contender = Contender(name, [*arguments, *more])
-            stack.callback(contender.stop)
-            return contender
-
-        kept = [f"--compilation_cache={os.path.join(folder, 'compiled')}", "--more_steps=0"]
-        for _ in range(2):  # the first of them fills the folder
-            second = start("capsjax", *kept)
-            second.stop()
-        contenders = [
-            start(name, *(["--more_steps=0"] if name == "plain_jax" else [])) for name in names
-        ]
-        _check_equal(contenders)
-        seconds: dict[tuple[str, str], list[float]] = {}
-        for contender, row in _rounds(contenders, config):
-            seconds.setdefault((contender.name, row), []).append(contender.seconds(row))
-    lines = [_line(*key, values, config) for key, values in seconds.items()]
-    lines += [
-        _line(contender.name, row, [contender.started[key]], config, unit=unit)
-        for contender in contenders
-        for row, key, unit in (
-            ("first step", "first_step", "s"),
-            ("peak memory", "peak_mib", "MiB"),
-        )
-    ]
-    again = second.started["first_step"]
-    lines.append(_line("capsjax", "first step, compiled before", [again], config))
-    for text in table(lines):
-        print(text)
-    if config.output:
-        files.append_lines(config.output, lines)
-    if config.figure:
-        files.save_figure(throughput(lines), config.figure)
-    return 0
-
-
-def table(lines: list[dict[str, Any]]) -> Iterator[str]:
-    """Yields the rows as text, and by what factor capsjax is faster or smaller in each."""
-    own = {line["row"]: line["median"] for line in lines if line["program"] == "capsjax"}
-    cells = [["program", "row", "unit", "median", "min", "max", "images/s", "ratio to capsjax"]]
-    for line in lines:
-        unit = line["unit"]
-        scale, shown = (1000, "ms") if unit == "s" else (1, unit)
-        speed = line["images_per_second"]
-        cells.append(
-            [
-                *(line["program"], line["row"], shown),
-                *(f"{scale * line[key]:.1f}" for key in ("median", "min", "max")),
-                "" if speed is None else f"{speed:.1f}",
-                f"{line['median'] / own[line['row']]:.2f}",
-            ]
-        )
-    yield from cli.table(cells)
-    flop = 2 * step_parts.MATRIX**3
-    speed = 1e-9 * flop / own["matrix product"]
-    yield f"matrix product of {step_parts.MATRIX}: {speed:.0f} GFLOP/s"
-
-
-def _params(folder: str, config: Config) -> str:
-    """The file of the parameters that all programs are compared with."""
+def _write_params(folder: str, config: Config) -> str:
+    """Write the parameters for which all contenders must compute the same; return the path."""
     model = CapsNet((config.image_size, config.image_size, 1), rngs=nnx.Rngs(0))
     path = os.path.join(folder, "params.npz")
-    programs.save_params(path, nnx.to_pure_dict(nnx.split(model)[1]))
+    contenders.save_params(path, nnx.to_pure_dict(nnx.split(model)[1]))
     return path
 
 
-def _check_equal(contenders: list[Contender]) -> None:
-    """Raises RuntimeError unless all programs compute the same."""
-    wanted, *others = (np.array(contender.started["class_capsules"]) for contender in contenders)
-    for contender, capsules in zip(contenders[1:], others, strict=True):
-        if not (error := np.abs(capsules - wanted).max()) <= TOLERANCE:  # nor NaN
-            raise RuntimeError(f"{contender.name} differs from capsjax by {error:.1e}")
+def _check_equal(processes: list[ContenderProcess]) -> None:
+    """Raise RuntimeError unless the class capsules of all contenders are equal."""
+    own, *others = (np.array(process.started["class_capsules"]) for process in processes)
+    for process, capsules in zip(processes[1:], others, strict=True):
+        if not (error := np.abs(capsules - own).max()) <= TOLERANCE:  # also refuses NaN
+            raise RuntimeError(f"{process.name} differs from capsjax by {error:.1e}")
 
 
-def _rounds(contenders: list[Contender], config: Config) -> Iterator[tuple[Contender, str]]:
-    """What to time next; plain JAX in the last rounds only."""
-    for contender in contenders:  # compile, and warm up
-        for row in (*COMMON, *(PARTS if contender.name == "capsjax" else ())):
-            if contender.name != "plain_jax":
-                contender.seconds(row)
+def _schedule(
+    processes: list[ContenderProcess], config: Config
+) -> Iterator[tuple[ContenderProcess, str]]:
+    """Run every row once to warm up; then yield what to time, plain JAX in the last rounds only."""
+    for process in processes:
+        for row in (*COMMON, *(PARTS if process.name == "capsjax" else ())):
+            if process.name != "plain_jax":
+                process.seconds(row)
     for left in reversed(range(config.repeats)):
         for row in (*COMMON, *PARTS):
-            for contender in contenders:
-                is_plain = contender.name == "plain_jax"
-                if contender.name == "capsjax" or (
+            for process in processes:
+                is_plain = process.name == "plain_jax"
+                if process.name == "capsjax" or (
                     row in COMMON and not (is_plain and left >= config.plain_repeats)
                 ):
-                    yield contender, row
+                    yield process, row
 
 
-def _line(
-    program: str, row: str, values: list[float], config: Config, *, unit: str = "s"
+def _describe(
+    name: str, row: str, values: list[float], config: Config, *, unit: str = "s"
 ) -> dict[str, Any]:
-    """One row's numbers, with what is needed to compare them."""
+    """Summarise the values of one row, with the settings and versions they depend on."""
     median = float(np.median(values))
     is_rate = unit == "s" and row != "matrix product" and "first step" not in row
     return {
-        "program": program,
+        "program": name,
         "row": row,
         "unit": unit,
         "median": median,
@@ -218,49 +207,70 @@ def _line(
         "device": jax.devices()[0].device_kind,
         "machine": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
-        "versions": {name: _version(name) for name in ("jax", "torch")},
+        "versions": {package: _version(package) for package in ("jax", "torch")},
         "date": datetime.date.today().isoformat(),
     }
 
 
 def _version(package: str) -> str | None:
-    """The version of a package, or None without it; importing it would take a second."""
+    """Return the version of a package, or None without it; does not import it, which is slow."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-NAMES = {
+def report(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield the lines of a table of rows, and the speed of the matrix product."""
+    own = {row["row"]: row["median"] for row in rows if row["program"] == "capsjax"}
+    cells = [["program", "row", "unit", "median", "min", "max", "images/s", "ratio to capsjax"]]
+    for row in rows:
+        scale, unit = (1000, "ms") if row["unit"] == "s" else (1, row["unit"])
+        speed = row["images_per_second"]
+        cells.append(
+            [
+                *(row["program"], row["row"], unit),
+                *(f"{scale * row[key]:.1f}" for key in ("median", "min", "max")),
+                "" if speed is None else f"{speed:.1f}",
+                f"{row['median'] / own[row['row']]:.2f}",
+            ]
+        )
+    yield from cli.table(cells)
+    flops = 2 * step_parts.MATRIX**3
+    speed = 1e-9 * flops / own["matrix product"]
+    yield f"matrix product of {step_parts.MATRIX}: {speed:.0f} GFLOP/s"
+
+
+_LABELS = {
     "capsjax": "capsjax",
     "torch": "PyTorch",
     "torch_notebook": "PyTorch, notebook form",
     "plain_jax": "plain JAX",
 }
-_BLUE, _GREY = "#0072B2", "#999999"
 
 
-@style.context(["default", {"font.size": 8, "axes.spines.right": False, "axes.spines.top": False}])
+@STYLE
 def throughput(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draws images a second of training and of inference, a bar a program, from least to most.
+    """Draw the images a second of training and of inference, a bar a contender, sorted by speed.
 
     Args:
-      rows: The lines of `benchmark_training`; those of other rows are left out.
+      rows: Results of `main`; only the rows "training" and "inference" are drawn.
     """
-    figure = Figure((7.2, 1.7), layout="constrained")
+    figure = Figure((7.2, 1.7))
     for axes, row in zip(figure.subplots(1, 2), ("training", "inference"), strict=True):
         shown = sorted(
-            (line for line in rows if line["row"] == row), key=lambda x: x["images_per_second"]
+            (found for found in rows if found["row"] == row), key=lambda x: x["images_per_second"]
         )
-        speeds = [line["images_per_second"] for line in shown]
+        speeds = [found["images_per_second"] for found in shown]
         bars = axes.barh(
-            [NAMES[line["program"]] for line in shown],
+            [_LABELS[found["program"]] for found in shown],
             speeds,
-            color=[_BLUE if line["program"] == "capsjax" else _GREY for line in shown],
+            color=[BLUE if found["program"] == "capsjax" else GREY for found in shown],
         )
         axes.bar_label(bars, [f"{speed:.3g}" for speed in speeds], padding=3)
         axes.set(title=f"{row}, images/s", xlim=(0, 1.2 * max(speeds)))
         axes.tick_params(axis="y", length=0)
+    settle_ticks(figure)
     return figure
 
 

@@ -1,10 +1,13 @@
-"""Turns a frozen Config dataclass into command-line flags, and runs a program with it."""
+"""Turn a frozen Config dataclass into command-line flags, and run a program with it.
+
+Flags are absl's: its parsers, flag files and spelling hints. Limits and --help are not, because
+absl's show the user less: its parsers accept NaN and know no strict bound, its messages read
+"invalid literal for int() with base 10", and its help sorts the flags of a Config by name.
+"""
 
 import dataclasses
-import functools
 import logging
 import math
-import operator
 import pathlib
 import re
 import sys
@@ -24,20 +27,14 @@ from experiments.errors import InputError
 
 T = TypeVar("T", bool, int, float, str)
 
+_PARSERS: dict[type, flags.ArgumentParser[Any]] = {
+    bool: flags.BooleanParser(),
+    int: flags.IntegerParser(),
+    float: flags.FloatParser(),
+    str: flags.ArgumentParser(),
+}
+_TYPE_RULES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 _NUMBER = re.compile(r"[-+\N{MINUS SIGN}]?[\d.]")
-# Every test takes the bound first.
-_LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
-    "minimum": ("at least", operator.le),
-    "above": ("above", operator.lt),
-    "maximum": ("at most", operator.ge),
-    "choices": ("one of", operator.contains),
-}
-_PARSERS: dict[type, tuple[Callable[[], Any], str]] = {
-    bool: (flags.BooleanParser, "true or false"),
-    int: (flags.IntegerParser, "a whole number"),
-    float: (flags.FloatParser, "a number"),
-    str: (flags.ArgumentParser, "text"),
-}
 
 
 def flag(
@@ -50,63 +47,66 @@ def flag(
     choices: Sequence[T] | None = None,
     affects_result: bool = True,
 ) -> T:
-    """Declares one field of a Config, and so one flag.
+    """Declare one field of a Config, and so one flag of the default's type.
 
     Args:
-      default: the value when the flag is not given.
-      help: what it sets, with its unit.
-      minimum: the smallest value allowed.
-      above: every value allowed is strictly greater.
-      maximum: the largest value allowed.
-      choices: the only values allowed.
-      affects_result: False for a setting that changes no number (a folder, say): it may differ
-        when a run is resumed.
+      default: Value of a flag that is not given.
+      help: What the flag sets, with its unit.
+      minimum: Smallest value allowed.
+      above: Strict lower bound.
+      maximum: Largest value allowed.
+      choices: The only values allowed.
+      affects_result: False for a setting that changes no number (a folder, say): a resumed run
+        may change it.
     """
-    metadata = {
-        "help": help,
-        "minimum": minimum,
-        "above": above,
-        "maximum": maximum,
-        "choices": choices,
-        "affects_result": affects_result,
-    }
+    limits: list[tuple[str, Callable[[Any], bool]]] = []
+    if minimum is not None:
+        limits.append((f"at least {minimum}", lambda value: value >= minimum))
+    if above is not None:
+        limits.append((f"above {above}", lambda value: value > above))
+    if maximum is not None:
+        limits.append((f"at most {maximum}", lambda value: value <= maximum))
+    if choices is not None:
+        limits.append((f"one of {', '.join(map(str, choices))}", lambda value: value in choices))
+    metadata = {"help": help, "limits": limits, "affects_result": affects_result}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def validate(config: Any) -> None:
-    """Checks the type and the declared limits of every field.
+    """Check the type and the limits of every field.
 
     Raises:
-      InputError: a value is not allowed; the message names flag, rule and value.
+      InputError: A value is not allowed; the message names flag, rule and value.
     """
     types = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, kind = getattr(config, field.name), types[field.name]
-        allowed = (float, int) if kind is float else (kind,)
-        if type(value) not in allowed:
-            rule = _PARSERS[kind][1]
-        elif kind is float and not math.isfinite(value):
-            rule = "finite"
-        else:
-            rule = next((rule for rule, keeps in _limits(field) if not keeps(value)), "")
-        if rule:
-            raise InputError(f"--{field.name} must be {rule}, got {value!r}")
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise _refusal(field.name, _TYPE_RULES[kind], value)
+        if kind is float and not math.isfinite(value):
+            raise _refusal(field.name, "finite", value)
+        for rule, keeps in field.metadata["limits"]:
+            if not keeps(value):
+                raise _refusal(field.name, rule, value)
 
 
 def run(config_class: type[Any], main: Callable[[Any], int | None]) -> typing.NoReturn:
-    """Builds the Config from the command line, calls `main` and exits with what it returns.
+    """Build the Config from the command line, call `main` and exit with the status it returns.
 
-    Whatever the user gave that cannot be used ends in one line on stderr and exit status 2.
+    Bad input prints one line to stderr and exits with status 2.
 
     Args:
-      config_class: a frozen dataclass whose fields are made by `flag`.
-      main: the program. None and 0 mean success; it may raise InputError.
+      config_class: A frozen dataclass whose fields are made by `flag`.
+      main: The program. It returns None or 0 for success, and may raise InputError.
     """
     program = pathlib.Path(sys.argv[0]).stem
     _configure_logging(main)
-    # A set of flags of its own: no flags of libraries, and nothing global.
+    # Not absl's global flags, which hold those of every imported library.
     values = flags.FlagValues()
-    _define_flags(config_class, values)
+    types = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        flags.DEFINE_flag(_Flag(field, types[field.name]), values)
+    flags.DEFINE_boolean("help", False, "Show this text.", values)
     try:
         _parse(values)
         if values["help"].value:
@@ -123,10 +123,13 @@ def run(config_class: type[Any], main: Callable[[Any], int | None]) -> typing.No
 
 
 def table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Lays out rows of cells in columns, numbers to the right; the first row has the titles.
+    """Lay out rows of cells as lines of text, with columns of numbers aligned right.
+
+    Args:
+      rows: The titles of the columns, then the rows below them.
 
     Yields:
-      One line a row, however wide, so that a file gets what a terminal shows.
+      One line a row, as wide as its cells need: output to a file equals output to a terminal.
     """
     titles, *others = rows
     grid = rich.table.Table(box=None, pad_edge=False, header_style="")
@@ -145,44 +148,31 @@ def table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
         yield line.rstrip()
 
 
-class _Parser(flags.ArgumentParser):
-    """One of absl's parsers, with a message that tells what was wanted."""
+class _Flag(flags.Flag[Any]):
+    """The flag of one field; a value of another type is refused in the words of `validate`."""
 
-    def __init__(self, kind: type):
-        parser, self._wanted = _PARSERS[kind]
-        self._parser = parser()
-
-    def parse(self, argument: Any) -> Any:
-        try:
-            return self._parser.parse(argument)
-        except ValueError:
-            raise ValueError(f"must be {self._wanted}") from None
-
-
-def _limits(field: "dataclasses.Field[Any]") -> Iterator[tuple[str, Callable[[Any], bool]]]:
-    """Every limit of a field: in words, and as a test of a value."""
-    for name, (words, keeps) in _LIMITS.items():
-        bound = field.metadata[name]
-        if bound is not None:
-            shown = ", ".join(map(str, bound)) if name == "choices" else bound
-            yield f"{words} {shown}", functools.partial(keeps, bound)
-
-
-def _define_flags(config_class: type[Any], values: flags.FlagValues) -> None:
-    """Defines one flag for every field, and --help."""
-    types = typing.get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
-        kind, text = types[field.name], field.metadata["help"]
+    def __init__(self, field: "dataclasses.Field[Any]", kind: type):
+        self._kind = kind
+        text = field.metadata["help"]
         # boolean=True adds the form --noname.
-        new: Any = flags.Flag(
-            _Parser(kind), None, field.name, field.default, text, boolean=kind is bool
+        super().__init__(
+            _PARSERS[kind], None, field.name, field.default, text, boolean=kind is bool
         )
-        flags.DEFINE_flag(new, values)
-    flags.DEFINE_boolean("help", False, "Show this text.", values)
+
+    def parse(self, argument: Any) -> None:
+        """Parse one value; raise InputError if it is of another type."""
+        try:
+            super().parse(argument)
+        except flags.IllegalFlagValueError:
+            raise _refusal(self.name, _TYPE_RULES[self._kind], argument) from None
+
+
+def _refusal(name: str, rule: str, value: Any) -> InputError:
+    return InputError(f"--{name} must be {rule}, got {value!r}")
 
 
 def _parse(values: flags.FlagValues) -> None:
-    """Parses the command line; every complaint becomes an InputError."""
+    """Parse the command line; raise InputError for whatever absl refuses."""
     try:
         _, *positional = values(sys.argv)
     except UnicodeDecodeError as error:
@@ -194,7 +184,7 @@ def _parse(values: flags.FlagValues) -> None:
 
 
 def _help(config_class: type[Any], main: Callable[[Any], int | None], program: str) -> str:
-    """The text of --help."""
+    """Return the text of --help: a paragraph a flag, in the order of the Config."""
     purpose = sys.modules[main.__module__].__doc__ or ""
     lines = [purpose.strip(), "", f"usage: {program} [--flagfile=FILE] [--name=value ...]", ""]
     for field in dataclasses.fields(config_class):
@@ -203,9 +193,9 @@ def _help(config_class: type[Any], main: Callable[[Any], int | None], program: s
             title, shown = f"--[no]{field.name}", str(default).lower()
         else:
             title, shown = f"--{field.name}", str(default) if default != "" else "empty"
-        notes = "; ".join([f"default: {shown}", *(rule for rule, _ in _limits(field))])
+        notes = "; ".join([f"default: {shown}", *(rule for rule, _ in field.metadata["limits"])])
         lines += [f"  {title}", _paragraph(f"{field.metadata['help']} ({notes})")]
-    text = "Read flags from this file, one a line; flags that follow on the command line win."
+    text = "Read flags from this file, one a line. Later flags override earlier ones."
     return "\n".join([*lines, "  --flagfile", _paragraph(text)])
 
 
@@ -214,8 +204,8 @@ def _paragraph(text: str) -> str:
 
 
 def _configure_logging(main: Callable[[Any], int | None]) -> None:
-    """Sends short log lines to stderr: the programs' own, and the warnings of libraries."""
-    # absl's handler prints a complaint of its own until the global flags are parsed.
+    """Send short log lines to stderr: our own from INFO up, those of libraries from WARNING up."""
+    # Until the global flags are parsed, absl's handler prints a warning with each line.
     flags.FLAGS(sys.argv[:1])
     script = getattr(sys.modules[main.__module__], "__file__", __file__)
     programs = {pathlib.Path(path).resolve().parent for path in (script, __file__)}
@@ -223,8 +213,8 @@ def _configure_logging(main: Callable[[Any], int | None]) -> None:
     def is_wanted(record: logging.LogRecord) -> bool:
         if programs & set(pathlib.Path(record.pathname).resolve().parents):
             return True
-        # Orbax logs forty lines a checkpoint, and a page for a failed one; records.py says it in
-        # one. asyncio then repeats the page for every array.
+        # Checkpoints reports a failed save in one line; Orbax logs a page, and asyncio repeats
+        # that page for every array.
         is_orbax = "orbax" in record.pathname or record.name == "asyncio"
         return record.levelno >= logging.WARNING and not is_orbax
 

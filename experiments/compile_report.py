@@ -1,4 +1,4 @@
-"""Compiles routing for GPUs and TPUs ahead of time, and reports its memory and traffic there."""
+"""Report memory, traffic and operations of routing on GPUs and TPUs, compiled ahead of time."""
 
 import concurrent.futures
 import dataclasses
@@ -13,10 +13,10 @@ from capsjax.kernels.vote_passes.passes import IMPLEMENTATIONS, PLATFORMS
 from experiments import cli, files
 from experiments.cli import flag
 from experiments.compilers import targets
-from experiments.compilers.compiling import Program, measure, platform_of
+from experiments.compilers.compiling import CompileRequest, compile_costs, platform_of
 from experiments.errors import InputError
 
-STORED_VOTES = "reference"
+STORED_VOTES = "reference"  # the implementation that stores the votes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,84 +24,83 @@ class Config:
     """Which programs to compile."""
 
     target: str = flag(
-        ",".join(targets.TARGETS), f"Any of {', '.join(targets.TARGETS)}, with commas in between."
+        ",".join(targets.TARGETS), f"Any of {', '.join(targets.TARGETS)}, comma-separated."
     )
-    case: str = flag("", f"Any of {', '.join(CASES)}, with commas in between; empty: all.")
+    case: str = flag("", f"Any of {', '.join(CASES)}, comma-separated; empty: all.")
     implementation: str = flag(
         "",
-        f"Any of {', '.join(IMPLEMENTATIONS)}, with commas in between; empty: all "
-        "that a target has.",
+        f"Any of {', '.join(IMPLEMENTATIONS)}, comma-separated; empty: all that the target has.",
     )
     scaling: bool = flag(
         False,
-        "Instead of the cases: 1k to 1M input capsules, for all but stored votes, with gradients.",
+        "Instead of the cases, compile 1k to 1M input capsules: gradients only, no stored votes.",
     )
-    jobs: int = flag(2, "Compilers that run at the same time, at 1 to 3 GB each.", minimum=1)
-    output: str = flag("", "File that a JSON line for each row is added to; empty: none.")
+    jobs: int = flag(2, "Compilations in parallel, each of which takes 1 to 3 GB.", minimum=1)
+    output: str = flag("", "File to append a JSON line a row to; empty: none.")
 
 
 def main(config: Config) -> int:
-    """Compiles every program, and prints a row for each as soon as it is there."""
-    asked = programs(config)
+    """Compile every request; print and write a row as soon as it is compiled."""
+    named = requests(config)
     print(heading())
     with concurrent.futures.ThreadPoolExecutor(config.jobs) as pool:
-        for (name, program), measured in zip(
-            asked, pool.map(measure, (program for _, program in asked)), strict=True
-        ):
-            row = describe(name, program, measured)
+        compiled = pool.map(compile_costs, (request for _, request in named))
+        for (name, request), costs in zip(named, compiled, strict=True):
+            row = describe(name, request, costs)
             print(line(row), flush=True)
             if config.output:
                 files.append_lines(config.output, [row])
     return 0
 
 
-def programs(config: Config) -> list[tuple[str, Program]]:
-    """Every program that a configuration asks for, with the name of its case.
+def requests(config: Config) -> list[tuple[str, CompileRequest]]:
+    """List what the settings ask to compile, each with the name of its case.
 
     Raises:
-      InputError: a name is unknown, or a compiler is not installed.
+      InputError: A name is unknown, or a compiler is not installed.
     """
     for target in config.target.split(","):
         targets.check_installed(target)
-    names = _chosen("case", config.case, CASES)
-    chosen = _chosen("implementation", config.implementation, IMPLEMENTATIONS)
+    names = _select("case", config.case, CASES)
+    selected = _select("implementation", config.implementation, IMPLEMENTATIONS)
     cases = {f"I={size}": case for size, case in scaling_cases().items()}
     if not config.scaling:
         cases = {name: CASES[name] for name in names}
     return [
-        (name, Program(target, implementation, case, gradients))
+        (name, CompileRequest(target, implementation, case, gradients))
         for target in config.target.split(",")
         for name, case in cases.items()
         for implementation in implementations(target)
-        if implementation in chosen and not (config.scaling and implementation == STORED_VOTES)
+        if implementation in selected and not (config.scaling and implementation == STORED_VOTES)
         for gradients in ((True,) if config.scaling else (False, True))
     ]
 
 
 def scaling_cases() -> dict[int, Case]:
-    """From 1k to 1M input capsules, small enough to fit into every target with its gradients."""
+    """Return cases of 1k to 1M input capsules, which fit every target's memory with gradients."""
     sizes = [2**exponent for exponent in range(10, 21, 2)]
     return {size: Case(batch=32, capsules=size, length=4, parents=10, depth=16) for size in sizes}
 
 
 def implementations(target: str) -> list[str]:
-    """The implementations that run on a target."""
+    """List the implementations that run on a target."""
     platform = platform_of(targets.TARGETS[target])
     return [name for name in IMPLEMENTATIONS if PLATFORMS.get(name, platform) == platform]
 
 
-def describe(name: str, program: Program, measured: dict[str, Any]) -> dict[str, Any]:
-    """One row: what was compiled, what was counted in it, and by which version of JAX."""
+def describe(name: str, request: CompileRequest, costs: dict[str, Any]) -> dict[str, Any]:
+    """Return the row of a request: its settings, its costs, the version of JAX and the date."""
     return {
-        **dataclasses.asdict(program),
+        **dataclasses.asdict(request),
         "case": name,
-        "sizes": program.case._asdict(),
-        **measured,
+        "sizes": request.case._asdict(),
+        **costs,
         "jax": jax.__version__,
         "date": datetime.date.today().isoformat(),
     }
 
 
+# Titles and widths: rows are printed one by one, before the widths of later ones are known.
 _COLUMNS = {
     "temp MB": 9,
     "moved MB": 10,
@@ -115,13 +114,17 @@ _COLUMNS = {
 
 
 def heading() -> str:
-    """The head of the table."""
+    """Return the titles of the table."""
     cells = "".join(f"{name:>{width}}" for name, width in _COLUMNS.items())
     return f"{'target':8} {'case':19}{'implementation':18}{'pass':10}{cells}"
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row of the table; of kernels the largest figures, of its own ones if it has any."""
+    """Format a row of the table.
+
+    Registers, spills, memory and bundles are the largest of any Pallas kernel, or of any kernel of
+    XLA's if there is none.
+    """
     passes = "gradients" if row["gradients"] else "forward"
     start = f"{row['target']:8} {row['case']:19}{row['implementation']:18}{passes:10}"
     if "reason" in row:
@@ -149,14 +152,14 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def _chosen(flag_name: str, text: str, known: Iterable[str]) -> list[str]:
-    """The names in a list with commas; all for an empty one."""
+def _select(flag_name: str, text: str, known: Iterable[str]) -> list[str]:
+    """Parse the names in a comma-separated flag; an empty one selects all."""
     known = list(known)
-    chosen = text.split(",") if text else known
-    for name in chosen:
+    selected = text.split(",") if text else known
+    for name in selected:
         if name not in known:
             raise InputError(f"--{flag_name} must name any of {', '.join(known)}, got {name!r}")
-    return chosen
+    return selected
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""The one exception that the programs turn into a line for the user."""
+"""The exception for bad input from the user."""
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used: one line on stderr, exit status 2, no traceback."""
+    """Bad input: `cli.run` prints the message as one line and exits with status 2."""

@@ -1,4 +1,4 @@
-"""Writing files so that whatever stops a program leaves the old file or the new one."""
+"""Write files atomically and durably: a crash leaves the old file or the new one, never a part."""
 
 import contextlib
 import io
@@ -11,44 +11,44 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.errors import InputError
 
-if TYPE_CHECKING:  # importing matplotlib takes a while, and most programs draw nothing
+if TYPE_CHECKING:  # matplotlib is slow to import, and most programs draw nothing
     from matplotlib.figure import Figure
 
 StrPath = str | os.PathLike[str]
 
 
 def write(path: pathlib.Path, content: bytes) -> None:
-    """Replaces a file, in one step and durably."""
-    begun = path.with_name(temporary(path.name))
-    begun.write_bytes(content)
-    fsync(begun)
-    begun.replace(path)
+    """Create or replace a file, atomically and durably."""
+    partial = path.with_name(temporary(path.name))
+    partial.write_bytes(content)
+    fsync(partial)
+    partial.replace(path)
     fsync(path.parent)
 
 
 def create(path: pathlib.Path, content: bytes) -> None:
-    """Makes a whole file, durably, if there is none: of several processes one succeeds.
+    """Create a file, atomically and durably; if several processes do, one succeeds.
 
     Raises:
-      FileExistsError: There is one, which is left as it is.
+      FileExistsError: The file exists; it is left unchanged.
     """
-    begun = path.with_name(temporary(f"{path.name}.{os.getpid()}"))
+    partial = path.with_name(temporary(f"{path.name}.{os.getpid()}"))
     try:
-        begun.write_bytes(content)
-        fsync(begun)
+        partial.write_bytes(content)
+        fsync(partial)
         try:
-            os.link(begun, path)
+            os.link(partial, path)
         except FileExistsError:
             raise
-        except OSError:  # a file system without links
-            begun.replace(path)
+        except OSError:  # a file system without hard links
+            partial.replace(path)
     finally:
-        begun.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
     fsync(path.parent)
 
 
 def fsync(path: pathlib.Path) -> None:
-    """Waits until a file or a folder is on disk."""
+    """Flush a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -57,22 +57,22 @@ def fsync(path: pathlib.Path) -> None:
 
 
 def temporary(name: str) -> str:
-    """The name under which a file is begun."""
+    """Return the name of the temporary file that is renamed to `name` once it is complete."""
     return f".{name}.tmp"
 
 
 def system_error(error: Exception) -> str | None:
-    """What the operating system said, if it is the cause of an error."""
+    """Return the operating system's message if it caused an error, else None."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    # TensorStore reports a full disk as a ValueError with the number in its text.
+    # TensorStore reports a full disk as a ValueError whose text contains the error code.
     found = re.search(r"os_error_code='(\d+)'", str(error))
     return os.strerror(int(found[1])) if found else None
 
 
 @contextlib.contextmanager
 def writing(what: StrPath) -> Iterator[None]:
-    """Inside, an error of the operating system becomes an InputError that names `what`."""
+    """Turn an OSError of the body into an InputError that names `what` was being written."""
     try:
         yield
     except OSError as error:
@@ -80,26 +80,34 @@ def writing(what: StrPath) -> Iterator[None]:
 
 
 def save_figure(figure: "Figure", path: StrPath) -> None:
-    """Writes a figure as a PNG file of 150 dots an inch, in a folder that is made if need be."""
+    """Write a figure as a PNG file of 150 dots an inch; create its folder if missing."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     write_bytes(path, buffer.getvalue())
 
 
 def write_json(path: StrPath, value: Any) -> None:
-    """Writes results as JSON, in a folder that is made if need be."""
+    """Write a value as JSON; create the folder if missing."""
     write_bytes(path, f"{json.dumps(value, indent=2, allow_nan=False)}\n".encode())
 
 
 def write_bytes(path: StrPath, content: bytes) -> None:
-    """Writes a whole file, in a folder that is made if need be."""
+    """Write a file; create its folder if missing.
+
+    Raises:
+      InputError: The file cannot be written.
+    """
     with writing(path):
         pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
         write(pathlib.Path(path), content)
 
 
 def append_lines(path: StrPath, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Adds rows to a file of JSON lines, in a folder that is made if need be."""
+    """Append rows to a file of JSON lines; create its folder if missing.
+
+    Raises:
+      InputError: The file cannot be written.
+    """
     with writing(path):
         pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab") as file:
@@ -107,5 +115,5 @@ def append_lines(path: StrPath, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def json_line(row: Mapping[str, Any]) -> bytes:
-    """Returns a row as one line of JSON; a value that is not finite is a ValueError."""
+    """Return a row as one line of JSON; raise ValueError for NaN and infinity."""
     return json.dumps(dict(row), allow_nan=False).encode() + b"\n"

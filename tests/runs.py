@@ -1,4 +1,4 @@
-"""A run's Config and folder, for the tests of what is written there."""
+"""A small Config and the folder of a run, for tests of the files in it."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from experiments.training import records
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Two settings that change the result, and one that does not."""
+    """Two settings that affect the result, and one that does not."""
 
     workdir: str = cli.flag("", "Folder.", affects_result=False)
     batch_size: int = cli.flag(128, "Examples a step.")

@@ -1,4 +1,7 @@
-"""Every implementation and case through the real compilers of devices that are not there."""
+"""Ahead-of-time compilation of every implementation and case with XLA's GPU and TPU compilers.
+
+Each program is compiled once for all tests of a process.
+"""
 
 import json
 import os
@@ -13,17 +16,17 @@ from capsjax.kernels.vote_passes.cases import CASES
 from capsjax.kernels.vote_passes.passes import PLATFORMS
 from experiments import compile_report
 from experiments.compilers import targets
-from experiments.compilers.compiling import Program, measure
+from experiments.compilers.compiling import CompileRequest, compile_costs
 from experiments.errors import InputError
 
 pytestmark = pytest.mark.aot
 
-compiled = cache(measure)
-REGISTERS = 255
+costs = cache(compile_costs)
+REGISTERS = 255  # the most that a thread can have
 
 
-def programs(*, kernels_only=False, only=tuple(targets.TARGETS)):
-    """Targets with their implementations, stored votes apart."""
+def implementations(*, kernels_only=False, only=tuple(targets.TARGETS)):
+    """List targets with their implementations, but for the one that stores the votes."""
     found = []
     for target in only:
         try:
@@ -39,16 +42,16 @@ def programs(*, kernels_only=False, only=tuple(targets.TARGETS)):
 
 
 def row(target, implementation, case, gradients=True):
-    """The measurements of a program, which must compile."""
+    """Return the costs of a program, which must compile."""
     case = CASES[case] if isinstance(case, str) else case
-    found = compiled(Program(target, implementation, case, gradients))
+    found = costs(CompileRequest(target, implementation, case, gradients))
     assert "reason" not in found, found["reason"]
     return found
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("target", "implementation"), programs(kernels_only=True))
-def test_it_compiles_within_registers_and_shared_memory(target, implementation, case):
+@pytest.mark.parametrize(("target", "implementation"), implementations(kernels_only=True))
+def test_kernels_fit_into_registers_and_shared_memory(target, implementation, case):
     kernels = [k for k in row(target, implementation, case)["kernels"] if k["pallas"]]
     assert kernels
     gpu = targets.TARGETS[target].gpu
@@ -61,43 +64,44 @@ def test_it_compiles_within_registers_and_shared_memory(target, implementation, 
             assert kernel["bundles"] > 0, kernel
 
 
-@pytest.mark.parametrize(("target", "implementation"), programs())
+@pytest.mark.parametrize(("target", "implementation"), implementations())
 def test_votes_are_not_stored(target, implementation):
     case = CASES["capsnet_mnist"]
     votes = 4 * case.batch * case.capsules * case.parents * case.depth
     assert row(target, implementation, "capsnet_mnist")["temporary_mb"] <= 12 < votes / 1e6
 
 
-@pytest.mark.parametrize(("target", "implementation"), programs(kernels_only=True))
-def test_the_longest_case_needs_little_memory(target, implementation):
+@pytest.mark.parametrize(("target", "implementation"), implementations(kernels_only=True))
+def test_longest_case_needs_little_memory(target, implementation):
     assert row(target, implementation, "long")["temporary_mb"] < 400
 
 
-@pytest.mark.parametrize(("target", "implementation"), programs(kernels_only=True))
+@pytest.mark.parametrize(("target", "implementation"), implementations(kernels_only=True))
 def test_temporaries_do_not_grow_with_the_number_of_capsules(target, implementation):
     cases = compile_report.scaling_cases()
     sizes = 2**14, 2**20
     few, many = (row(target, implementation, cases[size])["temporary_mb"] for size in sizes)
-    # Not by a single float32 a capsule.
+    # By less than one float32 a capsule.
     assert many - few < 4 * (sizes[1] - sizes[0]) / 1e6
 
 
 @pytest.mark.parametrize(("gradients", "megabytes"), [(False, 60), (True, 160)])
-@pytest.mark.parametrize(("target", "implementation"), programs(only=("tpu_v5e",)))
-def test_a_tpu_moves_little(target, implementation, gradients, megabytes):
+@pytest.mark.parametrize(("target", "implementation"), implementations(only=("tpu_v5e",)))
+def test_traffic_on_a_tpu_is_small(target, implementation, gradients, megabytes):
     found = row(target, implementation, "capsnet_mnist", gradients)
     assert found["moved_mb"] <= megabytes
 
 
-# Of stored votes: a v5e keeps most of them in its vector memory, and out of HBM.
+# Lower bounds on the traffic of stored votes relative to that of kernels. A TPU v5e keeps most of
+# the stored votes in its vector memory, so that its bounds are smaller.
 LESS_TRAFFIC = {"h100": {False: 13, True: 13}, "tpu_v5e": {False: 1.6, True: 6.4}}
 
 
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize(
-    ("target", "implementation"), programs(kernels_only=True, only=tuple(LESS_TRAFFIC))
+    ("target", "implementation"), implementations(kernels_only=True, only=tuple(LESS_TRAFFIC))
 )
-def test_kernels_move_less_than_stored_votes(target, implementation, gradients):
+def test_kernels_have_less_traffic_than_stored_votes(target, implementation, gradients):
     own, stored = (
         row(target, name, "capsnet_mnist", gradients)["moved_mb"]
         for name in (implementation, compile_report.STORED_VOTES)
@@ -106,24 +110,24 @@ def test_kernels_move_less_than_stored_votes(target, implementation, gradients):
 
 
 @pytest.mark.parametrize(
-    ("target", "implementation"), programs(kernels_only=True, only=("tpu_v5e",))
+    ("target", "implementation"), implementations(kernels_only=True, only=("tpu_v5e",))
 )
-def test_stored_votes_do_not_fit_where_tiles_do(target, implementation):
+def test_stored_votes_exhaust_memory_where_kernels_do_not(target, implementation):
     case = CASES["long"]
-    stored = compiled(Program(target, compile_report.STORED_VOTES, case, True))
+    stored = costs(CompileRequest(target, compile_report.STORED_VOTES, case, True))
     assert "RESOURCE_EXHAUSTED" in stored["reason"]
-    assert "reason" not in compiled(Program(target, implementation, case, True))
+    assert "reason" not in costs(CompileRequest(target, implementation, case, True))
 
 
 @pytest.mark.parametrize(
-    ("target", "implementation"), programs(kernels_only=True, only=("h100", "tpu_v5e"))
+    ("target", "implementation"), implementations(kernels_only=True, only=("h100", "tpu_v5e"))
 )
-def test_eight_devices_run_kernels_and_send_sums_only(target, implementation, tmp_path):
+def test_eight_devices_run_kernels_and_send_partial_sums_only(target, implementation, tmp_path):
     environment = targets.environment(target, tmp_path)
     found = sharded_programs.run("for_absent_devices", target, environment=environment)
     weights, part, state = "1152,8,10,16", "288,8,10,16", "512,10,16"
-    # XLA's partitioner cannot split a kernel, but leaves the plain form where the batch is; it adds
-    # up the gradients of weights, perhaps tile by tile.
+    # XLA cannot partition a kernel over an Auto axis, so "xla" runs there: it sums the gradients of
+    # weights over the devices, perhaps tile by tile.
     on_auto_axis = found.pop("batch over an Auto axis")
     assert on_auto_axis["kernels"] == 0
     assert len(on_auto_axis["sent"]) == 1
@@ -134,8 +138,8 @@ def test_eight_devices_run_kernels_and_send_sums_only(target, implementation, tm
         assert all(kind.startswith("all-reduce") for _, kind in case["sent"])
 
 
-@pytest.mark.parametrize(("target", "implementation"), programs(only=("h100",)))
-def test_the_report_needs_no_settings_in_its_environment(target, implementation, tmp_path):
+@pytest.mark.parametrize(("target", "implementation"), implementations(only=("h100",)))
+def test_compile_report_needs_no_environment_variables(target, implementation, tmp_path):
     output = tmp_path / "rows.jsonl"
     done = subprocess.run(
         [

@@ -1,17 +1,19 @@
-"""What devices send, from program texts and from programs over host devices."""
+"""Tests of `benchmark_scaling`: its cases, and the communication of compiled programs."""
 
 import json
 import math
+import os
 
 import in_process
 import pytest
 
 from capsjax.kernels.vote_passes.cases import Case
 from experiments import benchmark_scaling
+from experiments.benchmarks.scaling import ShardedCase
 from experiments.compilers import hlo
 
 SMALL = Case(batch=4, capsules=16, length=2, parents=3, depth=5)
-STATE = 4 * SMALL.parents * SMALL.depth  # bytes of the sums of one example
+STATE = 4 * SMALL.parents * SMALL.depth  # bytes of a weighted sum of votes, of one example
 PROGRAM = """\
 HloModule program
 
@@ -59,46 +61,61 @@ backend_config={"known_trip_count":{"n":"3"}}
 """
 
 
-def test_what_is_sent_counts_loops_and_branches_and_no_device_alone():
+def test_sent_counts_loops_and_the_larger_branch_but_no_group_of_one():
     assert hlo.sent(PROGRAM) == {"all-reduce": 3 * 8 * 4, "all-gather": 8 * 4}
 
 
-@pytest.fixture
-def rows(tmp_path, monkeypatch, capsys):
-    """What a run with small problems on two devices writes, by the kind."""
-    monkeypatch.setattr(benchmark_scaling, "HOST_CASE", SMALL)
-    monkeypatch.setattr(benchmark_scaling, "HOST_DEVICES", (2,))
+def test_strong_scaling_keeps_the_problem_and_weak_scaling_grows_it():
+    named = benchmark_scaling.cases("cpu")
+    assert {(case.data, case.capsules) for _, case in named} == {
+        *((count, 1) for count in benchmark_scaling.HOST_DEVICES),
+        *((1, count) for count in benchmark_scaling.HOST_DEVICES),
+    }
+    for kind, case in named:
+        devices = case.data * case.capsules
+        (size,) = {c.case.batch * c.case.capsules for k, c in named if k == kind and _is_single(c)}
+        assert case.case.batch * case.case.capsules == size * (devices if "weak" in kind else 1)
+        assert (case.work == "training") == ("training" in kind)
+    for target, counts in benchmark_scaling.DEVICES.items():
+        found = [(kind, case.capsules) for kind, case in benchmark_scaling.cases(target)]
+        assert found == [
+            (f"{name}, strong", count) for name in benchmark_scaling.LARGE for count in counts
+        ]
+
+
+def _is_single(case):
+    return case.data * case.capsules == 1
+
+
+def test_devices_send_partial_sums_and_gradients_but_no_votes(tmp_path, monkeypatch, capsys):
     trained = benchmark_scaling.TRAINED._replace(batch=8, capsules=36)
-    monkeypatch.setattr(benchmark_scaling, "TRAINED", trained)
-    every = benchmark_scaling.programs
-    unlike = {"training, strong", "training, weak"}  # a compilation each, and nothing new
-    monkeypatch.setattr(
-        benchmark_scaling,
-        "programs",
-        lambda target: [(kind, program) for kind, program in every(target) if kind not in unlike],
-    )
+    named = [
+        ("routing", ShardedCase("routing", "cpu", data=2, capsules=2, case=SMALL)),
+        ("training", ShardedCase("training", "cpu", data=1, capsules=2, case=trained)),
+    ]
+    monkeypatch.setattr(benchmark_scaling, "cases", lambda target: named)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     files = {"output": tmp_path / "rows.jsonl", "figure": tmp_path / "scaling.png"}
     flags = {"target": "cpu", "repeats": 1, **files}
     status, printed, _ = in_process.run(benchmark_scaling, flags, monkeypatch, capsys)
     assert status == 0
     assert files["figure"].read_bytes().startswith(b"\x89PNG")
-    found = [json.loads(line) for line in files["output"].read_text().splitlines()]
-    assert len(found) == len(printed.splitlines()) - 1
-    return {row["kind"]: row for row in found}
-
-
-def test_devices_send_sums_of_votes_or_gradients_and_no_votes(rows):
-    for kind in ("capsules, strong", "capsules, weak", "examples, strong", "examples, weak"):
-        row, sizes = rows[kind], rows[kind]["sizes"]
-        weights = 4 * math.prod(sizes[k] for k in ("capsules", "length", "parents", "depth"))
-        # Three sums of votes forward, two backward; or the gradient that examples share.
-        wanted = 5 * sizes["batch"] * STATE if "capsules" in kind else weights
-        assert row["sent_mb"] == {"all-reduce": pytest.approx(wanted / 1e6)}
-        assert row["memory_mb"] > row["argument_mb"] > 0
-    training = rows["split training"]
+    routing, training = [json.loads(line) for line in files["output"].read_text().splitlines()]
+    table = printed.splitlines()[1:]
+    assert [line.split()[:3] for line in table] == [
+        ["cpu", "routing", "4"],
+        ["cpu", "training", "2"],
+    ]
+    assert [len(row["seconds"]) for row in (routing, training)] == [0, 1]  # timed with enough cores
+    assert routing["memory_mb"] > routing["argument_mb"] > 0
+    # Of the examples of a device, three sums of votes forward and two backward; of its capsules,
+    # the gradient of the weights.
+    sums = 5 * SMALL.batch // 2 * STATE
+    weights = 4 * math.prod(SMALL[1:5]) // 2
+    assert routing["sent_mb"] == {"all-reduce": pytest.approx((sums + weights) / 1e6)}
     poses = 4 * 8 * 36 * 8  # of the batch, to the devices of their capsules and back
     assert training["sent_mb"]["all-to-all"] == pytest.approx(2 * poses / 2 / 1e6)
-    # Of the parameters and Adam's two moments, the gradients are summed.
+    # A third of the arguments is parameters; Adam's moments are not sent.
     assert training["sent_mb"]["all-reduce"] == pytest.approx(training["argument_mb"] / 3, rel=0.1)
 
 
@@ -109,7 +126,7 @@ def test_devices_send_sums_of_votes_or_gradients_and_no_votes(rows):
         ({"repeats": 0}, "--repeats must be at least 1, got 0"),
     ],
 )
-def test_what_cannot_be_used_is_one_line(flags, message, monkeypatch, capsys):
-    status, printed, complaint = in_process.run(benchmark_scaling, flags, monkeypatch, capsys)
+def test_bad_flags_print_one_line(flags, message, monkeypatch, capsys):
+    status, printed, stderr = in_process.run(benchmark_scaling, flags, monkeypatch, capsys)
     assert (status, printed) == (2, "")
-    assert complaint == f"benchmark_scaling: {message}\n"
+    assert stderr == f"benchmark_scaling: {message}\n"

@@ -1,4 +1,4 @@
-"""Flags made of a Config, and how a program ends."""
+"""Tests of `experiments.cli`: flags from a Config, its validation, help, logging, exit status."""
 
 import dataclasses
 import os
@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One field of each type, and each kind of limit."""
+    """A field of each type, and a limit of each kind."""
 
     workdir: str = cli.flag("", "Folder of the run.", affects_result=False)
     batch_size: int = cli.flag(128, "Examples a step.", minimum=1, maximum=1000)
@@ -30,8 +30,8 @@ class Config:
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs a program in this process: its exit status, the Config it got, stdout and stderr."""
-    monkeypatch.setattr(cli, "_configure_logging", lambda config_class: None)
+    """Run a program in this process; return its exit status, its Config, stdout and stderr."""
+    monkeypatch.setattr(cli, "_configure_logging", lambda main: None)
 
     def run(*arguments, result=None):
         configs = []
@@ -61,6 +61,7 @@ def run(monkeypatch, capsys):
         (["--download", "--nonormalize"], {"download": True, "normalize": False}),
         (["--download=true", "--normalize=false"], {"download": True, "normalize": False}),
         (["--dtype=bfloat16", "--workdir=a=b"], {"dtype": "bfloat16", "workdir": "a=b"}),
+        (["--"], {}),  # ends the flags; nothing follows
     ],
 )
 def test_flags_become_the_config(run, arguments, changes):
@@ -71,7 +72,7 @@ def test_flags_become_the_config(run, arguments, changes):
     ]
 
 
-def test_what_follows_a_flagfile_wins(run, tmp_path):
+def test_flags_override_those_before_them_also_in_a_flagfile(run, tmp_path):
     flagfile = tmp_path / "paper.cfg"
     flagfile.write_text("# the paper\n--batch_size=64\n\n--learning_rate=0.01\n--download\n")
     _, config, _, _ = run("--batch_size=1", f"--flagfile={flagfile}", "--learning_rate=0.5")
@@ -83,73 +84,69 @@ def test_what_follows_a_flagfile_wins(run, tmp_path):
     [
         ("--bach_size=3", r"Unknown command line flag 'bach_size'. Did you mean: batch_size \?"),
         ("--verbosity=3", "Unknown command line flag 'verbosity'"),
-        ("--batch_size=many", "flag --batch_size=many: must be a whole number"),
-        ("--batch_size=1.5", "flag --batch_size=1.5: must be a whole number"),
-        ("--batch_size=", "flag --batch_size=: must be a whole number"),
+        ("--batch_size=many", "--batch_size must be a whole number, got 'many'"),
+        ("--batch_size=1.5", "--batch_size must be a whole number, got '1.5'"),
+        ("--batch_size=", "--batch_size must be a whole number, got ''"),
         ("--batch_size", "Missing value for flag --batch_size"),
         ("--batch_size=0", "--batch_size must be at least 1, got 0"),
         ("--batch_size=1001", "--batch_size must be at most 1000, got 1001"),
-        ("--learning_rate=fast", "flag --learning_rate=fast: must be a number"),
+        ("--learning_rate=fast", "--learning_rate must be a number, got 'fast'"),
         ("--learning_rate=0", "--learning_rate must be above 0, got 0.0"),
         ("--learning_rate=-1e-3", "--learning_rate must be above 0, got -0.001"),
         ("--learning_rate=nan", "--learning_rate must be finite, got nan"),
         ("--learning_rate=inf", "--learning_rate must be finite, got inf"),
         ("--learning_rate=1e999", "--learning_rate must be finite, got inf"),
-        ("--download=maybe", "flag --download=maybe: must be true or false"),
+        ("--download=maybe", "--download must be true or false, got 'maybe'"),
         ("--nodownload=true", "--nodownload=true does not take an argument"),
         ("--dtype=float8", "--dtype must be one of float32, bfloat16, got 'float8'"),
         ("--flagfile=none.cfg", r"Unable to open flagfile: .*No such file or directory.*none.cfg'"),
         ("--flagfile", "--flagfile with no argument"),
         ("mnist", "unexpected argument 'mnist': settings are --name=value"),
-        ("--", None),
     ],
 )
-def test_what_cannot_be_used_is_one_line_and_status_2(run, argument, message):
+def test_bad_input_prints_one_line_and_exits_with_status_2(run, argument, message):
     status, config, stdout, stderr = run(argument)
-    if message is None:  # the end of the flags, and nothing after it, is no mistake
-        assert (status, config, stderr) == (0, Config(), "")
-    else:
-        assert (status, config, stdout) == (2, None, "")
-        assert re.fullmatch(f"train_mnist: {message}\n", stderr)
+    assert (status, config, stdout) == (2, None, "")
+    assert re.fullmatch(f"train_mnist: {message}\n", stderr)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"--batch_size=64 # small\n", "flag --batch_size=64 # small: must be a whole number"),
+        (b"--batch_size=64 # small\n", "--batch_size must be a whole number, got '64 # small'"),
         (b"batch_size=64\n", "unexpected argument 'batch_size=64': settings are --name=value"),
         (b"--dtype=\xff\n", "the flagfile is not a text file: .*"),
     ],
 )
-def test_a_bad_line_of_a_flagfile_is_named(run, tmp_path, content, message):
+def test_bad_line_of_a_flagfile_is_quoted(run, tmp_path, content, message):
     (tmp_path / "bad.cfg").write_bytes(content)
     status, config, _, stderr = run(f"--flagfile={tmp_path / 'bad.cfg'}")
     assert (status, config) == (2, None)
     assert re.fullmatch(f"train_mnist: {message}\n", stderr)
 
 
-def test_an_input_error_of_the_program_is_one_line(run):
+def test_input_error_of_the_program_is_joined_into_one_line(run):
     status, _, _, stderr = run(result=InputError("labels.idx is truncated:\n  10 bytes"))
     assert (status, stderr) == (2, "train_mnist: labels.idx is truncated: 10 bytes\n")
 
 
 @pytest.mark.parametrize(("result", "status"), [(None, 0), (0, 0), (3, 3)])
-def test_the_program_decides_its_exit_status(run, result, status):
+def test_program_returns_its_exit_status(run, result, status):
     assert run(result=result)[0] == status
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("a bug")])
-def test_nothing_else_is_caught(monkeypatch, error):
+def test_other_exceptions_are_not_caught(monkeypatch, error):
     def main(config):
         raise error
 
-    monkeypatch.setattr(cli, "_configure_logging", lambda config_class: None)
+    monkeypatch.setattr(cli, "_configure_logging", lambda main: None)
     monkeypatch.setattr(sys, "argv", ["train_mnist"])
     with pytest.raises(type(error)):
         cli.run(Config, main)
 
 
-def test_help_explains_every_flag_and_no_other(run):
+def test_help_lists_every_flag_with_default_and_limits(run):
     status, config, stdout, stderr = run("--help")
     assert (status, config, stderr) == (0, None, "")
     assert stdout.startswith(f"{__doc__}\n\nusage: train_mnist [--flagfile=FILE]")
@@ -161,9 +158,9 @@ def test_help_explains_every_flag_and_no_other(run):
     assert "--[no]download\n      May use the network. (default: false)" in stdout
 
 
-def test_no_flag_is_global(run):
+def test_flags_are_not_global(run):
     run()
-    run()
+    run()  # would find its flags already defined
     assert "batch_size" not in flags.FLAGS
 
 
@@ -180,13 +177,15 @@ def test_no_flag_is_global(run):
         ({"workdir": None}, "--workdir must be text, got None"),
     ],
 )
-def test_a_config_built_in_code_is_checked_too(changes, message):
+def test_validate_checks_types_and_limits_of_a_config_from_a_file(changes, message):
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         cli.validate(dataclasses.replace(Config(), **changes))
 
 
-def test_a_whole_number_is_a_number():
+def test_validate_takes_an_int_for_a_float_within_its_limits_only():
     cli.validate(Config(learning_rate=1))
+    with pytest.raises(InputError, match=r"^--learning_rate must be above 0, got 0$"):
+        cli.validate(Config(learning_rate=0))
 
 
 SCRIPT = """
@@ -201,8 +200,8 @@ class Config:
 
 def main(config):
     import jax.numpy as jnp
-    from experiments import records
-    from experiments.checkpoints import Checkpoints
+    from experiments.training import records
+    from experiments.training.checkpoints import Checkpoints
     workdir = records.open_workdir(config.workdir, config=config, data_sha256="00")
     with Checkpoints(workdir) as checkpoints:
         checkpoints.save(1, {"x": jnp.ones(3)})
@@ -216,7 +215,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def script(tmp_path_factory):
-    """Runs SCRIPT as a program of its own."""
+    """Run SCRIPT in a child process."""
     path = tmp_path_factory.mktemp("script") / "tiny.py"
     path.write_text(SCRIPT)
 
@@ -234,22 +233,13 @@ def script(tmp_path_factory):
     return script
 
 
-def test_stderr_holds_the_programs_log_lines_and_no_noise(script, tmp_path):
+def test_stderr_holds_the_programs_own_log_lines_and_warnings_only(script, tmp_path):
     done = script(f"--workdir={tmp_path / 'run'}")
     assert (done.returncode, done.stdout) == (0, "")
     assert re.fullmatch(r"I \d\d:\d\d:\d\d saved \[1\]\nW \d\d:\d\d:\d\d beware\n", done.stderr)
 
 
-@pytest.mark.parametrize(
-    ("argument", "stderr"),
-    [
-        ("--steps=0", "tiny: --steps must be at least 1, got 0\n"),
-        (
-            "--workdir=tiny.py",
-            "tiny: workdir tiny.py is a file, not a folder; use another --workdir\n",
-        ),
-    ],
-)
-def test_a_program_ends_with_one_line_and_status_2(script, argument, stderr):
-    done = script(argument)
+def test_script_exits_with_one_line_and_status_2(script):
+    done = script("--steps=0")
+    stderr = "tiny: --steps must be at least 1, got 0\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", stderr)

@@ -1,4 +1,4 @@
-"""What is read from reports that the compilers wrote."""
+"""Tests of `compilers.dumps` on excerpts of real dumps."""
 
 from experiments.compilers import dumps
 
@@ -34,7 +34,7 @@ CODE = """\
 """  # noqa: E501
 
 
-def test_registers_spills_and_both_kinds_of_shared_memory():
+def test_ptxas_report_has_registers_spills_static_and_dynamic_shared_memory():
     shared = dumps.parse_shared_memory(THUNKS)
     assert shared == {"wrapped_slice": 0, "my_kernel": 16384}
     assert list(dumps.parse_ptxas(PTXAS, shared)) == [
@@ -43,10 +43,10 @@ def test_registers_spills_and_both_kinds_of_shared_memory():
     ]
 
 
-def test_bundles_and_vector_memory_of_each_kernel(tmp_path):
+def test_tpu_dumps_have_bundles_and_vector_memory_of_each_kernel(tmp_path):
     for name, analysis in {
         "my_kernel.1": ANALYSIS,
-        "custom-call.2": "",  # names memory, does nothing
+        "custom-call.2": "",  # an operation without code
         "TLP": ANALYSIS,
         "<late-finalization>": ANALYSIS,
     }.items():

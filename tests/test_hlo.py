@@ -1,4 +1,4 @@
-"""Traffic counted from program texts that XLA's compilers wrote, against counts by hand."""
+"""Tests of `compilers.hlo`: traffic of recorded XLA programs against counts by hand."""
 
 import pathlib
 
@@ -16,7 +16,7 @@ def recorded(target):
     return (RECORDED / f"scan.{target}.hlo").read_text()
 
 
-def test_a_gpu_program_moves_operands_results_and_slices_at_each_step_of_its_loop():
+def test_gpu_traffic_is_operands_results_and_slices_times_the_trip_count():
     before = (4 + 4) + MATRIX + STEPS * MATRIX  # the counter's copy, two arrays of zeros
     row = 4 + MATRIX + MATRIX  # the step's number, a row of x, its copy
     product = 3 * MATRIX + MATRIX
@@ -26,7 +26,7 @@ def test_a_gpu_program_moves_operands_results_and_slices_at_each_step_of_its_loo
     assert hlo.traffic(recorded("h100")) == hlo.Traffic(expected, ())
 
 
-def test_a_fusion_that_starts_and_is_done_later_moves_the_same():
+def test_asynchronous_fusion_has_the_same_traffic():
     row = "%loop_dynamic_slice_fusion = f32[1,64,64]{2,1,0}"
     started = (  # as jax 0.12 writes it
         "%fusion-start = ((f32[5,64,64]{2,1,0}, s32[]), f32[1,64,64]{2,1,0}, u32[]) fusion-start"
@@ -41,7 +41,7 @@ def test_a_fusion_that_starts_and_is_done_later_moves_the_same():
     assert hlo.traffic("\n".join(lines)) == hlo.traffic(recorded("h100"))
 
 
-def test_what_lies_in_vector_memory_moves_nothing():
+def test_arrays_in_vector_memory_have_no_traffic():
     padded = 64 * 128 * 4  # in tiles of 8 x 128
     before = (4 + 4) + padded + STEPS * padded  # a copy; y and x are read, their casts stay
     step = 4 + (4 + 4) + 4 + padded  # a copy to scalar memory, a sum, a test; a row of the result
@@ -49,12 +49,12 @@ def test_what_lies_in_vector_memory_moves_nothing():
     assert hlo.traffic(recorded("tpu_v5e")) == hlo.Traffic(before + STEPS * step + after, ())
 
 
-def test_in_memory_the_same_program_moves_more():
+def test_traffic_grows_if_all_arrays_are_in_memory():
     everywhere = recorded("tpu_v5e").replace("S(1)", "")
     assert hlo.traffic(everywhere).moved > 2 * hlo.traffic(recorded("tpu_v5e")).moved
 
 
-def test_a_trip_count_is_found_in_what_the_loop_is_given():
+def test_trip_count_is_found_among_the_operands_of_the_loop():
     text = recorded("tpu_v5e")
     moved = text.replace(
         "%constant.30 = s32[]{:T(128)} constant(5)",
@@ -66,7 +66,7 @@ def test_a_trip_count_is_found_in_what_the_loop_is_given():
     assert hlo.traffic(moved) == hlo.traffic(text)
 
 
-def test_an_unknown_trip_count_is_an_error():
+def test_unknown_trip_count_is_an_error():
     text = recorded("tpu_v5e").replace("direction=LT", "direction=NE")
     with pytest.raises(ValueError, match=r"^hlo: how often does while\.1 run\?"):
         hlo.traffic(text)
@@ -82,7 +82,7 @@ ENTRY %main.1 (x.1: f32[100,200]) -> f32[100,200] {
 """
 
 
-def test_kernels_are_listed_with_where_their_operands_lie():
+def test_kernel_calls_are_listed_with_the_memory_of_their_operands():
     traffic = hlo.traffic(KERNEL)
     size = 104 * 256 * 4
     transposed = 200 * 128 * 4
@@ -97,5 +97,5 @@ def test_kernels_are_listed_with_where_their_operands_lie():
     ("shape", "itemsize", "size"),
     [((8, 128), 4, 4096), ((9, 1), 4, 8192), ((3, 9, 129), 2, 3 * 16 * 256 * 2), ((130,), 4, 1024)],
 )
-def test_a_kernels_blocks_are_padded_to_tiles(shape, itemsize, size):
+def test_tiled_size_pads_to_whole_tiles(shape, itemsize, size):
     assert hlo.tiled_size(shape, itemsize) == size

@@ -1,7 +1,6 @@
-"""The controls: how many parameters they have, and what their convolutions see."""
+"""Tests of `training.networks`: parameter counts, padding and pooling of the CNNs."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -19,7 +18,7 @@ from experiments.training import networks
         ("capsnet", 8_215_568),  # and 8.2 million
     ],
 )
-def test_parameters_are_counted_as_in_the_paper(network, parameters):
+def test_networks_have_the_parameters_of_the_paper(network, parameters):
     settings = networks.Settings(network=network)
     model = nnx.eval_shape(lambda: networks.build(settings, (28, 28, 1), 10, seed=0))
     leaves = jax.tree.leaves(nnx.state(model))
@@ -27,30 +26,38 @@ def test_parameters_are_counted_as_in_the_paper(network, parameters):
 
 
 @pytest.mark.parametrize("kernel_size", [4, 5])
-def test_convolutions_are_those_of_xla_with_padding(kernel_size):
+def test_convolutions_equal_those_of_xla_with_padding(kernel_size):
     model = networks.Cnn(
         *((7, 6, 2), 3), channels=(3, 4), kernel_size=kernel_size, hidden=(5,), rngs=nnx.Rngs(0)
     )
-    images = jax.random.normal(jax.random.key(0), (2, 7, 6, 2))
-    x = images
-    for convolution in model.convolutions:
-        x = lax.conv_general_dilated(
-            *(x, convolution.kernel[...], (1, 1), "SAME"),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        x = jax.nn.relu(x + convolution.bias[...].reshape(1, 1, 1, -1))
-    wanted = jax.nn.relu(model.layers[0](x.reshape(2, -1)))
-    np.testing.assert_allclose(model.features(images), wanted, rtol=1e-4, atol=1e-5)
+    images = np.random.default_rng(0).normal(size=(2, 7, 6, 2)).astype("float32")
+
+    @jax.jit
+    def both(images):
+        x = images
+        for convolution in model.convolutions:
+            x = lax.conv_general_dilated(
+                *(x, convolution.kernel[...], (1, 1), "SAME"),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+            x = jax.nn.relu(x + convolution.bias[...].reshape(1, 1, 1, -1))
+        return model.features(images), jax.nn.relu(model.layers[0](x.reshape(2, -1)))
+
+    np.testing.assert_allclose(*both(images), rtol=1e-4, atol=1e-5)
 
 
-def test_pooling_leaves_out_an_odd_last_row():
+def test_pooling_drops_an_odd_last_column():
     model = networks.Cnn((8, 9, 1), 3, channels=(2,), pooling=True, hidden=(4,), rngs=nnx.Rngs(0))
-    images = jax.random.normal(jax.random.key(0), (2, 8, 9, 1))
     assert model.layers[0].kernel.shape == (2 * 2 * 2, 4)
-    changed = images.at[:, :, 8].set(0)  # seen by the fifth column of windows alone
-    assert jnp.array_equal(model.features(images), model.features(changed))
+    images = np.random.default_rng(0).normal(size=(2, 8, 9, 1)).astype("float32")
+    features = jax.jit(model.features)
+    wanted = features(images)
+    images[:, :, 8] = 0  # seen by the fifth column of windows only, which is dropped
+    np.testing.assert_array_equal(features(images), wanted)
+    images[:, :, 7] = 0  # seen by the fourth one too
+    assert not np.array_equal(features(images), wanted)
 
 
-def test_images_too_small_for_pooling_are_refused():
+def test_images_too_small_for_pooling_are_an_input_error():
     with pytest.raises(InputError, match=r"^Cnn: image_shape must leave pixels .*\(10, 10, 1\)$"):
         networks.build(networks.Settings(network="pooling_cnn"), (10, 10, 1), 10, seed=0)

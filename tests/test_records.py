@@ -1,4 +1,4 @@
-"""Runs on disk: what is written is read again, or its damage is named."""
+"""Tests of `training.records` and `files`: a run's folder, metrics and figures."""
 
 import errno
 import json
@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # The folder of a run
 
 
-def test_a_new_workdir_says_what_runs_in_it(tmp_path):
+def test_new_workdir_has_config_digest_and_versions(tmp_path):
     workdir = open_workdir(tmp_path / "deep" / "run", batch_size=64)
     assert {entry.name for entry in workdir.iterdir()} == {"config.json", "checkpoints", "figures"}
     run = records.read_config(workdir)
@@ -34,7 +34,7 @@ def test_a_new_workdir_says_what_runs_in_it(tmp_path):
     assert run["versions"]["jax"] == jax.__version__
 
 
-def test_the_same_run_goes_on_though_its_folder_moved(tmp_path):
+def test_run_is_resumed_in_a_folder_that_was_moved(tmp_path):
     open_workdir(tmp_path / "run", workdir="old", batch_size=64)
     before = (tmp_path / "run/config.json").read_bytes()
     open_workdir(tmp_path / "run", workdir="new", batch_size=64)
@@ -52,7 +52,7 @@ def test_the_same_run_goes_on_though_its_folder_moved(tmp_path):
         ({"data_sha256": "0" * 64}, f"data_sha256 da7a there, {'0' * 64} here"),
     ],
 )
-def test_another_run_is_refused_with_every_difference(tmp_path, changes, differing):
+def test_different_run_is_refused_with_every_difference(tmp_path, changes, differing):
     workdir = open_workdir(tmp_path / "run")
     before = (workdir / "config.json").read_bytes()
     message = (
@@ -63,7 +63,7 @@ def test_another_run_is_refused_with_every_difference(tmp_path, changes, differi
     assert (workdir / "config.json").read_bytes() == before
 
 
-def test_a_run_of_another_version_of_the_program_is_refused(tmp_path):
+def test_run_with_other_names_of_settings_is_refused(tmp_path):
     workdir = open_workdir(tmp_path / "run")
     run = json.loads((workdir / "config.json").read_text())
     run["config"]["momentum"] = run["config"].pop("dtype")
@@ -73,20 +73,20 @@ def test_a_run_of_another_version_of_the_program_is_refused(tmp_path):
         open_workdir(workdir)
 
 
-def test_a_folder_with_other_files_is_refused_and_untouched(tmp_path):
+def test_folder_with_other_files_is_refused_and_unchanged(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError, match=r"holds files but no run \(thesis.tex, for one\)"):
         open_workdir(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_start_that_was_stopped_does_not_block_the_next(tmp_path):
+def test_interrupted_start_does_not_block_the_next(tmp_path):
     (tmp_path / ".config.json.123.tmp").write_text('{"config"')
     open_workdir(tmp_path)
     assert records.read_config(tmp_path)["config"]["batch_size"] == 128
 
 
-def test_of_two_starts_in_one_new_folder_the_later_is_the_other_run(tmp_path, monkeypatch):
+def test_of_two_simultaneous_starts_the_later_is_refused(tmp_path, monkeypatch):
     create = files.create
 
     def late(path, content):
@@ -102,7 +102,7 @@ def test_of_two_starts_in_one_new_folder_the_later_is_the_other_run(tmp_path, mo
     assert names == {"config.json", "checkpoints", "figures"}
 
 
-def test_a_file_system_without_links_will_do(tmp_path, monkeypatch):
+def test_workdir_needs_no_hard_links(tmp_path, monkeypatch):
     def link(*_):
         raise OSError(errno.EPERM, "Operation not permitted")
 
@@ -113,7 +113,7 @@ def test_a_file_system_without_links_will_do(tmp_path, monkeypatch):
     assert names == {"config.json", "checkpoints", "figures"}
 
 
-def test_two_processes_do_not_train_in_one_folder(tmp_path):
+def test_lock_excludes_another_process(tmp_path):
     workdir = open_workdir(tmp_path / "run")
     message = "run is in use by another process; wait for its end"
     with (
@@ -126,7 +126,7 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
         pass  # free again
 
 
-def test_a_file_is_no_workdir(tmp_path):
+def test_file_instead_of_a_workdir_is_refused(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(InputError, match=r"run is a file, not a folder; use another --workdir$"):
         open_workdir(tmp_path / "run")
@@ -135,7 +135,7 @@ def test_a_file_is_no_workdir(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
-def test_a_workdir_that_cannot_be_made_is_named(tmp_path, monkeypatch, number):
+def test_workdir_that_cannot_be_created_is_an_input_error(tmp_path, monkeypatch, number):
     def refuse(*args, **kwargs):
         raise OSError(number, errno.errorcode[number])
 
@@ -145,7 +145,7 @@ def test_a_workdir_that_cannot_be_made_is_named(tmp_path, monkeypatch, number):
         open_workdir(tmp_path / "run")
 
 
-def test_a_full_disk_at_the_start_leaves_an_empty_folder(tmp_path, small_disk):
+def test_full_disk_at_the_start_leaves_a_usable_folder(tmp_path, small_disk):
     with small_disk(10), pytest.raises(InputError, match=r"cannot be written: File too large$"):
         open_workdir(tmp_path / "run")
     open_workdir(tmp_path / "run")
@@ -154,7 +154,7 @@ def test_a_full_disk_at_the_start_leaves_an_empty_folder(tmp_path, small_disk):
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b"\xff", b'{"config": {}}', b'{"config": 1, "data_sha256": ""}']
 )
-def test_a_damaged_config_is_named(tmp_path, content):
+def test_damaged_config_is_an_input_error(tmp_path, content):
     workdir = open_workdir(tmp_path)
     (workdir / "config.json").write_bytes(content)
     with pytest.raises(InputError, match=r"config\.json is damaged"):
@@ -163,7 +163,7 @@ def test_a_damaged_config_is_named(tmp_path, content):
 
 
 @pytest.mark.parametrize("read", [records.read_config, Checkpoints])
-def test_a_folder_without_a_run_is_refused(tmp_path, read):
+def test_folder_without_a_run_is_an_input_error(tmp_path, read):
     with pytest.raises(InputError, match=r"holds no run: it has no config\.json$"):
         read(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -182,7 +182,7 @@ def read_steps(workdir):
     return [row["step"] for row in records.read_metrics(workdir)]
 
 
-def test_rows_come_back_as_written(tmp_path):
+def test_metrics_read_equal_those_written(tmp_path):
     write_rows(tmp_path, [1, 2])
     assert records.read_metrics(tmp_path) == [
         {"step": 1, "train_loss": 1 / 3, "test_error": 1.25},
@@ -190,7 +190,7 @@ def test_rows_come_back_as_written(tmp_path):
     ]
 
 
-def test_a_row_is_on_disk_when_write_returns(tmp_path):
+def test_row_is_on_disk_when_write_returns(tmp_path):
     with records.Metrics(tmp_path, step=0) as metrics:
         metrics.write({"step": 1})
         assert read_steps(tmp_path) == [1]
@@ -199,19 +199,19 @@ def test_a_row_is_on_disk_when_write_returns(tmp_path):
 @pytest.mark.parametrize(
     ("restored", "kept"), [(0, []), (2, [1, 2]), (3, [1, 2, 3]), (9, [1, 2, 3])]
 )
-def test_a_resumed_run_drops_the_rows_it_will_write_again(tmp_path, restored, kept):
+def test_resumed_run_drops_later_rows(tmp_path, restored, kept):
     write_rows(tmp_path, [1, 2, 3])
     write_rows(tmp_path, [10], step=restored)
     assert read_steps(tmp_path) == [*kept, 10]
 
 
-@pytest.mark.parametrize("torn", range(1, len('{"step": 2, "train_loss": 0.66666')))
-def test_a_torn_last_line_is_dropped(tmp_path, torn):
+def test_incomplete_last_line_is_dropped(tmp_path):
     write_rows(tmp_path, [1, 2])
     path = tmp_path / "metrics.jsonl"
     first, second = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(first + second[:torn])
-    assert read_steps(tmp_path) == [1]
+    for length in range(1, len(second) - 1):
+        path.write_bytes(first + second[:length])
+        assert read_steps(tmp_path) == [1], second[:length]
     write_rows(tmp_path, [2], step=1)
     assert path.read_bytes() == first + second
 
@@ -230,7 +230,7 @@ def test_a_torn_last_line_is_dropped(tmp_path, torn):
     ],
 )
 @pytest.mark.parametrize("use", [records.read_metrics, lambda w: records.Metrics(w, step=9)])
-def test_a_damaged_line_is_named(tmp_path, line, use):
+def test_damaged_line_is_an_input_error_with_its_number(tmp_path, line, use):
     content = b'{"step": 1}\n' + line + b'\n{"step": 3}\n'
     (tmp_path / "metrics.jsonl").write_bytes(content)
     with pytest.raises(InputError, match=r"metrics\.jsonl is damaged at line 2 \("):
@@ -238,13 +238,13 @@ def test_a_damaged_line_is_named(tmp_path, line, use):
     assert (tmp_path / "metrics.jsonl").read_bytes() == content
 
 
-def test_missing_metrics_are_an_error(tmp_path):
+def test_missing_metrics_are_an_input_error(tmp_path):
     with pytest.raises(InputError, match=r"has no metrics\.jsonl: nothing was trained there yet$"):
         records.read_metrics(tmp_path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_only_finite_values_are_written(tmp_path, value):
+def test_nonfinite_values_and_steps_that_are_no_integers_are_refused(tmp_path, value):
     with records.Metrics(tmp_path, step=0) as metrics:
         with pytest.raises(ValueError, match=f"train_loss must be finite, got {value}$"):
             metrics.write({"step": 1, "train_loss": value})
@@ -253,7 +253,7 @@ def test_only_finite_values_are_written(tmp_path, value):
     assert read_steps(tmp_path) == []
 
 
-def test_a_full_disk_keeps_the_rows_before(tmp_path, small_disk):
+def test_full_disk_keeps_earlier_rows(tmp_path, small_disk):
     with records.Metrics(tmp_path, step=0) as metrics:
         metrics.write({"step": 1})
         message = r"metrics\.jsonl cannot be written: File too large$"
@@ -264,7 +264,7 @@ def test_a_full_disk_keeps_the_rows_before(tmp_path, small_disk):
 
 
 def read_events(path):
-    """The events of a TensorBoard file: each lies between 12 bytes and 4 of length and checksum."""
+    """Read the events of a TensorBoard file; 12 bytes precede an event and 4 follow it."""
     content, events = path.read_bytes(), []
     while content:
         end = 12 + int.from_bytes(content[:8], "little")
@@ -273,7 +273,7 @@ def read_events(path):
     return events
 
 
-def test_tensorboard_gets_the_same_rows_and_forgets_those_to_be_written_again(tmp_path):
+def test_tensorboard_has_the_same_rows_and_purges_later_ones(tmp_path):
     write_rows(tmp_path, [4, 5], step=3, tensorboard=True)
     [path] = (tmp_path / "tensorboard").iterdir()
     events = read_events(path)
@@ -287,13 +287,15 @@ def test_tensorboard_gets_the_same_rows_and_forgets_those_to_be_written_again(tm
     }
 
 
-def test_without_tensorboardx_the_extra_is_named(tmp_path, monkeypatch):
+def test_missing_tensorboardx_is_an_input_error_with_the_command_to_install_it(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'capsjax\[tensorboard\]'$"):
         records.Metrics(tmp_path, step=0, tensorboard=True)
 
 
-def test_seconds_are_those_of_the_steps():
+def test_training_seconds_exclude_evaluation():
     rows = [
         {"step": 10, "images_per_second": 40.0},
         {"step": 15, "images_per_second": 20.0},
@@ -304,7 +306,7 @@ def test_seconds_are_those_of_the_steps():
 # Figures
 
 
-def test_a_figure_becomes_a_png(tmp_path):
+def test_figure_is_written_as_png(tmp_path):
     figure = Figure(figsize=(2, 1))
     files.save_figure(figure, tmp_path / "curve.png")
     header = (tmp_path / "curve.png").read_bytes()[:24]
@@ -313,7 +315,7 @@ def test_a_figure_becomes_a_png(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["curve.png"]
 
 
-def test_a_figure_that_cannot_be_written_leaves_the_old_one(tmp_path, small_disk):
+def test_figure_that_cannot_be_written_leaves_the_old_one(tmp_path, small_disk):
     (tmp_path / "curve.png").write_text("old")
     message = r"curve\.png cannot be written: File too large$"
     with small_disk(10), pytest.raises(InputError, match=message):

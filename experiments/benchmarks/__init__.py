@@ -1,1 +1,1 @@
-"""The programs that are timed, and how they are timed."""
+"""What the benchmarks time, and how they time it."""

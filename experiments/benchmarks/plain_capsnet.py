@@ -1,7 +1,9 @@
-"""The paper's network as one first writes it in JAX, to be measured beside this project's.
+"""The paper's network in plain JAX: the baseline of `benchmark_training` without capsjax.
 
-XLA's own convolutions, votes stored by one einsum, gradients by autodiff. It computes what
-`capsjax.models.CapsNet` computes, from the same parameters, and uses nothing of capsjax.
+XLA's convolutions, votes stored by one einsum, gradients by autodiff. The outputs equal those of
+`capsjax.models.CapsNet` for the same parameters, and no code is shared with it.
+
+Shape letters are those of `capsjax.shapes`; the output capsules J are the classes.
 """
 
 from typing import Any
@@ -12,23 +14,23 @@ import numpy as np
 import optax
 from jax import Array, lax
 
-from experiments.benchmarks import programs
+from experiments.benchmarks import contenders
 
 Params = dict[str, Any]
 
 
 def class_capsules(params: Params, images: Array, *, num_iterations: int = 3) -> Array:
-    """Maps images `[B, H, W, C]` in 0 … 1 to class capsules `[B, J, D]`."""
-    features = jax.nn.relu(_convolved(params["convolution"], images, 1))
+    """Map images `[B, H, W, C]`, scaled to 0 … 1, to class capsules `[B, J, D]`."""
+    features = jax.nn.relu(_convolve(params["convolution"], images, 1))
     weights = params["capsules"]["weights"]
-    maps = _convolved(params["primary"]["convolution"], features, 2)
+    maps = _convolve(params["primary"]["convolution"], features, 2)
     return route(squash(maps.reshape(len(maps), *weights.shape[:2])), weights, num_iterations)
 
 
 def route(poses: Array, weights: Array, num_iterations: int = 3) -> Array:
-    """Routes poses `[B, I, P]` by weights `[I, P, J, D]`."""
+    """Route poses `[B, I, P]` to output capsules `[B, J, D]` with weights `[I, P, J, D]`."""
     votes = jnp.einsum("bip,ipjd->bijd", poses, weights)
-    # Not zeros: the compiler would fold a softmax over constants, for seconds.
+    # Not jnp.zeros: XLA would fold the softmax of a constant, which takes it seconds.
     logits = 0 * votes[..., 0]
     for iteration in range(num_iterations):
         couplings = jax.nn.softmax(logits, axis=2)
@@ -39,7 +41,7 @@ def route(poses: Array, weights: Array, num_iterations: int = 3) -> Array:
 
 
 def reconstruct(params: Params, capsules: Array, labels: Array) -> Array:
-    """Draws the images `[B, H * W * C]` of one class each."""
+    """Reconstruct images `[B, H * W * C]` from the capsules of the labelled classes."""
     chosen = jax.nn.one_hot(labels, capsules.shape[1])
     x = (capsules * chosen[:, :, None]).reshape(len(capsules), -1)
     *hidden, last = (layer for _, layer in sorted(params["decoder"]["layers"].items()))
@@ -49,7 +51,7 @@ def reconstruct(params: Params, capsules: Array, labels: Array) -> Array:
 
 
 def loss(params: Params, images: Array, labels: Array, *, reconstruction_weight: float) -> Array:
-    """The mean of margin and reconstruction loss."""
+    """Return the batch mean of margin loss plus weighted reconstruction loss."""
     capsules = class_capsules(params, images)
     lengths = jnp.sqrt(jnp.sum(capsules**2, axis=2) + 1e-12)
     present = jax.nn.one_hot(labels, lengths.shape[1])
@@ -61,16 +63,16 @@ def loss(params: Params, images: Array, labels: Array, *, reconstruction_weight:
 
 
 class PlainTrainer:
-    """Adam on the paper's loss, images being moved by no one: that work is capsjax's alone."""
+    """Adam on the paper's loss, without the data augmentation of capsjax's training step."""
 
     def __init__(self, params: Params, *, reconstruction_weight: float) -> None:
-        """Starts from the parameters of a `CapsNet`, as nested dicts of arrays."""
+        """Start from the parameters of a `CapsNet`, as nested dicts of arrays."""
         optimizer = optax.adam(1e-3)
         self.params = jax.tree.map(jnp.asarray, params)
         self.optimizer_state = optimizer.init(self.params)
 
         def step(params: Params, state: Any, images: Array, labels: Array) -> Any:
-            pixels = _scaled(images)
+            pixels = _scale(images)
             gradient = jax.grad(loss)(
                 params, pixels, labels, reconstruction_weight=reconstruction_weight
             )
@@ -80,18 +82,18 @@ class PlainTrainer:
         self._step = jax.jit(step, donate_argnums=(0, 1))
 
     def step(self, images: np.ndarray, labels: np.ndarray) -> None:
-        """Trains on bytes `[B, H, W, C]` and their classes."""
+        """Take a training step on bytes `[B, H, W, C]` and their classes `[B]`."""
         self.params, self.optimizer_state = self._step(
             self.params, self.optimizer_state, images, labels
         )
         jax.block_until_ready(self.params)
 
 
-def program(params: Params, images: np.ndarray, labels: np.ndarray) -> programs.Program:
-    """What there is to measure."""
-    trainer = PlainTrainer(params, reconstruction_weight=programs.RECONSTRUCTION_WEIGHT)
+def contender(params: Params, images: np.ndarray, labels: np.ndarray) -> contenders.Contender:
+    """Build the contender "plain_jax"."""
+    trainer = PlainTrainer(params, reconstruction_weight=contenders.RECONSTRUCTION_WEIGHT)
 
-    def rows() -> programs.Rows:
+    def rows() -> contenders.Rows:
         inference = jax.jit(lambda params, x: jnp.linalg.norm(class_capsules(params, x), axis=2))
         poses = jnp.full((len(images), *trainer.params["capsules"]["weights"].shape[:2]), 0.1)
 
@@ -101,38 +103,38 @@ def program(params: Params, images: np.ndarray, labels: np.ndarray) -> programs.
             return vjp(capsules)
 
         return {
-            "inference": lambda: np.asarray(inference(trainer.params, _scaled(images))),
+            "inference": lambda: np.asarray(inference(trainer.params, _scale(images))),
             "routing, with gradients": lambda: jax.block_until_ready(
                 routing(poses, trainer.params["capsules"]["weights"])
             ),
         }
 
-    return programs.Program(
+    return contenders.Contender(
         lambda: trainer.step(images, labels),
-        lambda images: class_capsules(params, _scaled(images)),
+        lambda images: class_capsules(params, _scale(images)),
         rows,
     )
 
 
-def _scaled(images: Array | np.ndarray) -> Array:
+def _scale(images: Array | np.ndarray) -> Array:
     return jnp.asarray(images).astype(jnp.float32) / 255
 
 
 def squash(x: Array) -> Array:
-    """`|x|²/(1 + |x|²) · x/|x|` along the last axis."""
+    """Squash vectors along the last axis: `|x|²/(1 + |x|²) · x/|x|`."""
     squares = jnp.sum(x * x, axis=-1, keepdims=True)
     return x * jnp.sqrt(squares + 1e-12) / (1 + squares)
 
 
-def _convolved(params: Params, x: Array, stride: int) -> Array:
-    convolved = lax.conv_general_dilated(
+def _convolve(params: Params, x: Array, stride: int) -> Array:
+    y = lax.conv_general_dilated(
         x,
         params["kernel"],
         (stride, stride),
         "VALID",
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
-    return convolved + params["bias"][None, None, None]
+    return y + params["bias"][None, None, None]
 
 
 def _linear(params: Params, x: Array) -> Array:

@@ -1,6 +1,6 @@
-"""What routing needs at least, and what the device gives at most: the two sides of a roofline.
+"""Roofline model of routing: lower bounds on its work, and the measured peaks of the device.
 
-Source of the picture: Williams, Waterman and Patterson, "Roofline: an insightful visual
+Source: Williams, Waterman and Patterson, "Roofline: an insightful visual
 performance model for multicore architectures", 2009, https://doi.org/10.1145/1498765.1498785.
 """
 
@@ -10,84 +10,91 @@ import jax
 import jax.numpy as jnp
 
 from capsjax.kernels.vote_passes.cases import Case
-from experiments.benchmarks.timing import Program, time_programs
+from experiments.benchmarks.timing import AsyncCall, time_calls
 
-# float32 numbers in each array of the triad: 256 MiB, past every cache.
+# Float32 elements of each array of the triad: 256 MiB, more than any cache holds.
 TRIAD_SIZE = 2**26
-# Sides of the matrix product, the first one that lasts PRODUCT_SECONDS: 2048 on a few CPU cores,
-# 8192 on an accelerator.
+# Candidate sides of the matrix product. The first that takes PRODUCT_SECONDS is used: 2048 on a
+# few CPU cores, 8192 on an accelerator.
 PRODUCT_SIDES = (1024, 2048, 4096, 8192)
 PRODUCT_SECONDS = 0.02
 
 
 class Work(NamedTuple):
-    """What one call moves to and from memory, and computes."""
+    """Bytes that one call moves to and from memory, and its floating-point operations."""
 
     bytes: int
     flops: int
 
     def seconds(self, peak: "Peak") -> float:
-        """The time that it takes at least: that of the slower of both."""
+        """Return the lower bound on the time: the longer of memory traffic and arithmetic."""
         return max(self.bytes / peak.bytes, self.flops / peak.flops)
 
 
 class Peak(NamedTuple):
-    """What the device does in a second."""
+    """Bytes and floating-point operations that the device achieves in a second."""
 
     bytes: float
     flops: float
 
 
 def least_work(case: Case, *, gradients: bool) -> Work:
-    """The bytes and operations of routing that never stores votes, in the letters of the case.
+    """Return the bytes and operations of routing that never stores the votes.
 
-    Bytes: each pass reads poses and weights once, B·I·P + I·P·J·D numbers; there are T passes
-    forward, which end with B·J·D outputs, and T backward, which start with B·J·D cotangents and
-    write the gradients of poses and weights once. States of B·J·D between passes stay in caches.
+    Shape letters are those of `capsjax.shapes`, and T is the number of iterations.
 
-    Operations, with M = 2·B·I·P·J·D for all votes and E = 2·B·I·J·D for a dot with each vote, or
-    a weighted sum of them (softmax and squash are not counted):
+    Bytes: a pass reads poses and weights, B·I·P + I·P·J·D elements. Forward there are T passes,
+    and B·J·D outputs are written. Backward there are T passes, B·J·D cotangents are read, and the
+    gradients of poses and weights are written. State of B·J·D elements between passes is not
+    counted: it stays in caches.
 
-    - forward: T·M + (T - 1)·2E. The first iteration has constant couplings and is one product;
-      each other one makes the votes, their agreements and their sum.
-    - backward: the T - 1 passes for the logits' gradients make the votes, two dots and a sum,
-      M + 3E. The last pass makes the votes, unless T = 1; for each of T - 1 iterations two dots
-      and two terms of the votes' gradient, 4E; then the gradients of poses and weights, 2M.
+    Operations, where `votes` = 2·B·I·P·J·D is the product that makes all votes, and `dots` =
+    2·B·I·J·D a dot product with each vote or a weighted sum of all. Softmax and squash are not
+    counted.
+
+    - Forward, T·votes + (T - 1)·2·dots: the first iteration has constant couplings and is one
+      product. Each later one makes the votes, their agreements, and their weighted sum.
+    - Backward, the T - 1 passes for the gradients of the logits, each votes + 3·dots: two dot
+      products and a weighted sum.
+    - Backward, the last pass: the votes, unless T = 1; for each of T - 1 iterations 4·dots, two
+      dot products and two terms of the gradient of the votes; and 2·votes for the gradients of
+      poses and weights.
     """
     B, I, P, J, D, T, dtype = case  # noqa: E741
-    arrays, states = B * I * P + I * P * J * D, B * J * D
-    M, E = 2 * B * I * P * J * D, 2 * B * I * J * D
-    numbers = T * arrays + states
-    flops = T * M + (T - 1) * 2 * E
+    arrays, state = B * I * P + I * P * J * D, B * J * D
+    votes, dots = 2 * B * I * P * J * D, 2 * B * I * J * D
+    elements = T * arrays + state
+    flops = T * votes + (T - 1) * 2 * dots
     if gradients:
-        numbers += T * arrays + states + arrays
-        flops += (T - 1) * (M + 3 * E) + (M if T > 1 else 0) + (T - 1) * 4 * E + 2 * M
-    return Work(numbers * jnp.dtype(dtype).itemsize, flops)
+        elements += T * arrays + state + arrays
+        flops += (T - 1) * (votes + 3 * dots)
+        flops += (votes if T > 1 else 0) + (T - 1) * 4 * dots + 2 * votes
+    return Work(elements * jnp.dtype(dtype).itemsize, flops)
 
 
-def triad() -> tuple[Program, int]:
-    """`a = a / 2 + b` over arrays past every cache, and the bytes that it reads and writes."""
+def triad() -> tuple[AsyncCall, int]:
+    """Return a call of `a = a / 2 + b` over arrays larger than any cache, and its bytes."""
     add = jax.jit(lambda a, b: 0.5 * a + b, donate_argnums=0)
     b = jnp.ones(TRIAD_SIZE)
     a = add(jnp.zeros(TRIAD_SIZE), b)
 
-    def run() -> jax.Array:
-        # In place: a new array each time would be new pages, which the system must clear first.
+    def start() -> jax.Array:
+        # In place: the system would have to clear the pages of a new array first.
         nonlocal a
         a = add(a, b)
         return a
 
-    return Program(run), 3 * b.nbytes
+    return AsyncCall(start), 3 * b.nbytes
 
 
-def product(dtype: str) -> tuple[Program, int]:
-    """A matrix product in that dtype, as large as the device needs, and its operations."""
+def matrix_product(dtype: str) -> tuple[AsyncCall, int]:
+    """Return a call of a matrix product that is large enough for the device, and its operations."""
     multiply = jax.jit(jnp.matmul)
     for side in PRODUCT_SIDES:
         matrix = jax.random.normal(jax.random.key(0), (side, side), dtype)
-        # Both are bound now, since the loop goes on.
-        program = Program(lambda matrix=matrix: multiply(matrix, matrix))  # type: ignore[misc]
-        program.wait(program.run())
-        if time_programs({0: program}, repeats=1)[0].median > PRODUCT_SECONDS:
+        # A default argument binds the matrix of this iteration.
+        call = AsyncCall(lambda matrix=matrix: multiply(matrix, matrix))  # type: ignore[misc]
+        call.wait(call.start())
+        if time_calls({0: call}, repeats=1)[0].median > PRODUCT_SECONDS:
             break
-    return program, 2 * side**3
+    return call, 2 * side**3

@@ -1,4 +1,7 @@
-"""The rows of a routing benchmark: one case, every way to route it, timed in the same rounds."""
+"""Measure variants of routing on one case, all timed in the same rounds.
+
+Shape letters are those of `capsjax.shapes`.
+"""
 
 import contextlib
 import dataclasses
@@ -20,19 +23,19 @@ from capsjax.kernels.vote_passes.cases import Case
 from capsjax.kernels.vote_passes.config import CONFIGS
 from capsjax.kernels.vote_passes.passes import PLATFORMS, Implementation
 from experiments.benchmarks import roofline, timing, torch_routing
-from experiments.benchmarks.timing import Program
+from experiments.benchmarks.timing import AsyncCall
 
 MODES = ("forward", "gradients")
 TORCH = "torch"
 
 
-class Way(NamedTuple):
-    """One way to route a case."""
+class Variant(NamedTuple):
+    """An implementation of routing with its settings: one row of the benchmark."""
 
-    implementation: str
-    mode: str
+    implementation: str  # one of `passes.IMPLEMENTATIONS`, or `TORCH`
+    mode: str  # one of `MODES`
     dtype: str
-    config: Any = None  # None: the implementation's own choice
+    config: Any = None  # None: the default of the implementation for the case
 
     def __str__(self) -> str:
         sizes = {} if self.config is None else dataclasses.asdict(self.config)
@@ -40,56 +43,67 @@ class Way(NamedTuple):
 
 
 class NotMeasured(Exception):
-    """Why a row has no times: this device lacks what it needs."""
+    """A variant does not run on this device; the message is the row's reason."""
 
 
 class Inputs(NamedTuple):
-    """The arrays of a case."""
+    """The arguments of routing and of its VJP."""
 
     poses: Array  # [B, I, P]
     weights: Array  # [I, P, J, D]
     cotangent: Array  # [B, J, D]
 
 
-def measure(name: str, case: Case, ways: Sequence[Way], *, repeats: int) -> list[dict[str, Any]]:
-    """Times all ways to route a case, beside the device's peaks.
+def measure_case(
+    name: str, case: Case, variants: Sequence[Variant], *, repeats: int
+) -> list[dict[str, Any]]:
+    """Time all variants on a case, and the peaks of the device in the same rounds.
+
+    The first variant of a mode and dtype is the baseline of the others.
+
+    Args:
+      name: Of the case, for the rows.
+      case: Sizes of the arrays.
+      variants: What to time.
+      repeats: Rounds.
 
     Returns:
-      A row for each way. One that could not be measured has a `reason`. The others have times in
-      seconds, memory in bytes, and their `difference` from the first one of the same mode and
-      dtype, the `baseline`: the largest of any entry, as a part of the largest entry.
+      A row a variant. It has a `reason` if it could not be measured, and otherwise times in
+      seconds, memory in bytes, and its `difference` from the baseline, relative to the largest
+      entry of the baseline's array.
     """
     probes = {"triad": roofline.triad()}
-    probes |= {dtype: roofline.product(dtype) for dtype in dict.fromkeys(w.dtype for w in ways)}
-    programs: dict[Any, Program] = {key: program for key, (program, _) in probes.items()}
-    rows: dict[Way, dict[str, Any]] = {}
-    for dtype in dict.fromkeys(way.dtype for way in ways):
-        inputs: Inputs | NotMeasured = inputs_of(case._replace(dtype=dtype))
-        baselines: dict[str, tuple[Way, Any]] = {}
-        for way in (way for way in ways if way.dtype == dtype):
-            logging.info("%s: %s, %s, %s", name, way, way.mode, way.dtype)
-            rows[way] = {"case": name, "op": "dynamic_routing", **_described(way, case)}
+    dtypes = list(dict.fromkeys(variant.dtype for variant in variants))
+    probes |= {dtype: roofline.matrix_product(dtype) for dtype in dtypes}
+    calls: dict[Any, AsyncCall] = {key: call for key, (call, _) in probes.items()}
+    rows: dict[Variant, dict[str, Any]] = {}
+    for dtype in dtypes:
+        inputs: Inputs | NotMeasured = make_inputs(case._replace(dtype=dtype))
+        baselines: dict[str, tuple[Variant, Any]] = {}
+        for variant in (v for v in variants if v.dtype == dtype):
+            logging.info("%s: %s, %s, %s", name, variant, variant.mode, variant.dtype)
+            row = rows[variant] = {"case": name, "op": "dynamic_routing", **_fields(variant, case)}
             try:
                 if isinstance(inputs, NotMeasured):
                     raise inputs
-                programs[way], result, facts = prepare(way, inputs, case.num_iterations)
+                calls[variant], result, costs = prepare(variant, inputs, case.num_iterations)
             except NotMeasured as reason:
-                rows[way] |= {"reason": str(reason)}
+                row |= {"reason": str(reason)}
                 continue
-            baseline, expected = baselines.setdefault(way.mode, (way, result))
-            rows[way] |= {**facts, "baseline": baseline, "difference": difference(result, expected)}
-        del baselines
-    times = timing.time_programs(programs, repeats=repeats)
+            baseline, expected = baselines.setdefault(variant.mode, (variant, result))
+            row |= {**costs, "baseline": baseline, "difference": difference(result, expected)}
+        del baselines  # frees the results
+    times = timing.time_calls(calls, repeats=repeats)
     rates = {key: amount / times[key].min for key, (_, amount) in probes.items()}
-    for way, row in rows.items():
+    for variant, row in rows.items():
         if "reason" not in row:
             work = roofline.least_work(
-                case._replace(dtype=way.dtype), gradients=way.mode == "gradients"
+                case._replace(dtype=variant.dtype), gradients=variant.mode == "gradients"
             )
-            peak = roofline.Peak(rates["triad"], rates[way.dtype])
-            median = times[way].median
+            peak = roofline.Peak(rates["triad"], rates[variant.dtype])
+            median = times[variant].median
             row |= {
-                **times[way]._asdict(),
+                **times[variant]._asdict(),
                 "rounds": repeats,
                 "least_bytes": work.bytes,
                 "least_flops": work.flops,
@@ -103,43 +117,46 @@ def measure(name: str, case: Case, ways: Sequence[Way], *, repeats: int) -> list
     return [row | timing.environment() for row in rows.values()]
 
 
-def prepare(way: Way, inputs: Inputs, num_iterations: int) -> tuple[Program, Any, dict[str, Any]]:
-    """Compiles a way and runs it once: the program, what it returned, and what that cost.
+def prepare(
+    variant: Variant, inputs: Inputs, num_iterations: int
+) -> tuple[AsyncCall, Any, dict[str, Any]]:
+    """Compile a variant and run it once.
+
+    Returns:
+      The compiled call, its result, and its costs: seconds of compilation, and bytes of memory.
 
     Raises:
       NotMeasured: It does not run on this device, or there is too little memory.
     """
-    if way.implementation == TORCH:
+    if variant.implementation == TORCH:
         votes = inputs.cotangent.nbytes * inputs.weights.shape[0]
-        _check_memory("stored votes need", torch_routing.COPIES[way.mode] * votes)
-        program = torch_routing.routing_program(
-            *inputs, num_iterations=num_iterations, mode=way.mode
-        )
+        _check_memory("stored votes need", torch_routing.COPIES[variant.mode] * votes)
+        call = torch_routing.routing_call(*inputs, num_iterations=num_iterations, mode=variant.mode)
         costs: dict[str, Any] = {"compile_seconds": None, "temporary_bytes": None}
     else:
-        program, costs = _compiled(way, inputs, num_iterations)
+        call, costs = _compile(variant, inputs, num_iterations)
     before = jax.devices()[0].memory_stats()
-    with _reasons():
-        result = program.wait(program.run())
+    with _not_measured():
+        result = call.wait(call.start())
     after = jax.devices()[0].memory_stats()
-    # The device keeps the highest mark of the process: it speaks of this program if it rose.
+    # The peak is that of the process so far. It belongs to this call only if the call raised it.
     rose = before and after and after["peak_bytes_in_use"] > before["peak_bytes_in_use"]
     peak = after["peak_bytes_in_use"] - before["bytes_in_use"] if rose else None
-    if way.implementation == TORCH:
+    if variant.implementation == TORCH:
         result = torch_routing.arrays(result)
-    return program, result, {**costs, "peak_bytes": peak}
+    return call, result, {**costs, "peak_bytes": peak}
 
 
-def function_of(way: Way, num_iterations: int) -> Callable[[Array, Array, Array], Any]:
-    """Returns what a way computes, as a function of `Inputs`."""
+def function_of(variant: Variant, num_iterations: int) -> Callable[[Array, Array, Array], Any]:
+    """Return the function of `Inputs` that a variant in JAX computes."""
     route = partial(
         capsjax.dynamic_routing,
         num_iterations=num_iterations,
-        implementation=Implementation(way.implementation, way.config),
+        implementation=Implementation(variant.implementation, variant.config),
     )
 
     def run(poses: Array, weights: Array, cotangent: Array) -> Any:
-        if way.mode == "forward":
+        if variant.mode == "forward":
             return route(poses, weights)
         outputs, vjp = jax.vjp(route, poses, weights)
         return outputs, vjp(cotangent)
@@ -147,14 +164,14 @@ def function_of(way: Way, num_iterations: int) -> Callable[[Array, Array, Array]
     return run
 
 
-def inputs_of(case: Case) -> Inputs | NotMeasured:
-    """Random inputs in the dtype of the case, or why there are none."""
+def make_inputs(case: Case) -> Inputs | NotMeasured:
+    """Draw random inputs in the dtype of the case, or return why they do not fit into memory."""
     shapes: tuple[tuple[int, ...], ...] = (
         (case.batch, case.capsules, case.length),
         (case.capsules, case.length, case.parents, case.depth),
         (case.batch, case.parents, case.depth),
     )
-    # Threefry, the default, takes minutes on a CPU for the largest case.
+    # JAX's default generator, threefry, takes minutes on a CPU for the largest case.
     keys = jax.random.split(jax.random.key(0, impl="rbg"), 3)
 
     @partial(jax.jit, static_argnums=(1, 2))
@@ -162,17 +179,17 @@ def inputs_of(case: Case) -> Inputs | NotMeasured:
         return scale * jax.random.normal(key, shape, case.dtype)
 
     try:
-        # With as much again for the random bits that they are made of.
+        # Twice the size of the inputs, because the random bits they are made from are as large.
         needed = 2 * sum(map(math.prod, shapes)) * jnp.dtype(case.dtype).itemsize
         _check_memory("its inputs need", needed)
-        with _reasons():
+        with _not_measured():
             return Inputs(*map(normal, keys, shapes, (0.5, 0.1, 1.0)))
     except NotMeasured as reason:
         return reason
 
 
 def difference(result: Any, expected: Any) -> float:
-    """The largest difference of any entry, as a part of its array's largest entry."""
+    """Return the maximum error of any array, relative to the largest entry of that array."""
 
     @jax.jit
     def relative(a: Array, b: Array) -> Array:
@@ -183,24 +200,24 @@ def difference(result: Any, expected: Any) -> float:
 
 
 def check_torch(case: Case) -> None:
-    """Raises RuntimeError unless PyTorch's form computes what stored votes in JAX do, to 1e-4."""
-    inputs = inputs_of(case._replace(batch=2, capsules=min(case.capsules, 64), dtype="float32"))
+    """Raise RuntimeError unless PyTorch's results equal those of "reference" within 1e-4."""
+    inputs = make_inputs(case._replace(batch=2, capsules=min(case.capsules, 64), dtype="float32"))
     if isinstance(inputs, NotMeasured):
         raise inputs
     for mode in MODES:
         with jax.default_matmul_precision("highest"):
             results = [
-                prepare(Way(name, mode, "float32"), inputs, case.num_iterations)[1]
+                prepare(Variant(name, mode, "float32"), inputs, case.num_iterations)[1]
                 for name in (TORCH, "reference")
             ]
         if not (error := difference(*results)) <= 1e-4:
             raise RuntimeError(f"PyTorch's {mode} differs by {error:.1e} from ours")
 
 
-def variants(implementation: str, case: Case) -> list[Any]:
-    """The implementation's own config for a case, then those with one size halved or doubled."""
+def neighbouring_configs(implementation: str, case: Case) -> list[Any]:
+    """List the default config of an implementation, then those with one size halved or doubled."""
     config_for: Any = CONFIGS[implementation]
-    # Tiles for TPUs depend on their generation.
+    # Configs of TPU kernels depend on the generation of the TPU.
     kind = (jax.devices()[0].device_kind,) if PLATFORMS.get(implementation) == "tpu" else ()
     config = config_for(case, *kind)
     if config is None:
@@ -215,33 +232,35 @@ def variants(implementation: str, case: Case) -> list[Any]:
     return [type(config)(**(sizes | change)) for change in [{}, *changes]]
 
 
-def _described(way: Way, case: Case) -> dict[str, Any]:
-    config = None if way.config is None else dataclasses.asdict(way.config)
-    return {**case._asdict(), **way._asdict(), "config": config}
+def _fields(variant: Variant, case: Case) -> dict[str, Any]:
+    config = None if variant.config is None else dataclasses.asdict(variant.config)
+    return {**case._asdict(), **variant._asdict(), "config": config}
 
 
-def _compiled(way: Way, inputs: Inputs, num_iterations: int) -> tuple[Program, dict[str, Any]]:
+def _compile(
+    variant: Variant, inputs: Inputs, num_iterations: int
+) -> tuple[AsyncCall, dict[str, Any]]:
     device = jax.devices()[0]
-    # JAX calls both "gpu"; implementations are for "cuda" or "rocm".
+    # JAX's platform "gpu" is "cuda" or "rocm" to an implementation.
     names = {device.platform, *device.client.platform_version.split()[:1]}
-    platform = PLATFORMS.get(way.implementation)
+    platform = PLATFORMS.get(variant.implementation)
     if platform is not None and platform not in names:
         raise NotMeasured(f"runs on {platform} only, and this is a {device.device_kind}")
     started = time.perf_counter()
-    with _reasons():
-        compiled = jax.jit(function_of(way, num_iterations)).lower(*inputs).compile()
+    with _not_measured():
+        compiled = jax.jit(function_of(variant, num_iterations)).lower(*inputs).compile()
     seconds = time.perf_counter() - started
     memory: Any = compiled.memory_analysis()
     _check_memory(
         "results and temporaries need", memory.temp_size_in_bytes + memory.output_size_in_bytes
     )
     costs = {"compile_seconds": seconds, "temporary_bytes": memory.temp_size_in_bytes}
-    return Program(lambda: compiled(*inputs)), costs
+    return AsyncCall(lambda: compiled(*inputs)), costs
 
 
 @contextlib.contextmanager
-def _reasons() -> Iterator[None]:
-    """Turns what says that this device cannot do it into NotMeasured."""
+def _not_measured() -> Iterator[None]:
+    """Raise NotMeasured for errors that mean: this device cannot run it. Let others pass."""
     try:
         yield
     except (Unsupported, MemoryError) as error:
@@ -253,7 +272,7 @@ def _reasons() -> Iterator[None]:
 
 
 def _check_memory(what: str, needed: int) -> None:
-    """Raises NotMeasured if there is less memory: on a CPU the system would kill the process."""
+    """Raise NotMeasured if less is free; on a CPU, the system would kill the process instead."""
     stats = jax.devices()[0].memory_stats()
     meminfo = pathlib.Path("/proc/meminfo")
     if stats:

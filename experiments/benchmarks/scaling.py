@@ -1,6 +1,6 @@
-"""Compiles, and on a CPU runs, one program over several devices, in a process of its own.
+"""Compile routing or a training step for a mesh, in a child process, and measure it.
 
-How many devices a CPU pretends to be is read once a process.
+A child process, because XLA reads the number of host devices once a process.
 """
 
 import dataclasses
@@ -33,32 +33,36 @@ Placed = tuple[jax.ShapeDtypeStruct, PartitionSpec]
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """Routing with its gradients, or a training step, over a mesh."""
+class ShardedCase:
+    """Routing with its gradients, or a training step, on a case that is sharded over a mesh."""
 
-    work: str  # "routing", or "training" of a small network that routes `case`, on a CPU
+    work: str  # "routing"; or "training", a step of a small network that routes `case`, on a CPU
     target: str  # `HOST` or one of `targets.TARGETS`
-    data: int  # devices along the axis "data"
-    capsules: int  # devices along the axis "capsules"
+    data: int  # devices along the mesh axis "data"
+    capsules: int  # devices along the mesh axis "capsules"
     case: Case
 
 
-def measure(program: Program, repeats: int) -> dict[str, Any]:
-    """Compiles a program for its devices, and runs it so often; not at all if that is 0.
+def measure_sharded(sharded: ShardedCase, repeats: int) -> dict[str, Any]:
+    """Compile a sharded case in a child process, and run it there `repeats` times.
+
+    Args:
+      sharded: What to compile.
+      repeats: Timed runs; 0 compiles only.
 
     Returns:
-      Of one device, argument_mb, result_mb (beside the arguments' memory) and temporary_mb;
-      sent_mb, what it hands over to others by the kind (`hlo.sent`); and seconds, the times of
-      its runs.
+      Of one device, in MB: argument_mb, result_mb (without results that reuse the arguments'
+      memory), temporary_mb, and sent_mb by the kind of collective (`hlo.sent`). Also `seconds`,
+      the times of the runs.
     """
-    request = json.dumps(dataclasses.asdict(program))
+    request = json.dumps(dataclasses.asdict(sharded))
     with tempfile.TemporaryDirectory() as folder:
-        if program.target == HOST:
-            count = program.data * program.capsules
+        if sharded.target == HOST:
+            count = sharded.data * sharded.capsules
             flags = f"--xla_force_host_platform_device_count={count}"
             environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
         else:
-            environment = targets.environment(program.target, pathlib.Path(folder))
+            environment = targets.environment(sharded.target, pathlib.Path(folder))
         done = subprocess.run(
             [sys.executable, "-m", "experiments.benchmarks.scaling", request, str(repeats)],
             capture_output=True,
@@ -67,15 +71,19 @@ def measure(program: Program, repeats: int) -> dict[str, Any]:
             cwd=pathlib.Path(__file__).parents[2],
         )
     if done.returncode:
-        raise RuntimeError(f"compiling {program} failed:\n{done.stderr}")
+        raise RuntimeError(f"compiling {sharded} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def routing(case: Case) -> tuple[Callable[..., Any], tuple[Placed, ...]]:
-    """Routing with all its gradients over axes "data" and "capsules", and its arguments."""
+    """Return routing with its gradients, sharded over "data" and "capsules".
+
+    Returns:
+      The function, to be traced under a mesh; and the shapes and shardings of its arguments.
+    """
     examples, capsules, both = P("data"), P("capsules"), P("data", "capsules")
 
-    # Its mesh is that of the context.
+    # The mesh is that of the context: a target's devices, or the host's.
     @jax.shard_map(in_specs=(both, capsules), out_specs=examples)
     def route(poses: Array, weights: Array) -> Array:
         return capsjax.dynamic_routing(
@@ -95,17 +103,17 @@ def routing(case: Case) -> tuple[Callable[..., Any], tuple[Placed, ...]]:
     return values_and_gradients, structs
 
 
-def _measure_here(program: Program, repeats: int) -> dict[str, Any]:
-    """Does what `measure` says, in a process with the target's environment."""
+def _measure_in_this_process(sharded: ShardedCase, repeats: int) -> dict[str, Any]:
+    """Compute the result of `measure_sharded`; the environment must be that of the target."""
     compiled: Any
-    if program.work == "training":
-        compiled, run = _training(program)
-    elif program.target == HOST:
-        compiled, run = _host_routing(program)
+    if sharded.work == "training":
+        compiled, run = _training(sharded)
+    elif sharded.target == HOST:
+        compiled, run = _host_routing(sharded)
     else:
-        function, placed = routing(program.case)
-        axes = {"data": program.data, "capsules": program.capsules}
-        compiled = targets.compile_over(program.target, axes, function, *placed)
+        function, placed = routing(sharded.case)
+        axes = {"data": sharded.data, "capsules": sharded.capsules}
+        compiled = targets.compile_over(sharded.target, axes, function, *placed)
     memory = compiled.memory_analysis()
     return {
         "argument_mb": memory.argument_size_in_bytes / MB,
@@ -116,15 +124,15 @@ def _measure_here(program: Program, repeats: int) -> dict[str, Any]:
     }
 
 
-def _host_routing(program: Program) -> tuple[Any, Callable[[], Any]]:
-    """The compiled program, and a function that runs it."""
-    function, placed = routing(program.case)
+def _host_routing(sharded: ShardedCase) -> tuple[Any, Callable[[], Any]]:
+    """Compile routing for host devices; return it, and a function that runs it."""
+    function, placed = routing(sharded.case)
     mesh = jax.make_mesh(
-        (program.data, program.capsules), ("data", "capsules"), axis_types=(AxisType.Auto,) * 2
+        (sharded.data, sharded.capsules), ("data", "capsules"), axis_types=(AxisType.Auto,) * 2
     )
     rng = np.random.default_rng(0)
     arrays = [
-        # Weights of deviation 0.1: votes of a length that routing is meant for.
+        # Standard deviation 0.1, because larger votes would saturate the couplings.
         jax.device_put(
             jnp.asarray(0.1 * rng.standard_normal(x.shape), x.dtype), NamedSharding(mesh, spec)
         )
@@ -135,15 +143,15 @@ def _host_routing(program: Program) -> tuple[Any, Callable[[], Any]]:
     return compiled, lambda: compiled(*arrays)
 
 
-def _training(program: Program) -> tuple[Any, Callable[[], Any]]:
-    """A step of the quickstart's network, compiled, and a function that takes the next step."""
+def _training(sharded: ShardedCase) -> tuple[Any, Callable[[], Any]]:
+    """Compile a training step of the quickstart's network; return it, and a function that steps."""
     config = mnist.Config(
         dataset="mnist_small",
         conv_channels=64,
-        primary_types=program.case.capsules // 36,  # 6 x 6 positions
-        batch_size=program.case.batch,
-        data_parallel=program.data,
-        capsule_parallel=program.capsules,
+        primary_types=sharded.case.capsules // 36,  # at 6 x 6 positions
+        batch_size=sharded.case.batch,
+        data_parallel=sharded.data,
+        capsule_parallel=sharded.capsules,
     )
     dataset = datasets.load(config.dataset)
     trainer = mnist.build(config, dataset)
@@ -161,7 +169,7 @@ def _training(program: Program) -> tuple[Any, Callable[[], Any]]:
 
 
 def _times(run: Callable[[], Any], repeats: int) -> list[float]:
-    """Seconds of each run, after one that warms up."""
+    """Return the seconds of each run, after one warm-up run."""
     times = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
@@ -171,16 +179,16 @@ def _times(run: Callable[[], Any], repeats: int) -> list[float]:
 
 
 def votes_mb(case: Case) -> float:
-    """The votes, which nobody stores or sends."""
+    """Return the size of all votes in MB; capsjax neither stores nor sends them."""
     sizes = case.batch, case.capsules, case.parents, case.depth
     return math.prod(sizes) * jnp.dtype(case.dtype).itemsize / MB
 
 
 def main(request: str, repeats: str) -> None:
-    """Prints the measurements of the program that a JSON text asks for, as a line of JSON."""
+    """Measure the sharded case given as JSON, and print the result as a line of JSON."""
     fields = json.loads(request)
-    program = Program(**{**fields, "case": Case(*fields["case"])})
-    print(json.dumps(_measure_here(program, int(repeats))))
+    sharded = ShardedCase(**{**fields, "case": Case(*fields["case"])})
+    print(json.dumps(_measure_in_this_process(sharded, int(repeats))))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""capsjax's own training step, inference, and the parts of a step, each as a function to time."""
+"""The contender "capsjax": training step, inference and the layers of a step, to be timed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,22 +10,22 @@ from flax import nnx
 
 import capsjax
 from capsjax.models import CapsNet
-from experiments.benchmarks import programs
+from experiments.benchmarks import contenders
 from experiments.training import loop, objectives
 from experiments.training.transforms import scaled
 
-MATRIX = 2048
+MATRIX = 2048  # side of the matrix product
 
 
-def program(params: loop.Params, images: np.ndarray, labels: np.ndarray) -> programs.Program:
-    """What there is to measure; training starts from parameters of its own making."""
+def contender(params: loop.Params, images: np.ndarray, labels: np.ndarray) -> contenders.Contender:
+    """Build the contender "capsjax"; training starts from new random parameters, not `params`."""
     trainer = loop.Trainer(
         CapsNet(images.shape[1:], rngs=nnx.Rngs(0)),
         objectives.CapsuleClassification(
             num_classes=10,
             shift=2,
             canvas=0,
-            reconstruction_weight=programs.RECONSTRUCTION_WEIGHT,
+            reconstruction_weight=contenders.RECONSTRUCTION_WEIGHT,
         ),
         loop.adam(1e-3, final_learning_rate=1e-4, num_steps=1000),
     )
@@ -37,10 +37,10 @@ def program(params: loop.Params, images: np.ndarray, labels: np.ndarray) -> prog
         state = trainer.step(state, images, labels)
         jax.block_until_ready(state)
 
-    return programs.Program(
+    return contenders.Contender(
         train,
         lambda images: trainer.model(params)(scaled(jnp.asarray(images))),
-        # A copy, since every step gives the parameters before it away.
+        # A copy, because each training step donates its parameters.
         lambda: parts(trainer, jax.tree.map(jnp.copy, state.params), images),
     )
 
@@ -48,7 +48,11 @@ def program(params: loop.Params, images: np.ndarray, labels: np.ndarray) -> prog
 def parts(
     trainer: loop.Trainer, params: loop.Params, images: np.ndarray
 ) -> dict[str, Callable[[], Any]]:
-    """Inference and the parts of a step, compiled; gradients are of all that the row computes."""
+    """Compile inference and the parts of a training step, by the names of their rows.
+
+    A row "with gradients" is a layer's outputs and their VJP with respect to its parameters and its
+    input; images are an input without a gradient.
+    """
     model = trainer.model(params)
     pixels = scaled(jnp.asarray(images))
     features = jax.nn.relu(model.convolution(pixels))
@@ -62,7 +66,8 @@ def parts(
         compiled = jax.jit(function).lower(*arguments).compile()
         return lambda: jax.block_until_ready(compiled(*arguments))
 
-    # Inputs have no gradient, but are arguments all the same: of constants XLA computes in advance.
+    # `inputs` have no gradient. They are arguments and not constants, because XLA would compute
+    # whatever depends on constants alone while it compiles.
     def gradients(
         function: Callable[..., Any], *arguments: Any, inputs: tuple[Any, ...] = ()
     ) -> Callable[[], Any]:

@@ -1,4 +1,8 @@
-"""Programs timed beside each other: in rounds, each in turn, long enough to hide the dispatch."""
+"""Time asynchronous calls in interleaved rounds.
+
+Interleaving spreads a disturbance of the machine over all calls, and rounds are long enough for
+the dispatch of a call not to matter.
+"""
 
 import datetime
 import math
@@ -12,45 +16,44 @@ import numpy as np
 
 Name = TypeVar("Name")
 
-# A call that is only dispatched returns after some 0.1 ms: 0.2 % of a round.
+# Dispatching a call takes about 0.1 ms, which is 0.2 % of a round.
 ROUND_SECONDS = 0.05
 
 
-class Program(NamedTuple):
-    """Something to time."""
+class AsyncCall(NamedTuple):
+    """A call to time; accelerators run it asynchronously."""
 
-    run: Callable[[], Any]  # starts one call
-    wait: Callable[[Any], Any] = jax.block_until_ready  # ends when that call has ended
+    start: Callable[[], Any]  # dispatches the call and returns its result
+    wait: Callable[[Any], Any] = jax.block_until_ready  # blocks until that result is computed
 
 
 class Timing(NamedTuple):
-    """Seconds of one call."""
+    """Seconds of one call: median, minimum and maximum over the rounds."""
 
     median: float
     min: float
     max: float
-    calls: int  # in each round
+    calls: int  # calls a round
 
 
-def time_programs(programs: Mapping[Name, Program], *, repeats: int) -> dict[Name, Timing]:
-    """Times programs that have run once already.
+def time_calls(calls: Mapping[Name, AsyncCall], *, repeats: int) -> dict[Name, Timing]:
+    """Time calls that are compiled and warm, in `repeats` rounds of all calls.
 
-    In each of `repeats` rounds every program is called in turn, as often as it takes to fill
-    `ROUND_SECONDS`: what disturbs the machine for a while disturbs all of them.
+    In a round, each call in turn is repeated until `ROUND_SECONDS` have passed.
     """
-    calls = {name: _calls_of_a_round(program) for name, program in programs.items()}
-    seconds: dict[Name, list[float]] = {name: [] for name in programs}
+    counts = {name: _calls_per_round(call) for name, call in calls.items()}
+    seconds: dict[Name, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
-        for name, program in programs.items():
-            seconds[name].append(_seconds(program, calls[name]) / calls[name])
+        for name, call in calls.items():
+            seconds[name].append(_seconds(call, counts[name]) / counts[name])
     return {
-        name: Timing(float(np.median(values)), min(values), max(values), calls[name])
+        name: Timing(float(np.median(values)), min(values), max(values), counts[name])
         for name, values in seconds.items()
     }
 
 
 def environment() -> dict[str, str]:
-    """What a time depends on beside the program: the device, the versions and the day."""
+    """Return the device, machine, version of JAX and date, to be recorded with a time."""
     return {
         "device": jax.devices()[0].device_kind,
         "machine": platform.processor() or platform.machine(),
@@ -59,17 +62,20 @@ def environment() -> dict[str, str]:
     }
 
 
-def _calls_of_a_round(program: Program) -> int:
-    """Calls that fill a round; found in steps, since a lone call pays for its dispatch."""
-    calls = 1
-    while (seconds := _seconds(program, calls)) < ROUND_SECONDS:
-        calls = max(calls + 1, min(10 * calls, math.ceil(calls * ROUND_SECONDS / seconds)))
-    return calls
+def _calls_per_round(call: AsyncCall) -> int:
+    """Return how many calls fill a round.
+
+    The number grows step by step: a single call is no estimate, because dispatch dominates it.
+    """
+    count = 1
+    while (seconds := _seconds(call, count)) < ROUND_SECONDS:
+        count = max(count + 1, min(10 * count, math.ceil(count * ROUND_SECONDS / seconds)))
+    return count
 
 
-def _seconds(program: Program, calls: int) -> float:
+def _seconds(call: AsyncCall, count: int) -> float:
     started = time.perf_counter()
-    for _ in range(calls):
-        result = program.run()
-    program.wait(result)
+    for _ in range(count):
+        result = call.start()
+    call.wait(result)
     return time.perf_counter() - started

@@ -1,10 +1,11 @@
-"""The paper's network in PyTorch, in two forms, to be measured beside this project's.
+"""The paper's network in PyTorch, in two forms: the baselines of `benchmark_training`.
 
-`TorchCapsNet` is how one would write it today: one convolution for all primary capsules, votes
-and routing as einsum. `NotebookCapsNet` has the form of the notebooks it is usually learnt from:
-a convolution for each dimension of the primary capsules, and logits as large as the votes.
-Both compute what `capsjax.models.CapsNet` computes, from the same parameters. PyTorch is needed
-here only, and no dependency of the project.
+`TorchCapsNet` uses one convolution for all primary capsules, and einsum for votes and routing.
+`NotebookCapsNet` has the form of popular tutorial notebooks: one convolution a dimension of the
+primary capsules, and logits as large as the votes. The outputs of both equal those of
+`capsjax.models.CapsNet` for the same parameters.
+
+Shape letters are those of `capsjax.shapes`; the output capsules J are the classes.
 """
 
 from collections.abc import Mapping
@@ -15,16 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from experiments.benchmarks import programs
+from experiments.benchmarks import contenders
 
 Parameters = Mapping[str, Any]
 
 
 class TorchCapsNet(nn.Module):
-    """One convolution a layer, einsum routing."""
+    """CapsNet with one convolution a layer, and routing by einsum."""
 
     def __init__(self, params: Parameters, *, num_iterations: int = 3) -> None:
-        """Takes the parameters of a `CapsNet`, as nested dicts of arrays."""
+        """Copy the parameters of a `CapsNet`, given as nested dicts of arrays."""
         super().__init__()
         self.convolution = _convolution(params["convolution"])
         self.weights = nn.Parameter(_tensor(params["capsules"]["weights"]))  # [I, P, J, D]
@@ -36,16 +37,16 @@ class TorchCapsNet(nn.Module):
         self.primary: nn.Module = _convolution(params, stride=2)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Maps images `[B, C, H, W]` to class capsules `[B, J, D]`."""
+        """Map images `[B, C, H, W]`, scaled to 0 … 1, to class capsules `[B, J, D]`."""
         return self.route(self.primary_poses(functional.relu(self.convolution(images))))
 
     def primary_poses(self, features: Tensor) -> Tensor:
-        """Maps `[B, C, H, W]` to poses `[B, I, P]`, I counting rows, columns, then types."""
+        """Map features `[B, C, H, W]` to poses `[B, I, P]`; I is rows x columns x types."""
         maps = self.primary(features).permute(0, 2, 3, 1)
         return squash(maps.reshape(len(maps), -1, self.weights.shape[1]))
 
     def route(self, poses: Tensor) -> Tensor:
-        """Routes poses `[B, I, P]` to class capsules `[B, J, D]`."""
+        """Route poses `[B, I, P]` to class capsules `[B, J, D]`."""
         votes = torch.einsum("bip,ipjd->bijd", poses, self.weights)
         logits = votes.new_zeros(votes.shape[:3])
         for iteration in range(self.num_iterations):
@@ -56,13 +57,13 @@ class TorchCapsNet(nn.Module):
         return outputs
 
     def reconstruct(self, capsules: Tensor, labels: Tensor) -> Tensor:
-        """Draws the images `[B, H * W * C]` of one class each."""
+        """Reconstruct images `[B, H * W * C]` from the capsules of the labelled classes."""
         chosen = functional.one_hot(labels, capsules.shape[1]).to(capsules.dtype)
         return self.decoder((capsules * chosen[:, :, None]).flatten(1))
 
 
 class NotebookCapsNet(TorchCapsNet):
-    """Eight convolutions for the primary capsules, and logits of the votes' size."""
+    """CapsNet with one convolution a dimension of a pose, and logits as large as the votes."""
 
     def _set_primary(self, params: Parameters) -> None:
         kernel, bias = np.asarray(params["kernel"]), np.asarray(params["bias"])
@@ -73,12 +74,12 @@ class NotebookCapsNet(TorchCapsNet):
         )
 
     def primary_poses(self, features: Tensor) -> Tensor:
-        """As in the other form; each convolution gives one number of every pose."""
+        """Map features `[B, C, H, W]` to poses `[B, I, P]`, one convolution an entry of P."""
         numbers = [layer(features).permute(0, 2, 3, 1).flatten(1) for layer in self.numbers]
         return squash(torch.stack(numbers, dim=2))
 
     def route(self, poses: Tensor) -> Tensor:
-        """As in the other form, with an axis for every letter in every array."""
+        """Route poses `[B, I, P]` with arrays that all have five axes, `[J, B, I, 1, D]`."""
         weights = self.weights.permute(2, 0, 1, 3)[:, None]  # [J, 1, I, P, D]
         votes = poses[None, :, :, None] @ weights  # [J, B, I, 1, D]
         logits = torch.zeros_like(votes)
@@ -91,16 +92,16 @@ class NotebookCapsNet(TorchCapsNet):
 
 
 class TorchTrainer:
-    """Adam on the paper's loss, images being moved by no one: that work is capsjax's alone."""
+    """Adam on the paper's loss, without the data augmentation of capsjax's training step."""
 
     def __init__(self, network: TorchCapsNet, *, reconstruction_weight: float) -> None:
-        """Takes over the network's parameters."""
+        """Train the network's parameters in place."""
         self.network = network
         self.reconstruction_weight = reconstruction_weight
         self.optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
 
     def step(self, images: np.ndarray, labels: np.ndarray) -> float:
-        """Trains on bytes `[B, H, W, C]` and their classes, and returns the loss."""
+        """Take a training step on bytes `[B, H, W, C]` and their classes; return the loss."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss(pixels(images), torch.from_numpy(labels).long())
         loss.backward()
@@ -108,7 +109,7 @@ class TorchTrainer:
         return loss.item()
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The mean of margin and reconstruction loss."""
+        """Return the batch mean of margin loss plus weighted reconstruction loss."""
         capsules = self.network(images)
         lengths = torch.linalg.vector_norm(capsules, dim=2)
         present = functional.one_hot(labels, lengths.shape[1]).to(lengths.dtype)
@@ -119,17 +120,17 @@ class TorchTrainer:
         return (margin + self.reconstruction_weight * squares).mean()
 
 
-def program(
+def contender(
     network: type[TorchCapsNet], params: Parameters, images: np.ndarray, labels: np.ndarray
-) -> programs.Program:
-    """What there is to measure of one form."""
-    trainer = TorchTrainer(network(params), reconstruction_weight=programs.RECONSTRUCTION_WEIGHT)
+) -> contenders.Contender:
+    """Build the contender of one form of the network: "torch" or "torch_notebook"."""
+    trainer = TorchTrainer(network(params), reconstruction_weight=contenders.RECONSTRUCTION_WEIGHT)
 
     @torch.inference_mode()
     def lengths() -> Tensor:
         return torch.linalg.vector_norm(trainer.network(pixels(images)), dim=2)
 
-    def rows() -> programs.Rows:
+    def rows() -> contenders.Rows:
         with torch.no_grad():
             features = functional.relu(trainer.network.convolution(pixels(images)))
             poses = trainer.network.primary_poses(features).requires_grad_()
@@ -145,17 +146,17 @@ def program(
     def class_capsules(images: np.ndarray) -> np.ndarray:
         return network(params)(pixels(images)).numpy()
 
-    return programs.Program(lambda: trainer.step(images, labels), class_capsules, rows)
+    return contenders.Contender(lambda: trainer.step(images, labels), class_capsules, rows)
 
 
 def squash(x: Tensor) -> Tensor:
-    """`|x|²/(1 + |x|²) · x/|x|` along the last axis."""
+    """Squash vectors along the last axis: `|x|²/(1 + |x|²) · x/|x|`."""
     squares = (x * x).sum(dim=-1, keepdim=True)
     return x * torch.sqrt(squares + 1e-12) / (1 + squares)
 
 
 def pixels(images: np.ndarray) -> Tensor:
-    """Bytes `[B, H, W, C]` to float32 `[B, C, H, W]` in 0 … 1."""
+    """Convert bytes `[B, H, W, C]` to float32 `[B, C, H, W]`, scaled to 0 … 1."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32) / 255
 
 

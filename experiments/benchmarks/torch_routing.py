@@ -1,4 +1,4 @@
-"""Dynamic routing as one writes it in PyTorch: einsum over stored votes. Needed here only."""
+"""Dynamic routing in PyTorch: einsum over stored votes, the baseline of `benchmark_routing`."""
 
 import importlib.util
 from typing import Any
@@ -6,19 +6,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.benchmarks.timing import Program
+from experiments.benchmarks.timing import AsyncCall
 from experiments.errors import InputError
 
-# Arrays of the votes' size that are alive at once, rounded up: resident memory grew by 1.5 and 5.2
-# of them on a CPU (128 x 1152 x 8 -> 10 x 16, 3 iterations, float32).
+# Arrays as large as the votes that are alive at once, rounded up. On a CPU, resident memory grew by
+# 1.5 of them forward and 5.2 with gradients (128 x 1152 x 8 -> 10 x 16, 3 iterations, float32).
 COPIES = {"forward": 2, "gradients": 6}
 
 
 def device() -> str:
-    """PyTorch's name of the device that JAX uses.
+    """Return PyTorch's name of the device that JAX uses.
 
     Raises:
-      InputError: PyTorch is not installed, or does not have that device.
+      InputError: PyTorch is not installed, or does not support that device.
     """
     if importlib.util.find_spec("torch") is None:
         raise InputError("--torch needs PyTorch: pip install torch")
@@ -32,10 +32,19 @@ def device() -> str:
     return "cpu"
 
 
-def routing_program(
+def routing_call(
     poses: jax.Array, weights: jax.Array, cotangent: jax.Array, *, num_iterations: int, mode: str
-) -> Program:
-    """Routing of the same numbers; it returns outputs and, in mode "gradients", both gradients."""
+) -> AsyncCall:
+    """Return a call that routes the same numbers in PyTorch.
+
+    Args:
+      poses: `[B, I, P]`.
+      weights: `[I, P, J, D]`.
+      cotangent: Of the outputs, `[B, J, D]`.
+      num_iterations: Routing iterations.
+      mode: "forward", whose result is the outputs; or "gradients", whose result is the outputs and
+        the gradients of poses and weights.
+    """
     import torch
 
     def tensor(x: jax.Array) -> Any:
@@ -59,7 +68,7 @@ def routing_program(
     inputs = [tensor(poses), tensor(weights)]
     seed = tensor(cotangent)
 
-    def run() -> Any:
+    def start() -> Any:
         if mode == "forward":
             with torch.no_grad():
                 return route(*inputs)
@@ -73,9 +82,9 @@ def routing_program(
             torch.cuda.synchronize()
         return result
 
-    return Program(run, wait)
+    return AsyncCall(start, wait)
 
 
 def arrays(result: Any) -> Any:
-    """What a program of `routing_program` returned, as NumPy arrays."""
+    """Convert the result of `routing_call` to NumPy arrays."""
     return jax.tree.map(lambda x: x.float().cpu().numpy(), result)

@@ -1,1 +1,1 @@
-"""Ahead-of-time compilation for GPUs and TPUs, and what the compiled code costs."""
+"""Ahead-of-time compilation for GPUs and TPUs, and the costs of the compiled code."""

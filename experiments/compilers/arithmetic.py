@@ -1,8 +1,9 @@
-"""Counts the arithmetic that a program asks for, and the blocks that its kernels fetch.
+"""Count the floating-point operations of a traced function, and the blocks its kernels fetch.
 
-Both are read from the jaxpr, before any compiler: a multiply-add is two operations, any other
-operation on an element is one, loops count by their length, kernels by their grid. A pass of the
-routing engine is one primitive in a jaxpr; it is counted as what it is lowered to on a platform.
+Both are read from the jaxpr, before any compiler. A multiply-add counts as two operations, any
+other elementwise operation as one; a loop counts its body times its length, and a kernel its body
+times its grid. A pass of the routing engine is one primitive in a jaxpr, and is counted as the
+function that it is lowered to on a platform.
 """
 
 import collections
@@ -19,7 +20,7 @@ from jax.extend import core
 from capsjax.kernels.vote_passes import passes
 from capsjax.kernels.vote_passes.passes import Device
 
-# Named by JAX; what they do to an element is counted as one operation.
+# Names of primitives that count as one operation an element.
 _ELEMENTWISE = {
     *("add", "sub", "mul", "div", "neg", "abs", "sign", "max", "min", "rem", "pow", "integer_pow"),
     *(
@@ -38,16 +39,16 @@ _ELEMENTWISE = {
     *("sin", "cos", "erf", "add_any", "select_n", "clamp", "eq", "ne", "lt", "le", "gt", "ge"),
 }
 _REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "argmax", "argmin"}
-# Loads and stores of a kernel's body; a store returns what was there, so its result has the size.
+# Loads and stores in the body of a kernel. A store returns the old value, which has its size.
 _MEMORY = {"get", "swap", "addupdate", "masked_load", "masked_swap"}
-# The primitives of the routing engine.
+# Primitives of the routing engine.
 _PASSES = {"moments", "chain", "input_gradients", "couplings"}
 UNKNOWN_DEVICE = Device()
 
 
 @dataclasses.dataclass(frozen=True)
 class Operations:
-    """Floating-point operations, apart for the units that do them."""
+    """Floating-point operations, by the unit that executes them."""
 
     matrix: int = 0  # of matrix products
     vector: int = 0  # of everything else
@@ -61,18 +62,18 @@ class Operations:
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """An operand or result of a kernel, and the blocks in which its pipeline moves it."""
+    """An operand or result of a kernel, and the blocks in which its pipeline fetches it."""
 
     shape: tuple[int, ...]
     itemsize: int  # bytes
-    # How often a block is moved, by its size: as often as its index changes along the grid. Blocks
-    # at the end of the array are cut.
+    # Number of fetches by the shape of the block; blocks at the end of the array are clipped. A
+    # block is fetched when its index changes from one step of the grid to the next.
     blocks: dict[tuple[int, ...], int]
-    requested: int  # bytes that the programs load and store by themselves, over the grid
+    requested: int  # bytes of all loads and stores in the body, times the grid
 
     @property
     def size(self) -> int:
-        """Bytes of all of it."""
+        """Size of the whole array in bytes."""
         return math.prod(self.shape) * self.itemsize
 
 
@@ -82,15 +83,15 @@ class Kernel:
 
     name: str
     grid: tuple[int, ...]
-    operands: tuple[Operand, ...]  # its results too, at the end
-    declared: int | None  # bytes of its own `cost_estimate`
-    calls: int  # by the program
+    operands: tuple[Operand, ...]  # followed by the results
+    declared: int | None  # bytes accessed by its own `cost_estimate`
+    calls: int  # by the program, loops included
 
 
 class _Lowering(NamedTuple):
-    """What passes are lowered for."""
+    """The platform and device that passes are lowered for."""
 
-    platform: str | None  # "cuda", "tpu"; None: one without kernels
+    platform: str | None  # "cuda" or "tpu"; None for a platform without kernels
     device: Device
 
 
@@ -100,18 +101,19 @@ def operations(
     platform: str | None = None,
     device: Device = UNKNOWN_DEVICE,
 ) -> Operations:
-    """Counts the floating-point operations of a function.
+    """Count the floating-point operations of a function.
 
     Args:
-      function: Of arrays.
-      *shapes: Of its arguments.
-      platform: For which routing is lowered: "cuda", "tpu", or None for one without kernels.
-      device: For which routing is lowered.
+      function: A function of arrays.
+      *shapes: Shapes of its arguments.
+      platform: Platform that routing is lowered for: "cuda", "tpu", or None for one without
+        kernels.
+      device: Device that routing is lowered for.
 
     Raises:
-      ValueError: A loop's length is not known before it runs, or the implementation of routing
-        that `function` names runs on another platform.
-      Unsupported: The implementation of routing that `function` names does not take its arguments.
+      ValueError: The length of a loop is unknown, or the routing implementation requested by
+        `function` runs on another platform.
+      Unsupported: The requested routing implementation does not support its arguments.
 
     Example:
       >>> vector = jax.ShapeDtypeStruct((8,), "float32")
@@ -127,7 +129,7 @@ def kernels(
     platform: str | None = None,
     device: Device = UNKNOWN_DEVICE,
 ) -> list[Kernel]:
-    """Lists the kernels that a function calls, in the order of its program.
+    """List the kernels that a function calls, in program order.
 
     Arguments and errors are those of `operations`.
     """
@@ -141,9 +143,9 @@ def equations(
     platform: str | None = None,
     device: Device = UNKNOWN_DEVICE,
 ) -> Iterator[tuple[core.JaxprEqn, int]]:
-    """Yields each equation of a function and how often it runs, in the order of its program.
+    """Yield each equation of a function with its number of executions, in program order.
 
-    An equation comes before those inside it, but for the body of a kernel, which is left out.
+    An equation precedes those nested in it. The equations in the body of a kernel are omitted.
     Arguments and errors are those of `operations`.
     """
     yield from _equations(jax.make_jaxpr(function)(*shapes).jaxpr, 1, _Lowering(platform, device))
@@ -179,9 +181,9 @@ def _size(variable: Any) -> int:
 
 
 def _jaxprs(equation: core.JaxprEqn, lowering: _Lowering) -> Iterator[core.Jaxpr]:
-    """The jaxprs that an equation runs; of a pass, that of its implementation on the platform."""
+    """Yield the jaxprs nested in an equation; for a pass, that of its implementation."""
     if equation.primitive.name in _PASSES:
-        yield _program_of(equation, lowering).jaxpr
+        yield _trace_pass(equation, lowering).jaxpr
         return
     if equation.primitive.name == "pallas_call":
         yield equation.params["jaxpr"]
@@ -195,15 +197,15 @@ def _jaxprs(equation: core.JaxprEqn, lowering: _Lowering) -> Iterator[core.Jaxpr
                 yield item
 
 
-def _program_of(equation: Any, lowering: _Lowering) -> core.ClosedJaxpr:
-    """Traces what a pass is lowered to."""
+def _trace_pass(equation: Any, lowering: _Lowering) -> core.ClosedJaxpr:
+    """Trace the function that a pass is lowered to."""
     shapes = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in equation.invars]
-    program = passes.select(equation.primitive.name, *lowering, shapes, **equation.params)
-    return jax.make_jaxpr(program)(*shapes)
+    function = passes.select(equation.primitive.name, *lowering, shapes, **equation.params)
+    return jax.make_jaxpr(function)(*shapes)
 
 
 def _times(equation: core.JaxprEqn) -> int:
-    """How often an equation runs what is inside it."""
+    """Return how often one execution of an equation executes the equations nested in it."""
     if equation.primitive.name == "scan":
         return equation.params["length"]
     if equation.primitive.name == "pallas_call":
@@ -250,7 +252,7 @@ def _kernel(equation: core.JaxprEqn, calls: int) -> Kernel:
 
 
 def _blocks(grid: tuple[int, ...], mapping: Any) -> dict[tuple[int, ...], int]:
-    """The sizes of the blocks that are moved along the grid, whose last axis runs fastest."""
+    """Count the fetches by the shape of the block; the last axis of the grid runs fastest."""
     steps = jnp.asarray(np.indices(grid, np.int32).reshape(len(grid), -1))
     function = core.jaxpr_as_fun(mapping.index_map_jaxpr)
     indices = np.asarray(jax.vmap(lambda step: jnp.stack(function(*step)), 1)(steps))
@@ -264,7 +266,7 @@ def _blocks(grid: tuple[int, ...], mapping: Any) -> dict[tuple[int, ...], int]:
 def _count_requests(
     jaxpr: core.Jaxpr, references: dict[Any, int], times: int, requested: collections.Counter[int]
 ) -> None:
-    """Adds the bytes that a kernel's body loads and stores, by the operand that it refers to."""
+    """Add the bytes that the body of a kernel loads and stores, by the position of the operand."""
     for equation in jaxpr.eqns:
         if equation.primitive.name in _MEMORY and equation.invars[0] in references:
             value: Any = (equation.outvars or equation.invars[1:])[0].aval
@@ -272,7 +274,7 @@ def _count_requests(
             requested[references[equation.invars[0]]] += times * size
         branches = []
         for sub in _jaxprs(equation, _Lowering(None, UNKNOWN_DEVICE)):
-            # The arguments of a branch follow the number of the branch.
+            # A cond has the index of the branch before the arguments of the branch.
             passed = equation.invars[len(equation.invars) - len(sub.invars) :]
             inner = {
                 variable: references[outer]

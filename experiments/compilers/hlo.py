@@ -1,8 +1,9 @@
-"""Counts what an optimised XLA program moves between its device's memory and the chip.
+"""Count the memory traffic and the communication of a compiled XLA program from its text.
 
-Counted is what every scheduled instruction reads and writes: operands and results, of a slice only
-the part that is read or written, loops times their trip count. What lies in a TPU's vector memory
-moves nothing. Caches are not modelled: on a GPU all of it counts, what the L2 cache catches too.
+Traffic is the sum of the operands read and the results written by all scheduled instructions. Of a
+slice, only the part read or written counts; the body of a loop counts times its trip count. Arrays
+in a TPU's vector memory cause no traffic. Caches are not modelled, so on a GPU the traffic includes
+accesses that hit the L2 cache.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Sequence
 
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([\d,]*)(?::((?:[A-Z]\([^)]*\)|\([^)]*\))*))?\})?")
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%([\w.\-]+) = (.*)")
+# Opcodes without traffic of their own.
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"),
     *(
@@ -30,24 +32,24 @@ _COLLECTIVE = re.compile(
     "(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)"
     "(?:-start)?"
 )
-# Groups of one device, in both of the ways that XLA writes them.
+# Replica groups of one device each, in XLA's two notations.
 _ALONE = re.compile(r"replica_groups=(\{\{\d+\}|\[\d+,1\])")
-# Custom calls of XLA's own that only name memory.
+# XLA's own custom calls without traffic.
 _FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "Sharding"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of an instruction's type."""
+    """An array in the result type of an instruction."""
 
     dtype: str
     shape: tuple[int, ...]
-    size: int  # bytes with the padding of its layout; 0 where no memory is kept
-    in_memory: bool  # of the device, not of the chip
+    size: int  # bytes with the padding of its layout; 0 for a token
+    in_memory: bool  # in the device's memory, not in the vector memory of the chip
 
     @property
     def moved(self) -> int:
-        """Bytes that reading or writing all of it moves."""
+        """Traffic in bytes of reading or writing the whole array."""
         return self.size if self.in_memory else 0
 
 
@@ -57,7 +59,7 @@ class Instruction:
 
     name: str
     opcode: str
-    arrays: tuple[Array, ...]  # of its result
+    arrays: tuple[Array, ...]  # its result, or results if it is a tuple
     operands: tuple[str, ...]
     attributes: str
     is_root: bool
@@ -68,46 +70,46 @@ Computation = dict[str, Instruction]
 
 @dataclasses.dataclass(frozen=True)
 class KernelCall:
-    """A call of a kernel that is not XLA's, whose traffic the program text does not tell."""
+    """A call of a Pallas kernel, whose traffic cannot be read from the program text."""
 
     operands: tuple[Array, ...]
     results: tuple[Array, ...]
-    calls: int
+    calls: int  # by the program, loops included
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What a program moves, and whom it calls."""
+    """The traffic of a program's own instructions, and the kernels that it calls."""
 
-    moved: int  # bytes, without those of kernels
+    moved: int  # bytes, without the traffic of kernels
     kernels: tuple[KernelCall, ...]
 
 
 def traffic(text: str) -> Traffic:
-    """Counts the traffic of a program.
+    """Count the traffic of a program.
 
     Args:
-      text: `compiled.as_text()`, of a GPU or a TPU.
+      text: `compiled.as_text()` for a GPU or a TPU.
 
     Raises:
-      ValueError: a loop's trip count is not to be found.
+      ValueError: The trip count of a loop is unknown.
     """
     computations, entry = parse(text)
     return _computation(computations, computations[entry])
 
 
 def sent(text: str) -> dict[str, int]:
-    """What one device of a program hands over to those it works with, in bytes by the kind.
+    """Count the bytes that one device passes to collectives, by the kind of collective.
 
-    Counted are the operands of each `all-reduce`, `all-gather` and so on, loops times their trip
-    count, and of a conditional the branch that sends most. How often they go over a wire is the
-    network's affair: in a ring of N devices an all-reduce sends 2 (N - 1) / N times its operand.
+    The count sums the operands of each `all-reduce`, `all-gather` and so on, with the body of a
+    loop times its trip count, and the larger branch of a conditional. The bytes on a wire depend
+    on the algorithm: in a ring of N devices, an all-reduce sends 2 (N - 1) / N times its operand.
 
     Args:
-      text: `compiled.as_text()` of any platform.
+      text: `compiled.as_text()` for any platform.
 
     Raises:
-      ValueError: a loop that sends has a trip count that is not to be found.
+      ValueError: The trip count of a loop with a collective is unknown.
     """
     computations, entry = parse(text)
     return _sent(computations, computations[entry])
@@ -138,7 +140,7 @@ def _sent(computations: dict[str, Computation], computation: Computation) -> dic
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """Every computation of a program by name, and the name of its entry."""
+    """Parse the computations of a program; return them by name, and the name of the entry."""
     computations: dict[str, Computation] = {}
     entry = ""
     for line in text.splitlines():
@@ -167,7 +169,7 @@ def _instruction(name: str, text: str, is_root: bool) -> Instruction:
 
 
 def _closing(text: str) -> int:
-    """Where the parenthesis that the text begins with is closed."""
+    """Return the position after the parenthesis that closes the one at the start of the text."""
     depth = 0
     for position, character in enumerate(text):
         depth += (character == "(") - (character == ")")
@@ -180,7 +182,7 @@ def _arrays(text: str) -> Iterator[Array]:
     for dtype, shape, order, tiles in _ARRAY.findall(text):
         bits = 8 if dtype == "pred" else int("".join(re.findall(r"^[a-z]+(\d+)", dtype)) or 0)
         sizes = [int(size) for size in shape.split(",") if size]
-        # From the slowest to the fastest axis, the last ones filled up to whole tiles.
+        # The layout lists axes from the fastest to the slowest; tiles pad the fastest ones.
         physical = [sizes[int(axis)] for axis in reversed(order.split(","))] if order else sizes
         tile = re.match(r"T\(([\d,]+)\)", tiles)
         unit = [int(size) for size in tile[1].split(",")] if tile else []
@@ -194,7 +196,7 @@ def _arrays(text: str) -> Iterator[Array]:
 
 
 def _padded(shape: Sequence[int], tile: Sequence[int]) -> int:
-    """Elements of an array whose last axes are filled up to whole tiles."""
+    """Count the elements of an array whose last axes are padded to whole tiles."""
     axes = min(len(shape), len(tile))
     whole, cut = shape[: len(shape) - axes], shape[len(shape) - axes :]
     units = tile[len(tile) - axes :]
@@ -204,7 +206,7 @@ def _padded(shape: Sequence[int], tile: Sequence[int]) -> int:
 
 
 def tiled_size(shape: Sequence[int], itemsize: int) -> int:
-    """Bytes of a TPU's array in the layout of a kernel's operands, its last axes in tiles."""
+    """Return the bytes of an array in the tiled layout of a TPU kernel's operands."""
     return _padded(shape, (32 // itemsize, 128)) * itemsize
 
 
@@ -229,7 +231,7 @@ def _computation(computations: dict[str, Computation], computation: Computation)
 def _called(
     computations: dict[str, Computation], computation: Computation, instruction: Instruction
 ) -> tuple[Traffic | None, int]:
-    """The traffic of a loop's body, of a branch or of a called computation, and how often."""
+    """Return the traffic of a loop body, branch or called computation, and its executions."""
     if instruction.opcode == "while":
         body = _computation(computations, computations[_attribute(instruction, "body")])
         return body, _trips(computations, computation, instruction)
@@ -266,14 +268,14 @@ def _target(instruction: Instruction) -> str:
 def _trips(
     computations: dict[str, Computation], computation: Computation, loop: Instruction
 ) -> int:
-    """How often a loop runs that counts up from zero by ones, as those of `jax.lax.scan` do."""
+    """Return the trip count of a loop that counts from zero in steps of one, like `lax.scan`."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
     condition = computations[_attribute(loop, "condition")]
     root = next(instruction for instruction in condition.values() if instruction.is_root)
     if root.opcode == "compare" and "direction=LT" in root.attributes:
         bound = condition[root.operands[1]]
-        if bound.opcode == "get-tuple-element":  # moved out of the loop
+        if bound.opcode == "get-tuple-element":  # the loop carries its bound
             index = int(_attribute(bound, "index"))
             bound = computation[computation[loop.operands[0]].operands[index]]
         while bound.opcode == "copy":
@@ -286,11 +288,11 @@ def _trips(
 def _moved(
     computations: dict[str, Computation], computation: Computation, instruction: Instruction
 ) -> int:
-    """What an instruction that calls no other computation, or a fusion, reads and writes."""
+    """Return the traffic of a fusion, or of an instruction that calls no computation."""
     if instruction.opcode in _FREE or _target(instruction) in _FREE_CALLS:
         return 0
     operands = [computation[name].arrays for name in instruction.operands]
-    if instruction.opcode == "copy-start":  # its type also holds its operand
+    if instruction.opcode == "copy-start":  # its type includes its operand
         return instruction.arrays[0].moved + _all(operands[0])
     if instruction.opcode == "slice-start":
         result = instruction.arrays[1]
@@ -299,7 +301,7 @@ def _moved(
     if instruction.opcode in ("fusion", "fusion-start"):
         fused = computations[_attribute(instruction, "calls")]
         reads, written = _fusion(computations, fused)
-        if instruction.opcode == "fusion-start":  # its type also holds its operands, and a context
+        if instruction.opcode == "fusion-start":  # its type: operands, results, a context
             first = sum(map(len, operands))
             results = results[first : first + len(written)]
     else:
@@ -316,17 +318,17 @@ def _all(arrays: Sequence[Array]) -> int:
 
 
 def _reads(instruction: Instruction, operands: Sequence[Sequence[Array]]) -> list[float]:
-    """The most that one instruction reads of each operand, in bytes."""
+    """Return upper bounds on the bytes that an instruction reads of each operand."""
     result = sum(array.size for array in instruction.arrays)
     if instruction.opcode in _SLICES:
         return [result, *(math.inf for _ in operands[1:])]
-    if instruction.opcode == "dynamic-update-slice":  # in place: what it does not write stays
+    if instruction.opcode == "dynamic-update-slice":  # in place: reads nothing of operand 0
         return [0, *(math.inf for _ in operands[1:])]
     return [math.inf] * len(operands)
 
 
 def _written(computation: Computation, instruction: Instruction) -> list[float]:
-    """The most that one instruction writes of each result, in bytes."""
+    """Return upper bounds on the bytes that an instruction writes of each result."""
     if instruction.opcode == "dynamic-update-slice":
         return [sum(array.size for array in computation[instruction.operands[1]].arrays)]
     return [math.inf] * len(instruction.arrays)
@@ -335,7 +337,7 @@ def _written(computation: Computation, instruction: Instruction) -> list[float]:
 def _fusion(
     computations: dict[str, Computation], fused: Computation
 ) -> tuple[list[float], list[float]]:
-    """The most that a fusion reads of each operand and writes of each result, in bytes."""
+    """Return upper bounds on the bytes read of each operand and written of each result."""
     users: dict[str, list[tuple[Instruction, int]]] = {}
     for instruction in fused.values():
         for position, name in enumerate(instruction.operands):

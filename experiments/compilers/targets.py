@@ -1,7 +1,7 @@
-"""Accelerators that a program can be compiled for when none is there, with their data sheets.
+"""Accelerators to compile for ahead of time, without having one: data sheets and compilers.
 
-The compilers are the real ones, from the packages of `pip install 'capsjax[aot]'`. What they need
-in the environment they read once, when they are loaded: set `environment` for a process of its own.
+The compilers are XLA's own, installed by `pip install 'capsjax[aot]'`. They read environment
+variables once, when they are loaded: use `environment` for a child process.
 """
 
 import dataclasses
@@ -26,34 +26,34 @@ from jax.sharding import (
 
 from experiments.errors import InputError
 
-# Chips of a TPU, and how JAX names a slice of so many.
+# Topology of a TPU slice, in JAX's notation, by its number of chips.
 _TPU_SLICES = {4: "2x2", 8: "2x4", 16: "4x4", 64: "8x8"}
 _GPU_PACKAGES = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc")
 
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """What XLA's compiler asks of an NVIDIA device."""
+    """Properties of an NVIDIA GPU that XLA's compiler needs."""
 
     capability: tuple[int, int]
     multiprocessors: int
-    lanes: int  # of float32 a multiprocessor
+    lanes: int  # float32 units a multiprocessor
     clock: float  # GHz
-    shared_memory: int  # bytes a multiprocessor; one block gets up to 1 KiB less
+    shared_memory: int  # bytes a multiprocessor, of which a block gets 1 KiB less
     l2_cache: int  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A device as its data sheet has it."""
+    """A device, as described by its data sheet."""
 
     device: str  # as JAX names it
-    topology: str  # as JAX names it, without the number of devices
-    source: str  # of memory and bandwidth
+    topology: str  # as JAX names it, without the number of chips
+    source: str  # data sheet with memory and bandwidth
     memory: int  # bytes
-    bandwidth: float  # of that memory, bytes/s
-    packages: tuple[str, ...]
-    gpu: Gpu | None  # None: a TPU
+    bandwidth: float  # of the memory, bytes/s
+    packages: tuple[str, ...]  # that contain the compiler
+    gpu: Gpu | None  # None for a TPU
 
 
 TARGETS = {
@@ -102,10 +102,10 @@ TARGETS = {
 
 
 def check_installed(name: str) -> None:
-    """Checks that a target's compiler is installed.
+    """Check that the compiler of a target is installed.
 
     Raises:
-      InputError: there is no such target, or a package is missing.
+      InputError: The target is unknown, or a package is missing.
     """
     if name not in TARGETS:
         raise InputError(f"--target must name any of {', '.join(TARGETS)}, got {name!r}")
@@ -119,14 +119,14 @@ def check_installed(name: str) -> None:
 
 
 def environment(name: str, dumps: pathlib.Path) -> dict[str, str]:
-    """The environment of a process that compiles for a target and leaves dumps in a folder."""
+    """Return the environment of a child process that compiles for a target and writes dumps."""
     common = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
     if TARGETS[name].gpu:
-        # From jax 0.11 on, PTX is dumped for the emitters that are asked for.
+        # Since jax 0.11, XLA dumps PTX only for the emitters that match the pattern.
         return {
             **common,
             "XLA_FLAGS": f"--xla_dump_to={dumps} --xla_dump_emitter_re=.*",
-            # Else Triton looks the names of its stack up, which no one reads, for most of the time.
+            # Else Triton spends most of its time on symbolizing stack traces.
             "LLVM_DISABLE_SYMBOLIZATION": "1",
         }
     flags = {
@@ -139,21 +139,21 @@ def environment(name: str, dumps: pathlib.Path) -> dict[str, str]:
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # it keeps a lock file otherwise
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a lock file admits one process
         "LIBTPU_INIT_ARGS": " ".join(f"--{flag}={value}" for flag, value in flags.items()),
     }
 
 
 def compile_for(name: str, function: Callable[..., Any], *shapes: jax.ShapeDtypeStruct) -> Any:
-    """Compiles a function for one device of a target.
+    """Compile a function for one device of a target.
 
     Args:
-      name: of the target; `environment(name, …)` must be that of this process.
-      function: of arrays.
-      *shapes: of its arguments.
+      name: Of the target. The environment of this process must be `environment(name, …)`.
+      function: A function of arrays.
+      *shapes: Shapes of its arguments.
 
     Returns:
-      What `jax.jit(function).lower(…).compile()` does; it cannot be called.
+      A `jax.stages.Compiled`, which cannot be called.
 
     Example:
       >>> product = jax.ShapeDtypeStruct((512, 512), "float32")
@@ -169,13 +169,16 @@ def compile_over(
     function: Callable[..., Any],
     *placed: tuple[jax.ShapeDtypeStruct, PartitionSpec],
 ) -> Any:
-    """Compiles a function for a mesh of a target's devices.
+    """Compile a function for a mesh of a target's devices.
 
     Args:
-      name: As in `compile_for`, like what is returned.
-      axes: The mesh's axes and their sizes; of a TPU v5e together 4, 8, 16 or 64.
-      function: of arrays; `jax.shard_map` in it takes its mesh from the context.
-      *placed: shapes of its arguments, and how they lie on the mesh.
+      name: Of the target. The environment of this process must be `environment(name, …)`.
+      axes: Sizes of the mesh axes by name; for a TPU, at most 4 devices or exactly 8, 16 or 64.
+      function: A function of arrays. A `jax.shard_map` in it takes its mesh from the context.
+      *placed: Shapes of its arguments with their shardings.
+
+    Returns:
+      A `jax.stages.Compiled`, which cannot be called.
     """
     devices = np.array(_devices(name, math.prod(axes.values())))
     mesh = Mesh(devices.reshape(tuple(axes.values())), tuple(axes))
@@ -185,13 +188,13 @@ def compile_over(
 
 
 def _devices(name: str, count: int) -> Sequence[Any]:
-    """That many devices of a target, none of which is there."""
+    """Return descriptions of `count` devices of a target."""
     target = TARGETS[name]
     if target.gpu is None:
         topology = f"{target.topology}:{_TPU_SLICES[max(count, 4)]}"
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[:count]
-    # The plug-in is found when JAX looks for its backends, which nothing public asks for without
-    # a device.
+    # JAX registers the CUDA plug-in when it initializes its backends. No public function does that
+    # without a device.
     from jax._src import xla_bridge
 
     xla_bridge.backends()
@@ -206,8 +209,8 @@ def _devices(name: str, count: int) -> Sequence[Any]:
 def _compile(name: str, function: Callable[..., Any], placed: Sequence[tuple[Any, Any]]) -> Any:
     structs = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in placed]
     target = TARGETS[name]
-    # Kernels ask while they are lowered which device they are for: capsjax for its vector memory,
-    # and Pallas-Triton from jax 0.11 on. JAX would name one of this machine.
+    # Kernels query the device while they are lowered: capsjax for the size of its vector memory,
+    # Pallas-Triton since jax 0.11. Without a mesh, JAX would answer with a device of this machine.
     cores, platform = (target.gpu.multiprocessors, "gpu") if target.gpu else (1, "tpu")
     device = AbstractDevice(device_kind=target.device, num_cores=cores, platform=platform)
     here = jax.sharding.get_abstract_mesh()
@@ -218,7 +221,7 @@ def _compile(name: str, function: Callable[..., Any], placed: Sequence[tuple[Any
 
 
 def _gpu_target_config(target: Target, gpu: Gpu) -> str:
-    """A GpuTargetConfigProto of XLA in text form."""
+    """Return XLA's GpuTargetConfigProto in text format."""
     info = {
         "threads_per_block_limit": 1024,
         "threads_per_warp": 32,

@@ -1,4 +1,4 @@
-"""The classifiers of MNIST and data sets like it: their settings, and a trainer made from these."""
+"""Settings and trainer of classifiers for MNIST and data sets of its format."""
 
 import dataclasses
 
@@ -10,22 +10,22 @@ from experiments.training import loop, networks, objectives, runs
 
 @dataclasses.dataclass(frozen=True)
 class Config(networks.Settings, runs.Settings):
-    """All settings of train_mnist; the defaults are the paper's network, recipe and data."""
+    """Settings of train_mnist; the defaults are the paper's network, recipe and data."""
 
     reconstruction_weight: float = flag(
-        5e-4, "Weight of the decoder's sum of squared errors; 0: no decoder.", minimum=0
+        5e-4, "Weight of the reconstruction loss, a sum of squares; 0: no decoder.", minimum=0
     )
-    shift: int = flag(2, "Largest random shift of training images, pixels.", minimum=0)
+    shift: int = flag(2, "Largest random shift of training images, in pixels.", minimum=0)
     canvas: int = flag(
-        0, "Side of a black square with the image at a random place, pixels; 0: none.", minimum=0
+        0, "Side of a black canvas to place images on at random, in pixels; 0: none.", minimum=0
     )
     diagnostics: bool = flag(
-        False, "Measure the routing after each epoch, and draw it.", affects_result=False
+        False, "Measure and draw the routing after each epoch.", affects_result=False
     )
 
 
 def build(config: Config, dataset: datasets.Dataset) -> loop.Trainer:
-    """Builds the network of a Config for a data set, ready to train.
+    """Build the network, objective and optimizer of a Config for a data set.
 
     Raises:
       InputError: The images are too small for the network or the shift or too large for the canvas,
@@ -58,5 +58,5 @@ def build(config: Config, dataset: datasets.Dataset) -> loop.Trainer:
 
 
 def test_split(config: Config, dataset: datasets.Dataset) -> datasets.Split:
-    """Returns the test images as the network sees them: on the canvas, if there is one."""
+    """Return the test images as the network sees them: on the canvas, if there is one."""
     return datasets.placed(dataset.test, config.canvas) if config.canvas else dataset.test

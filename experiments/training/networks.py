@@ -1,4 +1,7 @@
-"""The networks that the programs train, by name: the capsule network and its controls."""
+"""Build the networks that the programs train, by name: CapsNet and two CNNs as controls.
+
+Shape letters are those of `capsjax.shapes`; K is the number of classes.
+"""
 
 import dataclasses
 import itertools
@@ -19,45 +22,60 @@ from experiments.training.transforms import AxisName, draw
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Which network, and its sizes; the defaults are the paper's capsule network."""
+    """Settings of a network; the defaults are the paper's capsule network."""
 
     network: str = flag(
         "capsnet",
-        "capsnet; cnn: the paper's baseline for MNIST; pooling_cnn: a small one with max-pooling.",
+        "capsnet; cnn: the paper's baseline for MNIST; pooling_cnn: a small CNN with max-pooling.",
         choices=("capsnet", "cnn", "pooling_cnn"),
     )
     num_iterations: int = flag(3, "Routing iterations; with 1, couplings are uniform.", minimum=1)
-    gradient: str = flag("full", "Through all iterations, or the last.", choices=("full", "last"))
+    gradient: str = flag(
+        "full",
+        "Backpropagate through all routing iterations, or the last one.",
+        choices=("full", "last"),
+    )
     conv_channels: int = flag(256, "Channels of the first convolution.", minimum=1)
-    primary_types: int = flag(32, "Primary capsules at one position.", minimum=1)
-    primary_scale: float = flag(1.0, "Factor on the primary capsules' convolution.", above=0)
+    primary_types: int = flag(32, "Primary capsules at each position.", minimum=1)
+    primary_scale: float = flag(
+        1.0, "Factor on the primary capsules' convolution, before its bias.", above=0
+    )
     capsule_length: int = flag(16, "Dimensions of a class capsule.", minimum=1)
-    capsule_bias: float = flag(0.0, "Start of the capsules' biases; 0: class capsules have none.")
-    dtype: str = flag("float32", "Of the computation.", choices=("float32", "bfloat16"))
+    capsule_bias: float = flag(
+        0.0, "Initial bias of both capsule layers; 0: class capsules have none."
+    )
+    dtype: str = flag(
+        "float32",
+        "Dtype of the computation; parameters stay float32.",
+        choices=("float32", "bfloat16"),
+    )
     implementation: str = flag(
-        "auto", "Of the routing; auto: the platform's best.", choices=("auto", "xla", "reference")
+        "auto",
+        "Implementation of routing; auto: the best one of the platform.",
+        choices=("auto", "xla", "reference"),
     )
 
 
 class Cnn(nnx.Module):
     """Convolutions with ReLU, dense layers, and dropout before the logits.
 
+    The defaults are the paper's baseline for MNIST, without pooling. Padded convolutions follow
+    from its 35.4 million parameters; the dropout rate is ours, because the paper gives none.
+
     Source: Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules", section 5,
-    https://arxiv.org/abs/1710.09829: the defaults are its baseline for MNIST, without pooling. That
-    its convolutions are padded follows from its 35.4 million parameters; the paper does not name
-    the rate of dropout.
+    https://arxiv.org/abs/1710.09829.
 
     Args:
       image_shape: H, W, C of the images.
-      num_classes: Logits.
-      channels: Of each convolution.
-      kernel_size: Rows and columns of each window.
-      pooling: Whether the maximum of 2 x 2 pixels follows each convolution, which is then without
-        padding; an odd last row or column is left out.
+      num_classes: Number of logits, K.
+      channels: Output channels of each convolution.
+      kernel_size: Height and width of each kernel.
+      pooling: Whether 2 x 2 max-pooling follows each convolution, which is then not padded; an odd
+        last row or column is dropped.
       hidden: Sizes of the dense layers before the logits.
-      dropout: Share of the last hidden units that training drops.
-      dtype: Of the computation; parameters stay float32.
-      rngs: For all parameters.
+      dropout: Dropout rate of the last hidden layer in training.
+      dtype: Dtype of the computation; parameters stay float32.
+      rngs: Random streams for the parameters.
 
     Raises:
       ValueError: The images are too small for the convolutions.
@@ -77,21 +95,19 @@ class Cnn(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         height, width, inputs = image_shape
-        convolutions = []
-        for outputs in channels:
-            convolutions.append(
-                nn.Convolution(inputs, outputs, kernel_size=kernel_size, dtype=dtype, rngs=rngs)
-            )
-            if pooling:
+        if pooling:
+            for _ in channels:
                 height, width = ((n - kernel_size + 1) // 2 for n in (height, width))
-            inputs = outputs
         if min(height, width) < 1:
             raise ValueError(
                 f"Cnn: image_shape must leave pixels after {len(channels)} convolutions, "
                 f"got {image_shape}"
             )
-        self.convolutions = nnx.List(convolutions)
-        sizes = (height * width * inputs, *hidden, num_classes)
+        self.convolutions = nnx.List(
+            nn.Convolution(before, after, kernel_size=kernel_size, dtype=dtype, rngs=rngs)
+            for before, after in itertools.pairwise((inputs, *channels))
+        )
+        sizes = (height * width * channels[-1], *hidden, num_classes)
         self.layers = nnx.List(
             nnx.Linear(before, after, dtype=dtype, rngs=rngs)
             for before, after in itertools.pairwise(sizes)
@@ -100,7 +116,7 @@ class Cnn(nnx.Module):
         self.dropout = dropout
 
     def features(self, images: Array) -> Array:
-        """Maps images `[B, H, W, C]` to the last hidden units `[B, hidden]`."""
+        """Map images `[B, H, W, C]` to the last hidden layer `[B, hidden]`."""
         x = images
         for convolution in self.convolutions:
             x = x if self.pooling else _padded(x, convolution.kernel.shape[0])
@@ -114,21 +130,21 @@ class Cnn(nnx.Module):
     def __call__(
         self, images: Array, *, dropout_key: Array | None = None, axis_name: AxisName = None
     ) -> Array:
-        """Maps images `[B, H, W, C]` to logits `[B, K]`; a key of None drops nothing."""
+        """Map images `[B, H, W, C]` to logits `[B, K]`, without dropout if the key is None."""
         x = self.features(images)
         if dropout_key is not None:
-            share = 1 - self.dropout
+            rate = 1 - self.dropout
             kept = draw(
-                lambda shape: jax.random.bernoulli(dropout_key, share, shape), x.shape, axis_name
+                lambda shape: jax.random.bernoulli(dropout_key, rate, shape), x.shape, axis_name
             )
-            x = jnp.where(kept, x / share, 0)
+            x = jnp.where(kept, x / rate, 0)
         return self.layers[-1](x)
 
 
 def build(
     settings: Settings, image_shape: tuple[int, int, int], num_classes: int, *, seed: int
 ) -> CapsNet | Cnn:
-    """The network of the settings, for images of that shape.
+    """Build the network of the settings for images of a shape `(H, W, C)`.
 
     Raises:
       InputError: The images are too small.
@@ -166,13 +182,13 @@ def build(
 
 
 def _padded(x: Array, kernel_size: int) -> Array:
-    """Zeros around `[B, H, W, C]`, so that a convolution leaves H and W as they are."""
+    """Pad images `[B, H, W, C]` with zeros, so that a convolution preserves H and W."""
     room = ((kernel_size - 1) // 2, kernel_size // 2)
     return jnp.pad(x, ((0, 0), room, room, (0, 0)))
 
 
 def _pooled(x: Array) -> Array:
-    """The maximum of each 2 x 2 pixels of `[B, H, W, C]`."""
+    """Apply 2 x 2 max-pooling to `[B, H, W, C]`."""
     batch, height, width, channels = x.shape
     x = x[:, : height // 2 * 2, : width // 2 * 2]
     return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))

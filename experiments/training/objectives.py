@@ -1,4 +1,7 @@
-"""What networks are trained for: how images are moved, what is minimised, what counts as wrong."""
+"""Objectives of training: augmentation, loss, scores and errors of a task.
+
+Shape letters are those of `capsjax.shapes`; K is the number of classes.
+"""
 
 import dataclasses
 from typing import Any, Protocol
@@ -14,14 +17,14 @@ from experiments.training.transforms import AxisName, placed, shifted
 
 
 class Objective(Protocol):
-    """What the trainer asks of an objective; B examples, K classes, images in 0 … 1.
+    """The interface of an objective, used by `loop.Trainer`. Images are scaled to 0 … 1.
 
-    `axis_name` names the axes of a mesh over which the batch is split, None if it is not: what is
-    drawn at random for an example does not depend on it.
+    `axis_name` names the mesh axes over which the batch is sharded, or is None. The random numbers
+    drawn for an example do not depend on it.
     """
 
     def augment(self, images: Array, key: Array, *, axis_name: AxisName = None) -> Array:
-        """The training images `[B, H, W, C]`, moved at random."""
+        """Augment training images `[B, H, W, C]` at random."""
 
     def loss(
         self,
@@ -32,49 +35,49 @@ class Objective(Protocol):
         *,
         axis_name: AxisName = None,
     ) -> tuple[Array, Array]:
-        """The loss of each example `[B]`, and the scores of its classes `[B, K]`.
+        """Return the loss of each example `[B]`, and the scores of the classes `[B, K]`.
 
-        The key is a training step's. It is None in a test, which drops no units and shows the
-        labels to nothing but the loss.
+        The key is that of a training step. In a test it is None: then there is no dropout, and
+        the scores must not depend on the labels.
         """
 
     def scores(self, model: Any, images: Array) -> Array:
-        """The scores of the classes `[B, K]`, from 0 to 1."""
+        """Return the scores of the classes `[B, K]`, from 0 to 1."""
 
     def errors(self, scores: Array, labels: Array) -> Array:
-        """Whether each example is scored wrong, bool `[B]`."""
+        """Return whether each example is misclassified, bool `[B]`."""
 
     def test_metrics(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """What is said of a whole test set; `test_error`, in percent, among it."""
+        """Return the metrics of a whole test set, among them `test_error` in percent."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Classification:
-    """One class an image: what both objectives below share."""
+    """Classification of images with one class each; subclasses add loss and scores."""
 
     num_classes: int
-    shift: int  # pixels
-    canvas: int  # pixels a side; 0: the image's own size
+    shift: int  # largest random shift, in pixels
+    canvas: int  # side in pixels; 0: the size of the images
 
     def augment(self, images: Array, key: Array, *, axis_name: AxisName = None) -> Array:
-        """Shifts by up to `shift` pixels, then places at random on the canvas."""
+        """Shift images by up to `shift` pixels, then place them at random on the canvas."""
         moved = shifted(images, key, self.shift, axis_name=axis_name)
         if not self.canvas:
             return moved
         return placed(moved, jax.random.fold_in(key, 1), self.canvas, axis_name=axis_name)
 
     def errors(self, scores: Array, labels: Array) -> Array:
-        """Whether the highest score is another class's."""
+        """Return whether the label is not the class of the highest score."""
         return jnp.argmax(scores, axis=1) != labels
 
     def test_metrics(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """The share of wrong classes in percent."""
+        """Return the percentage of misclassified images."""
         return {"test_error": 100 * float(np.mean(scores.argmax(axis=1) != labels))}
 
 
 @dataclasses.dataclass(frozen=True)
 class CapsuleClassification(Classification):
-    """Margin loss of capsule lengths, and reconstruction as a regulariser."""
+    """Margin loss of capsule lengths, with reconstruction as a regularizer."""
 
     reconstruction_weight: float
 
@@ -87,9 +90,10 @@ class CapsuleClassification(Classification):
         *,
         axis_name: AxisName = None,
     ) -> tuple[Array, Array]:
-        """The decoder draws the true class in training, and that of the longest capsule in a test.
+        """Add margin loss and reconstruction loss.
 
-        So it learns before the classes do.
+        In training, the decoder reconstructs from the capsule of the true class, so that it learns
+        before the classes do; in a test, from the longest capsule.
         """
         del axis_name
         capsules = model(images)
@@ -102,13 +106,13 @@ class CapsuleClassification(Classification):
         return loss, lengths
 
     def scores(self, model: Any, images: Array) -> Array:
-        """The lengths of the class capsules."""
+        """Return the lengths of the class capsules."""
         return capsjax.lengths(model(images)).astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class SoftmaxClassification(Classification):
-    """Cross-entropy of the logits of an ordinary network, with dropout in training."""
+    """Softmax cross-entropy of a CNN's logits."""
 
     def loss(
         self,
@@ -119,37 +123,37 @@ class SoftmaxClassification(Classification):
         *,
         axis_name: AxisName = None,
     ) -> tuple[Array, Array]:
-        """Drops units in training."""
+        """Compute the cross-entropy, with dropout in training."""
         logits = _logits(model, images, key, axis_name)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return loss, jax.nn.softmax(logits)
 
     def scores(self, model: Any, images: Array) -> Array:
-        """The classes' probabilities."""
+        """Return the probabilities of the classes."""
         return jax.nn.softmax(_logits(model, images, None, None))
 
 
 @dataclasses.dataclass(frozen=True)
 class Overlaid:
-    """Two digits of different classes on one image, for `multimnist.OverlaidDigits`.
+    """Classification of two overlaid digits of different classes, from `multimnist.OverlaidDigits`.
 
-    Images come as layers `[B, 2, H, W, C]`, labels as `[B, 2]`; the two highest scores are the
-    prediction. An error is one where not both are right; the error per digit counts each.
+    Images are layers `[B, 2, H, W, C]` and labels `[B, 2]`. The classes of the two highest scores
+    are predicted. An image is misclassified unless both digits are found.
     """
 
     num_classes: int
 
     def augment(self, images: Array, key: Array, *, axis_name: AxisName = None) -> Array:
-        """Nothing: the digits were shifted when they were laid over each other."""
+        """Return the images unchanged: the data set shifts the digits itself."""
         del key, axis_name
         return images
 
     def errors(self, scores: Array, labels: Array) -> Array:
-        """Whether the two highest scores are not the two classes."""
+        """Return whether the two highest scores are not those of the two labels."""
         return self._found(scores, labels).sum(1) < 2
 
     def test_metrics(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Percent of images without both digits right, and of digits not found."""
+        """Return the percentages of misclassified images and of digits that are not found."""
         found = np.asarray(self._found(jnp.asarray(scores), jnp.asarray(labels)))
         return {
             "test_error": 100 * float(np.mean(~found.all(1))),
@@ -160,19 +164,19 @@ class Overlaid:
         return jax.nn.one_hot(labels, self.num_classes).sum(1)
 
     def _found(self, scores: Array, labels: Array) -> Array:
-        """Whether each digit is among the two highest scores, bool `[B, 2]`."""
+        """Return whether the class of each digit is among the two highest scores, bool `[B, 2]`."""
         _, predicted = jax.lax.top_k(scores, 2)
         return (labels[:, :, None] == predicted[:, None, :]).any(2)
 
 
 def overlay(layers: Array) -> Array:
-    """Lays the images `[B, 2, H, W, C]` over each other: their sum, at most 1."""
+    """Overlay images `[B, 2, H, W, C]` to `[B, H, W, C]`: their sum, clipped at 1."""
     return jnp.minimum(layers.sum(1), 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class OverlaidCapsules(Overlaid):
-    """Margin loss for two classes; the decoder draws one digit at a time.
+    """Margin loss for two classes, with reconstruction of one digit at a time.
 
     Source: Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules", section 6.
     """
@@ -188,9 +192,10 @@ class OverlaidCapsules(Overlaid):
         *,
         axis_name: AxisName = None,
     ) -> tuple[Array, Array]:
-        """Each digit is drawn from its true class's capsule, in a test too.
+        """Add margin loss and the reconstruction losses of both digits.
 
-        In a test the drawings count in the loss alone, which no prediction depends on.
+        Each digit is reconstructed from the capsule of its true class, in a test too: there only
+        the loss depends on the labels, and no score does.
         """
         del key, axis_name
         capsules = model(overlay(images))
@@ -204,13 +209,13 @@ class OverlaidCapsules(Overlaid):
         return loss, lengths
 
     def scores(self, model: Any, images: Array) -> Array:
-        """The lengths of the class capsules."""
+        """Return the lengths of the class capsules."""
         return capsjax.lengths(model(overlay(images))).astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class OverlaidSigmoids(Overlaid):
-    """Cross-entropy of each class by itself, for the logits of an ordinary network."""
+    """Sigmoid cross-entropy of a CNN's logits, summed over the classes."""
 
     def loss(
         self,
@@ -221,17 +226,17 @@ class OverlaidSigmoids(Overlaid):
         *,
         axis_name: AxisName = None,
     ) -> tuple[Array, Array]:
-        """Drops units in training."""
+        """Compute the cross-entropy, with dropout in training."""
         logits = _logits(model, overlay(images), key, axis_name)
         loss = optax.sigmoid_binary_cross_entropy(logits, self._targets(labels)).sum(1)
         return loss, jax.nn.sigmoid(logits)
 
     def scores(self, model: Any, images: Array) -> Array:
-        """The classes' probabilities, each by itself."""
+        """Return the independent probabilities of the classes."""
         return jax.nn.sigmoid(_logits(model, overlay(images), None, None))
 
 
 def _logits(model: Any, images: Array, key: Array | None, axis_name: AxisName) -> Array:
-    """What an ordinary network says, in float32; units are dropped if there is a key."""
+    """Return the logits of a CNN in float32, with dropout if there is a key."""
     dropout_key = None if key is None else jax.random.fold_in(key, 2)
     return model(images, dropout_key=dropout_key, axis_name=axis_name).astype(jnp.float32)

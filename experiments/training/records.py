@@ -1,4 +1,7 @@
-"""The folder of a run: its settings, metrics, figures and results. Checkpoints are beside this."""
+"""Read and write the settings and metrics in a run's folder, its workdir.
+
+Checkpoints, in the same folder, have their own module.
+"""
 
 import contextlib
 import dataclasses
@@ -22,18 +25,18 @@ _CONFIG, _METRICS = "config.json", "metrics.jsonl"
 
 
 def open_workdir(path: StrPath, *, config: Any, data_sha256: str) -> pathlib.Path:
-    """Makes the folder of a run, or checks that the run in it is the same one.
+    """Create the folder of a new run, or check that the run in it has the same settings and data.
 
     Args:
-      path: the folder; it may exist if it is empty or holds a run.
-      config: the program's Config. Fields with affects_result=False may differ from the run's.
-      data_sha256: the digest of the data that the run trains on.
+      path: The folder. It may exist if it is empty or holds a run.
+      config: The program's Config. Fields with affects_result=False may differ from the run's.
+      data_sha256: Digest of the training data.
 
     Returns:
       The folder.
 
     Raises:
-      InputError: it cannot be written, holds other files, or a run with other settings or data.
+      InputError: The folder cannot be written, or holds other files or a different run.
     """
     folder = pathlib.Path(path)
     with files.writing(f"workdir {folder}"):
@@ -41,10 +44,10 @@ def open_workdir(path: StrPath, *, config: Any, data_sha256: str) -> pathlib.Pat
             raise InputError(f"workdir {folder} is a file, not a folder; use another --workdir")
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / _CONFIG).exists():
-            # A start that was stopped may have left the temporary file, and nothing else.
-            begun = files.temporary(f"{_CONFIG}.*")
+            # A start that was interrupted may have left a temporary file.
+            partial = files.temporary(f"{_CONFIG}.*")
             names = {entry.name for entry in folder.iterdir()} - {_CONFIG}
-            if foreign := {name for name in names if not fnmatch.fnmatchcase(name, begun)}:
+            if foreign := {name for name in names if not fnmatch.fnmatchcase(name, partial)}:
                 raise InputError(
                     f"workdir {folder} holds files but no run ({min(foreign)}, for one); nothing "
                     "is written over, use another --workdir"
@@ -54,7 +57,7 @@ def open_workdir(path: StrPath, *, config: Any, data_sha256: str) -> pathlib.Pat
                 "data_sha256": data_sha256,
                 "versions": {name: _version(name) for name in ("jax", "flax", "optax", "capsjax")},
             }
-            with contextlib.suppress(FileExistsError):  # another process was faster
+            with contextlib.suppress(FileExistsError):  # another process created it
                 files.create(folder / _CONFIG, json.dumps(run, indent=2, allow_nan=False).encode())
         _check_same_run(folder, config, data_sha256)
         for name in ("checkpoints", "figures"):
@@ -64,12 +67,12 @@ def open_workdir(path: StrPath, *, config: Any, data_sha256: str) -> pathlib.Pat
 
 @contextlib.contextmanager
 def exclusive(workdir: StrPath) -> Iterator[None]:
-    """Inside, no other process trains in this folder; the lock ends with the process, however.
+    """Lock the folder against training by another process, until the body or this process ends.
 
     Raises:
-      InputError: Another process does already.
+      InputError: Another process holds the lock.
     """
-    # For writing, though nothing is written: NFS locks no other file for one process alone.
+    # Opened for writing, because NFS grants an exclusive lock on no other file.
     with open(pathlib.Path(workdir) / _CONFIG, "r+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -82,15 +85,15 @@ def exclusive(workdir: StrPath) -> Iterator[None]:
 
 
 def holds_run(workdir: StrPath) -> bool:
-    """Whether `open_workdir` was here."""
+    """Return whether the folder holds a run."""
     return os.path.isfile(pathlib.Path(workdir) / _CONFIG)
 
 
 def read_config(workdir: StrPath) -> dict[str, Any]:
-    """Reads what `open_workdir` wrote: the keys config, data_sha256 and versions.
+    """Read config.json of a run: the keys config, data_sha256 and versions.
 
     Raises:
-      InputError: the folder holds no run, or its config.json is damaged.
+      InputError: The folder holds no run, or its config.json is damaged.
     """
     path = pathlib.Path(workdir) / _CONFIG
     if not holds_run(workdir):
@@ -105,10 +108,10 @@ def read_config(workdir: StrPath) -> dict[str, Any]:
 
 
 def read_metrics(workdir: StrPath) -> list[dict[str, Any]]:
-    """Reads the rows of metrics.jsonl, without a last line that was torn by a crash.
+    """Read the rows of metrics.jsonl, dropping a last line that a crash left incomplete.
 
     Raises:
-      InputError: there is no such file, or a line is damaged.
+      InputError: There is no such file, or a line is damaged.
     """
     path = pathlib.Path(workdir) / _METRICS
     try:
@@ -123,8 +126,8 @@ def read_metrics(workdir: StrPath) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            operator.index(row["step"])  # raises on anything but an integer,
-            files.json_line(row)  # and this on NaN
+            operator.index(row["step"])  # raises TypeError for anything but an integer
+            files.json_line(row)  # raises ValueError for NaN
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             if not line.endswith(b"\n"):
                 break
@@ -134,21 +137,21 @@ def read_metrics(workdir: StrPath) -> list[dict[str, Any]]:
 
 
 def last_step(workdir: StrPath) -> int:
-    """The step of the last row of metrics.jsonl; 0 without rows.
+    """Return the step of the last row of metrics.jsonl, or 0 without rows.
 
     Raises:
-      InputError: a line is damaged.
+      InputError: A line is damaged.
     """
     rows = read_metrics(workdir) if (pathlib.Path(workdir) / _METRICS).exists() else []
     return rows[-1]["step"] if rows else 0
 
 
 def training_seconds(rows: Sequence[Mapping[str, float]], batch_size: int) -> float:
-    """What the steps of a run took, evaluation apart: a row has their speed since the one before.
+    """Return the training time of a run in seconds, excluding evaluation.
 
     Args:
-      rows: those of metrics.jsonl, with `step` and `images_per_second`.
-      batch_size: images in a step.
+      rows: Rows of metrics.jsonl. `images_per_second` of a row is the speed since the row before.
+      batch_size: Images in a step.
     """
     steps = [0, *(row["step"] for row in rows)]
     return sum(
@@ -158,18 +161,18 @@ def training_seconds(rows: Sequence[Mapping[str, float]], batch_size: int) -> fl
 
 
 class Metrics:
-    """Appends rows to metrics.jsonl, each on disk before `write` returns."""
+    """Append rows to metrics.jsonl; each is on disk before `write` returns."""
 
     def __init__(self, workdir: StrPath, *, step: int, tensorboard: bool = False):
-        """Opens the file and drops the rows after `step`: a resumed run writes them again.
+        """Open the file and drop the rows after `step`, because a resumed run writes them again.
 
         Args:
-          workdir: the folder of the run.
-          step: the step that the run goes on from, 0 for a new one.
-          tensorboard: also write TensorBoard files, into the folder's tensorboard/.
+          workdir: The folder of the run.
+          step: The step that the run continues from, 0 for a new run.
+          tensorboard: Also write TensorBoard files to tensorboard/ in the folder.
 
         Raises:
-          InputError: the file is damaged or cannot be written, or tensorboardX is missing.
+          InputError: The file is damaged or cannot be written, or tensorboardX is missing.
         """
         if tensorboard and importlib.util.find_spec("tensorboardX") is None:
             raise InputError("--tensorboard needs tensorboardX: pip install 'capsjax[tensorboard]'")
@@ -187,14 +190,14 @@ class Metrics:
             with files.writing(folder):
                 self._summaries = tensorboardX.SummaryWriter(folder, purge_step=step + 1)
         with files.writing(self._path):
-            # Without a buffer, closing has nothing left to write and cannot fail.
+            # Unbuffered, so that closing writes nothing and cannot fail.
             self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
 
     def write(self, row: Mapping[str, float | int]) -> None:
-        """Appends one row; `step` must be among its finite values.
+        """Append one row of finite values; `step` is required.
 
         Raises:
-          InputError: the disk is full, or the like.
+          InputError: The file cannot be written, for example because the disk is full.
         """
         step = row["step"]
         if not isinstance(step, int):
@@ -214,7 +217,7 @@ class Metrics:
             self._summaries.flush()
 
     def close(self) -> None:
-        """Closes the files; everything written is on disk already."""
+        """Close the files."""
         self._file.close()
         if self._summaries is not None:
             self._summaries.close()
@@ -251,5 +254,5 @@ def _check_same_run(folder: pathlib.Path, config: Any, data_sha256: str) -> None
 def _version(name: str) -> str:
     try:
         return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:  # a program run from a clone
+    except importlib.metadata.PackageNotFoundError:  # a clone that was not installed
         return "not installed"

@@ -1,4 +1,7 @@
-"""Images as numbers from 0 to 1, and the random moves of training images."""
+"""Scale images to 0 … 1, and augment training images by random translations.
+
+Shape letters are those of `capsjax.shapes`.
+"""
 
 from collections.abc import Callable
 
@@ -10,19 +13,22 @@ AxisName = str | tuple[str, ...] | None
 
 
 def scaled(images: Array) -> Array:
-    """Bytes to float32 in 0 … 1."""
+    """Convert bytes to float32, scaled to 0 … 1."""
     return images.astype(jnp.float32) / 255
 
 
 def draw(
     sampler: Callable[[tuple[int, ...]], Array], shape: tuple[int, ...], axis_name: AxisName
 ) -> Array:
-    """Random numbers `[B, ...]`, the same for an example however a batch is split over devices.
+    """Draw random numbers `[B, ...]` that do not depend on how the batch is sharded.
 
     Args:
-      sampler: Draws for the whole batch, given a shape.
-      shape: That of the numbers for the examples here.
-      axis_name: The axes of a mesh over which the batch is split; None for one device.
+      sampler: Draws an array of a given shape; called with the shape for the whole batch.
+      shape: Shape of the numbers for the examples on this device.
+      axis_name: Mesh axes over which the batch is sharded; None for one device.
+
+    Returns:
+      The rows of the drawn array that belong to the examples on this device.
     """
     if axis_name is None:
         return sampler(shape)
@@ -32,7 +38,7 @@ def draw(
 
 
 def shifted(images: Array, key: Array, limit: int, *, axis_name: AxisName = None) -> Array:
-    """Moves each image `[B, H, W, C]` by up to `limit` pixels along each axis, filling with 0."""
+    """Shift images `[B, H, W, C]` at random by up to `limit` pixels an axis, padding with 0."""
     if limit == 0:
         return images
     height, width = images.shape[1:3]
@@ -41,7 +47,7 @@ def shifted(images: Array, key: Array, limit: int, *, axis_name: AxisName = None
 
 
 def placed(images: Array, key: Array, canvas: int, *, axis_name: AxisName = None) -> Array:
-    """Puts each image `[B, S, S, C]` somewhere on a black square `[B, canvas, canvas, C]`."""
+    """Place square images `[B, H, H, C]` at random on black ones `[B, canvas, canvas, C]`."""
     free = canvas - images.shape[1]
     if free == 0:
         return images
@@ -52,7 +58,7 @@ def placed(images: Array, key: Array, canvas: int, *, axis_name: AxisName = None
 def _windows(
     images: Array, key: Array, size: tuple[int, int], places: int, axis_name: AxisName
 ) -> Array:
-    """Cuts a window out of each image, its corner at random in a square of `places` pixels."""
+    """Cut a window of `size` out of each image, at a random corner in 0 … `places` - 1."""
     offsets = draw(
         lambda shape: jax.random.randint(key, shape, 0, places), (len(images), 2), axis_name
     )

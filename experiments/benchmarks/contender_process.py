@@ -1,7 +1,7 @@
-"""One program for the paper's network, in a process of its own that is timed row by row.
+"""Child process of `benchmark_training`: build one contender, then time its rows on request.
 
-`benchmark_training` starts one of these for each program that it compares. The first line printed
-is about the start; then each line read is the name of a row, and is answered by its seconds.
+The first line of the output is a JSON object about the first steps. Each line of the input names a
+row; its answer is a line with the seconds that one call took.
 """
 
 import dataclasses
@@ -16,57 +16,60 @@ from typing import Any
 import numpy as np
 
 from experiments import cli
-from experiments.benchmarks import programs
+from experiments.benchmarks import contenders
 from experiments.cli import flag
 
-COMPARED = 4  # images whose class capsules are handed over
+COMPARED = 4  # images whose class capsules the parent compares
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Which program, and on what."""
+    """Which contender, and its batch."""
 
     name: str = flag(
         "torch",
-        "The program.",
+        "Name of the contender.",
         choices=("capsjax", "plain_jax", "torch", "torch_notebook"),
     )
     params: str = flag("", "File of a CapsNet's parameters, .npz.")
     batch_size: int = flag(128, "Images in one step.", minimum=1)
     image_size: int = flag(28, "Height and width of the images, in pixels.", minimum=17)
     more_steps: int = flag(2, "Steps after the first, before memory is read.", minimum=0)
-    compilation_cache: str = flag("", "Folder of compiled programs.")
+    compilation_cache: str = flag("", "Folder of JAX's persistent compilation cache; empty: none.")
 
 
 def main(config: Config) -> int:
-    """Trains some steps, then runs what it is asked for until its input ends."""
+    """Take the first training steps, then time rows until the input ends."""
     rng = np.random.default_rng(0)
     shape = (config.batch_size, config.image_size, config.image_size, 1)
     images = rng.integers(0, 256, shape, np.uint8)
     labels = rng.integers(0, 10, config.batch_size, np.int32)
-    params = programs.load_params(config.params)
-    build = _build(config)
+    params = contenders.load_params(config.params)
+    build = _builder(config)
     started = time.perf_counter()
-    program = build(params, images, labels)
-    program.train()
+    contender = build(params, images, labels)
+    contender.train()
     first_step = time.perf_counter() - started
     for _ in range(config.more_steps):
-        program.train()
+        contender.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    capsules = np.asarray(program.class_capsules(images[:COMPARED]), float)
+    capsules = np.asarray(contender.class_capsules(images[:COMPARED]), float)
     start = {"first_step": first_step, "peak_mib": peak, "class_capsules": capsules.tolist()}
     print(json.dumps(start), flush=True)
-    rows = {"training": program.train, **program.rows()}
+    rows = {"training": contender.train, **contender.rows()}
     for line in sys.stdin:
-        run = rows[line.strip()]
+        row = rows[line.strip()]
         started = time.perf_counter()
-        run()
+        row()
         print(time.perf_counter() - started, flush=True)
     return 0
 
 
-def _build(config: Config) -> Callable[[Any, np.ndarray, np.ndarray], programs.Program]:
-    """The program's maker; each imports what it needs alone, so that memory is its own."""
+def _builder(config: Config) -> Callable[[Any, np.ndarray, np.ndarray], contenders.Contender]:
+    """Return the function that builds the contender.
+
+    Only its own packages are imported, because imports count in the peak memory.
+    """
     if config.name.startswith("torch"):
         from experiments.benchmarks import torch_capsnet
 
@@ -74,17 +77,17 @@ def _build(config: Config) -> Callable[[Any, np.ndarray, np.ndarray], programs.P
             "torch": torch_capsnet.TorchCapsNet,
             "torch_notebook": torch_capsnet.NotebookCapsNet,
         }[config.name]
-        return functools.partial(torch_capsnet.program, network)
+        return functools.partial(torch_capsnet.contender, network)
     if config.name == "plain_jax":
         from experiments.benchmarks import plain_capsnet
 
-        return plain_capsnet.program
+        return plain_capsnet.contender
     from experiments.benchmarks import step_parts
     from experiments.training import loop
 
     if config.compilation_cache:
         loop.keep_compiled(config.compilation_cache)
-    return step_parts.program
+    return step_parts.contender
 
 
 if __name__ == "__main__":
