@@ -16,7 +16,7 @@ from experiments.cli import flag
 from experiments.data import datasets
 from experiments.errors import InputError
 from experiments.figures.style import BLUE, GREY, RED, STYLE, settle_ticks
-from experiments.training import checkpoints, mnist, records, runs, trained
+from experiments.training import checkpoints, mnist, parallel, records, runs, trained
 
 # With one iteration couplings are uniform: routing switched off, all parameters kept.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -62,7 +62,7 @@ def main(config: Config) -> int:
         else:
             found = finished(config, name, dataset)
         if found:
-            table.append(table_row(name, found))
+            table.append(table_row(name, found, dataset))
             files.write_json(folder / "results.json", table)
     figure = errors_by_variant(table)
     files.save_figure(figure, folder / "figures/test_errors.png")
@@ -75,7 +75,8 @@ def main(config: Config) -> int:
 
 def train(run: mnist.Config, dataset: datasets.Dataset) -> int:
     """Trains one run to its end and draws its figures; returns the exit status."""
-    trainer, test = mnist.build(run, dataset), mnist.test_split(run, dataset)
+    trainer = parallel.spread(mnist.build(run, dataset), run, batch_size=run.batch_size)
+    test = mnist.test_split(run, dataset)
     measure = diagnostics.measurement(trainer, dataset.train) if run.diagnostics else None
     status, params = runs.train(
         run, trainer, dataset.train, test, data_sha256=dataset.sha256, extra_metrics=measure
@@ -140,7 +141,7 @@ def last_drawn(run: mnist.Config) -> pathlib.Path:
     return pathlib.Path(run.workdir) / "figures/learning_curves.png"
 
 
-def table_row(variant: str, found: list[mnist.Config]) -> dict[str, Any]:
+def table_row(variant: str, found: list[mnist.Config], dataset: datasets.Dataset) -> dict[str, Any]:
     """A row of the table: the errors of the last epoch, their mean and deviation, and the cost."""
     errors, seconds = [], []
     for run in found:
@@ -157,17 +158,18 @@ def table_row(variant: str, found: list[mnist.Config]) -> dict[str, Any]:
     }
     if found[0].network == "capsnet" and found[0].num_iterations > 1:
         # The same trained parameters without routing.
-        uniform = [error_without_routing(run) for run in found]
+        uniform = [error_without_routing(run, dataset) for run in found]
         cells["test_error_if_couplings_are_uniform"] = round(statistics.mean(uniform), 3)
     return cells
 
 
-def error_without_routing(run: mnist.Config) -> float:
+def error_without_routing(run: mnist.Config, dataset: datasets.Dataset) -> float:
     """The test error in percent of a trained network that routes once, with uniform couplings."""
-    network = trained.load(run.workdir, data_dir=run.data_dir)
-    once = mnist.build(dataclasses.replace(run, num_iterations=1), network.dataset)
-    evaluation = once.evaluate(network.params, network.test, batch_size=run.batch_size)
-    return evaluation.error(network.test.labels)
+    once = mnist.build(dataclasses.replace(run, num_iterations=1), dataset)
+    once = parallel.spread(once, run, batch_size=run.batch_size)
+    test = mnist.test_split(run, dataset)
+    _, params = trained.restored(once, run.workdir)
+    return once.evaluate(params, test, batch_size=run.batch_size).error(test.labels)
 
 
 @STYLE

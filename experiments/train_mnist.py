@@ -8,14 +8,14 @@ from absl import logging
 from experiments import cli
 from experiments.analysis import diagnostics, inspection
 from experiments.figures import routing
-from experiments.training import processes, records, runs
+from experiments.training import parallel, processes, records, runs
 from experiments.training.mnist import Config, build, test_split
 
 
 def main(config: Config) -> int:
     """Trains from the workdir's newest checkpoint to the end, and draws the figures."""
     dataset = runs.prepare(config)
-    trainer = build(config, dataset)
+    trainer = parallel.spread(build(config, dataset), config, batch_size=config.batch_size)
     test = test_split(config, dataset)
     status, params = runs.train(
         config,
@@ -27,15 +27,17 @@ def main(config: Config) -> int:
             diagnostics.measurement(trainer, dataset.train) if config.diagnostics else None
         ),
     )
-    if not status and processes.is_lead():
-        inspection.report(trainer, params, test, config.workdir, batch_size=config.batch_size)
-        if config.diagnostics and not routing.measured(records.read_metrics(config.workdir)):
-            logging.warning(
-                "--diagnostics: %s was trained to its end without them; for a run with them use "
-                "another --workdir",
-                config.workdir,
-            )
-    return status
+    if status:
+        return status
+    inspection.report(trainer, params, test, config.workdir, batch_size=config.batch_size)
+    measured = not config.diagnostics or routing.measured(records.read_metrics(config.workdir))
+    if processes.is_lead() and not measured:
+        logging.warning(
+            "--diagnostics: %s was trained to its end without them; for a run with them use "
+            "another --workdir",
+            config.workdir,
+        )
+    return 0
 
 
 if __name__ == "__main__":

@@ -19,7 +19,15 @@ from experiments.data import datasets, multimnist
 from experiments.figures import classifier
 from experiments.figures.classifier import draw_tiles
 from experiments.figures.style import BLUE, ORANGE, RED, STYLE
-from experiments.training import loop, networks, objectives, processes, records, runs
+from experiments.training import (
+    loop,
+    networks,
+    objectives,
+    parallel,
+    processes,
+    records,
+    runs,
+)
 from experiments.training.transforms import scaled
 
 TEST_SEED = 2017  # the test set is the same in every run, whatever --seed
@@ -62,7 +70,7 @@ def build(config: Config, dataset: datasets.Dataset) -> loop.Trainer:
     num_steps = runs.num_steps(config, pairs)
     side, _, channels = dataset.train.images.shape[1:]
     side += 2 * multimnist.SHIFT
-    model = networks.build(config, (side, side, channels), dataset.num_classes, seed=config.seed)
+    shape = side, side, channels
     objective: objectives.Objective = (
         objectives.OverlaidCapsules(dataset.num_classes, config.reconstruction_weight)
         if config.network == "capsnet"
@@ -71,48 +79,57 @@ def build(config: Config, dataset: datasets.Dataset) -> loop.Trainer:
     optimizer = loop.adam(
         config.learning_rate, final_learning_rate=config.final_learning_rate, num_steps=num_steps
     )
-    return loop.Trainer(model, objective, optimizer)
+    return loop.Trainer(
+        lambda: networks.build(config, shape, dataset.num_classes, seed=config.seed),
+        objective,
+        optimizer,
+    )
 
 
 def main(config: Config) -> int:
     """Trains from the workdir's newest checkpoint to the end, says both errors, and draws."""
     dataset = runs.prepare(config)
-    trainer = build(config, dataset)
+    trainer = parallel.spread(build(config, dataset), config, batch_size=config.batch_size)
     train_pairs, test_pairs = examples(config, dataset)
     status, params = runs.train(
         config, trainer, train_pairs, test_pairs, data_sha256=dataset.sha256
     )
-    if status or not processes.is_lead():
+    if status:
         return status
+    drawn = {}
+    if isinstance(trainer.network, CapsNet) and config.reconstruction_weight:
+        layers, labels = test_pairs.take(np.arange(min(SHOWN, test_pairs.size)))
+        # By all processes, each of which may hold a part of the weights.
+        drawn["overlaps"] = overlaps(trainer, params, layers, labels)
+    if not processes.is_lead():
+        return 0
     rows = records.read_metrics(config.workdir)
     last = rows[-1]
     logging.info(
         "test error: %.2f %% of %d images (both digits right), %.2f %% of digits",
         *(last["test_error"], test_pairs.size, last["test_error_per_digit"]),
     )
-    drawn = {"learning_curves": classifier.learning_curves(rows)}
-    model = trainer.model(params)
-    if isinstance(model, CapsNet) and config.reconstruction_weight:
-        layers, labels = test_pairs.take(np.arange(min(SHOWN, test_pairs.size)))
-        drawn["overlaps"] = overlaps(model, scaled(jnp.asarray(layers)), labels)
+    drawn["learning_curves"] = classifier.learning_curves(rows)
     for name, figure in drawn.items():
         files.save_figure(figure, pathlib.Path(config.workdir) / "figures" / f"{name}.png")
     return 0
 
 
-def overlaps(model: CapsNet, layers: jax.Array, labels: np.ndarray) -> Figure:
-    """Draws pairs `[N, 2, H, W, C]` and what the two longest capsules make of them."""
-    images = objectives.overlay(layers)
-    capsules = model(images)
-    lengths, predicted = jax.lax.top_k(jnp.linalg.norm(capsules, axis=-1), 2)
-    both = jnp.broadcast_to(capsules[:, None], (*predicted.shape, *capsules.shape[1:]))
-    return draw_overlaps(
-        np.asarray(layers),
-        np.asarray(model.reconstruct(both, predicted)),
-        labels=labels,
-        predicted=np.asarray(predicted),
-        lengths=np.asarray(lengths),
-    )
+def overlaps(
+    trainer: loop.Trainer, params: loop.Params, layers: np.ndarray, labels: np.ndarray
+) -> Figure:
+    """Draws pairs, uint8 `[N, 2, H, W, C]`, and the reconstructions of the two longest capsules."""
+
+    @trainer.jit
+    def forward(params: loop.Params, layers: jax.Array) -> tuple[jax.Array, ...]:
+        model, layers = trainer.model(params), scaled(layers)
+        capsules = model(objectives.overlay(layers))
+        lengths, predicted = jax.lax.top_k(jnp.linalg.norm(capsules, axis=-1), 2)
+        both = jnp.broadcast_to(capsules[:, None], (*predicted.shape, *capsules.shape[1:]))
+        return layers, model.reconstruct(both, predicted), predicted, lengths
+
+    shown, drawn, predicted, lengths = map(np.asarray, forward(params, layers))
+    return draw_overlaps(shown, drawn, labels=labels, predicted=predicted, lengths=lengths)
 
 
 @STYLE

@@ -31,15 +31,16 @@ def python(program, *arguments, devices=1):
 
 # Of each network and mesh: losses of the steps, the test loss, and how the state lies.
 LOSSES = """
-import sys, dataclasses, numpy as np, jax
-from experiments import data, parallel, train_mnist, training
-training.keep_compiled(sys.argv[2])
+import sys
+from experiments.data import datasets
+from experiments.training import loop, mnist, parallel
+loop.keep_compiled(sys.argv[2])
 small = dict(conv_channels=4, primary_types=4, capsule_length=4, batch_size=8, dataset="mnist")
 for network, bias in (("capsnet", 0.1), ("pooling_cnn", 0.0)):
     config = mnist.Config(
         data_dir=sys.argv[1], network=network, capsule_bias=bias, canvas=21, **small
     )
-    dataset = data.load("mnist", data_dir=sys.argv[1])
+    dataset = datasets.load("mnist", data_dir=sys.argv[1])
     test = mnist.test_split(config, dataset)
     for shape in ((1, 1), (4, 1), (2, 2)):
         if network == "pooling_cnn" and shape[1] > 1:
@@ -47,7 +48,7 @@ for network, bias in (("capsnet", 0.1), ("pooling_cnn", 0.0)):
         settings = parallel.Settings(*shape)
         trainer = parallel.spread(mnist.build(config, dataset), settings, batch_size=8)
         losses = []
-        progress = training.train(
+        progress = loop.train(
             trainer, trainer.initial_state(0), dataset.train, test, batch_size=8, last_step=20,
             log_every_steps=1, seed=0, stopped=lambda: 0,
         )

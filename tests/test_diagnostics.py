@@ -68,16 +68,19 @@ def test_without_any_gradient_no_part_has_a_share():
 def small():
     """A network of two iterations, and the middles of 70 real digits, more than are measured."""
     digits = middles(datasets.load("mnist_small").train, 70)
-    model = CapsNet(
-        digits.images.shape[1:],
-        conv_channels=2,
-        primary_types=4,
-        capsule_length=4,
-        num_iterations=2,
-        hidden=(16,),
-        rngs=nnx.Rngs(0),
-    )
-    trainer = loop.Trainer(model, CapsuleClassification(10, 1, 0, 0.0005), optax.adam(0.01))
+
+    def build():
+        return CapsNet(
+            digits.images.shape[1:],
+            conv_channels=2,
+            primary_types=4,
+            capsule_length=4,
+            num_iterations=2,
+            hidden=(16,),
+            rngs=nnx.Rngs(0),
+        )
+
+    trainer = loop.Trainer(build, CapsuleClassification(10, 1, 0, 0.0005), optax.adam(0.01))
     params = trainer.initial_state(0).params
     params["capsules"]["weights"] *= 20  # long votes: else routing does next to nothing
     return trainer, params, digits
@@ -130,8 +133,10 @@ def test_a_row_is_what_the_parts_say_of_the_first_moved_examples(small):
 
 
 def test_a_network_without_capsules_is_refused(small):
-    model = networks.build(networks.Settings(network="pooling_cnn"), (19, 19, 1), 10, seed=0)
-    trainer = loop.Trainer(model, SoftmaxClassification(10, 1, 0), optax.adam(0.01))
+    def build():
+        return networks.build(networks.Settings(network="pooling_cnn"), (19, 19, 1), 10, seed=0)
+
+    trainer = loop.Trainer(build, SoftmaxClassification(10, 1, 0), optax.adam(0.01))
     with pytest.raises(InputError, match=r"^--diagnostics are of routing, .* no capsules$"):
         diagnostics.measurement(trainer, small[2])
 

@@ -48,16 +48,18 @@ def dataset():
 
 @pytest.fixture(scope="module")
 def trainer():
-    model = CapsNet(
-        conv_channels=8,
-        primary_types=1,
-        capsule_length=4,
-        num_iterations=2,
-        hidden=(16,),
-        rngs=nnx.Rngs(0),
-    )
+    def build():
+        return CapsNet(
+            conv_channels=8,
+            primary_types=1,
+            capsule_length=4,
+            num_iterations=2,
+            hidden=(16,),
+            rngs=nnx.Rngs(0),
+        )
+
     optimizer = loop.adam(0.01, final_learning_rate=0.003, num_steps=LAST_STEP)
-    return Counted(model, CapsuleClassification(10, 1, 0, 0.0005), optimizer)
+    return Counted(build, CapsuleClassification(10, 1, 0, 0.0005), optimizer)
 
 
 def run(trainer, state, dataset, *, last_step=LAST_STEP, log_every_steps=10, stopped=lambda: 0):

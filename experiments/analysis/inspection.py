@@ -14,11 +14,12 @@ from capsjax.models import CapsNet
 from experiments import files
 from experiments.data import datasets
 from experiments.figures import classifier, routing
-from experiments.training import loop, objectives, records
+from experiments.training import loop, objectives, processes, records
 from experiments.training.transforms import scaled
 
 TWEAKS = tuple(np.linspace(-0.25, 0.25, 11).tolist())
 SHOWN, ENTROPY_EXAMPLES = 12, 64
+COUPLINGS = 2**22  # at most: a large layer's are fetched of fewer images; MNIST's 64 have half
 
 
 def report(
@@ -29,13 +30,17 @@ def report(
     *,
     batch_size: int,
 ) -> None:
-    """Logs test error and accuracy of each class, and draws every figure into the workdir."""
+    """Logs test error and accuracy of each class, and draws every figure into the workdir.
+
+    All processes must call it, since each may hold a part of the weights; process 0 writes.
+    """
     evaluation = trainer.evaluate(params, test, batch_size=batch_size)
-    for line in accuracy(evaluation, test.labels):
+    for line in accuracy(evaluation, test.labels) if processes.is_lead() else ():
         logging.info("%s", line)
     folder = pathlib.Path(workdir) / "figures"
     draw(trainer, params, test, evaluation, records.read_metrics(workdir), folder)
-    logging.info("figures are in %s", folder)
+    if processes.is_lead():
+        logging.info("figures are in %s", folder)
 
 
 def accuracy(evaluation: loop.Evaluation, labels: np.ndarray) -> Iterator[str]:
@@ -66,7 +71,6 @@ def draw(
 ) -> None:
     """Draws of capsules couplings, tweaks and reconstructions; confusions; and last the curves."""
     images, labels = test
-    model = trainer.model(params)
     drawn = {
         "learning_curves": classifier.learning_curves(rows),
         "confusion_matrix": classifier.confusion_matrix(
@@ -79,31 +83,44 @@ def draw(
     }
     if routing.measured(rows):
         drawn["routing_diagnostics"] = routing.diagnostics(rows)
-    if isinstance(model, CapsNet):
-        few = scaled(jnp.asarray(images[:ENTROPY_EXAMPLES]))
-        drawn |= _capsule_figures(model, few, labels, trainer.objective)
-    for name, figure in reversed(drawn.items()):
+    if isinstance(trainer.network, CapsNet):
+        drawn |= _capsule_figures(trainer, params, images[:ENTROPY_EXAMPLES], labels)
+    for name, figure in reversed(drawn.items()) if processes.is_lead() else ():
         files.save_figure(figure, folder / f"{name}.png")
 
 
 def _capsule_figures(
-    model: CapsNet, images: jax.Array, labels: np.ndarray, objective: objectives.Objective
+    trainer: loop.Trainer, params: loop.Params, images: np.ndarray, labels: np.ndarray
 ) -> dict[str, Figure]:
+    objective, layer = trainer.objective, trainer.network.capsules
+    children, _, parents, _ = layer.weights.shape
+    count = max(1, COUPLINGS // (layer.num_iterations * children * parents))
+    draws = (
+        isinstance(objective, objectives.CapsuleClassification) and objective.reconstruction_weight
+    )
+
+    @trainer.jit
+    def forward(params: loop.Params, images: jax.Array) -> dict[str, jax.Array]:
+        model, images = trainer.model(params), scaled(images)
+        capsules = model(images)
+        found = {"couplings": model.capsules.couplings(model.primary_poses(images[:count]))}
+        if draws:
+            shown = capsules[:SHOWN]
+            found["images"] = images[:SHOWN]
+            found["reconstructions"] = model.reconstruct(shown)
+            found["lengths"] = capsjax.lengths(shown)
+            found["tweaks"] = tweaked(model, capsules[0])
+        return found
+
+    found = {name: np.asarray(array) for name, array in forward(params, images).items()}
     drawn = {}
-    capsules = model(images)
-    if isinstance(objective, objectives.CapsuleClassification) and objective.reconstruction_weight:
+    if draws:
         drawn["reconstructions"] = classifier.reconstructions(
-            np.asarray(images[:SHOWN]),
-            np.asarray(model.reconstruct(capsules[:SHOWN])),
-            np.asarray(capsjax.lengths(capsules[:SHOWN])),
-            labels[:SHOWN],
+            found["images"], found["reconstructions"], found["lengths"], labels[:SHOWN]
         )
-        drawn["dimension_tweaks"] = classifier.dimension_tweaks(
-            np.asarray(tweaked(model, capsules[0])), values=TWEAKS
-        )
-    couplings = np.asarray(model.capsules.couplings(model.primary_poses(images)))
-    drawn["couplings"] = classifier.couplings(couplings[:, 0], label=int(labels[0]))
-    drawn["coupling_entropy"] = classifier.coupling_entropy(couplings)
+        drawn["dimension_tweaks"] = classifier.dimension_tweaks(found["tweaks"], values=TWEAKS)
+    drawn["couplings"] = classifier.couplings(found["couplings"][:, 0], label=int(labels[0]))
+    drawn["coupling_entropy"] = classifier.coupling_entropy(found["couplings"])
     return drawn
 
 

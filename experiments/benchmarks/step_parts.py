@@ -20,7 +20,7 @@ MATRIX = 2048
 def program(params: loop.Params, images: np.ndarray, labels: np.ndarray) -> programs.Program:
     """What there is to measure; training starts from parameters of its own making."""
     trainer = loop.Trainer(
-        CapsNet(images.shape[1:], rngs=nnx.Rngs(0)),
+        lambda: CapsNet(images.shape[1:], rngs=nnx.Rngs(0)),
         objectives.CapsuleClassification(
             num_classes=10,
             shift=2,

@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import ctypes
 import dataclasses
+import json
 import os
 import pathlib
 import signal
@@ -88,20 +89,30 @@ def is_lead() -> bool:
 
 
 def together(action: Callable[[], T]) -> T:
-    """Does the same in every process.
+    """Calls the same function in every process.
 
     Raises:
-      InputError: One of them cannot; all say why.
+      InputError: It fails in one of them; all raise that one's error.
     """
     if jax.process_count() == 1:
         return action()
     result, reason = None, ""
     try:
         result = action()
-    except InputError as error:
+    except (InputError, OSError) as error:  # else the others would wait for this one
         reason = str(error)
     _refuse(first_reason(reason))
     return result  # type: ignore[return-value]
+
+
+def gather(action: Callable[[], T]) -> list[T]:
+    """Calls the same function in every process, and returns all results, which JSON can write.
+
+    Raises:
+      InputError: As `together`.
+    """
+    own = together(action)
+    return [json.loads(text) for text in _texts(json.dumps(own))]
 
 
 def on_lead(action: Callable[[], T]) -> T | None:

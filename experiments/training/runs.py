@@ -6,7 +6,6 @@ import pathlib
 import signal
 from collections.abc import Callable
 
-import jax
 from absl import logging
 
 from experiments.cli import flag
@@ -99,7 +98,6 @@ def train(
       InputError: The workdir holds another run, has lost its checkpoints or cannot be written, or
         the loss is not finite.
     """
-    trainer = parallel.spread(trainer, settings, batch_size=settings.batch_size)
     workdir = pathlib.Path(settings.workdir)
     last_step = num_steps(settings, train_examples)
     if settings.max_steps:
@@ -124,8 +122,8 @@ def train(
         )
         checkpoints = stack.enter_context(processes.together(lambda: Checkpoints(workdir)))
         stopped = processes.agreed(stack.enter_context(signals.stop_requests()))
-        start = trainer.initial_state(settings.seed)
-        step, state = checkpoints.restore(start) or (0, start)
+        restored = checkpoints.restore(trainer.abstract_state())
+        step, state = restored or (0, trainer.initial_state(settings.seed))
         if step > last_step:
             raise InputError(
                 f"workdir {workdir} is at step {step} already, past --max_steps={last_step}"
@@ -167,14 +165,13 @@ def train(
             if step % settings.checkpoint_every_steps == 0:
                 save(step, state)
         save(step, state)
-        params = jax.device_put(trainer.whole(state.params), jax.local_devices()[0])
         number = stopped()
         if number and processes.is_lead():
             name = signal.Signals(number).name
             logging.info("%s: saved at step %d; the same --workdir goes on from there", name, step)
         status = 128 + number if number else 0
         finish(status)
-        return status, params
+        return status, state.params
 
 
 def _last_checkpoint(workdir: pathlib.Path) -> str:

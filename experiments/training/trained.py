@@ -47,7 +47,7 @@ def load(workdir: str, *, data_dir: str = "") -> Trained:
     dataset = datasets.load(config.dataset, data_dir=data_dir or config.data_dir)
     check_data(config, dataset, run["data_sha256"], workdir)
     trainer = mnist.build(config, dataset)
-    step, params = restored(trainer, config, workdir)
+    step, params = restored(trainer, workdir)
     test = mnist.test_split(config, dataset)
     return Trained(config, dataset, test, trainer, params, step)
 
@@ -120,14 +120,14 @@ def check_data(config: runs.Settings, dataset: datasets.Dataset, sha256: str, wo
         )
 
 
-def restored(trainer: loop.Trainer, config: runs.Settings, workdir: str) -> tuple[int, loop.Params]:
-    """The newest checkpoint's step and parameters.
+def restored(trainer: loop.Trainer, workdir: str) -> tuple[int, loop.Params]:
+    """Returns the newest checkpoint's step and parameters, on the trainer's devices.
 
     Raises:
       InputError: There is none.
     """
     with Checkpoints(workdir) as checkpoints:
-        found = checkpoints.restore(trainer.initial_state(config.seed))
+        found = checkpoints.restore(trainer.abstract_state())
     if found is None:
         raise InputError(f"workdir {workdir} has no checkpoint yet; let it train further")
     return found[0], found[1].params
