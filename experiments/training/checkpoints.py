@@ -1,4 +1,4 @@
-"""The checkpoints of a run."""
+"""Checkpoints of a run, verified by SHA-256."""
 
 import functools
 import hashlib
@@ -22,24 +22,24 @@ _NONE_YET = -1  # in _LAST, until the first checkpoint is complete
 
 
 class Checkpoints:
-    """The newest three checkpoints of a run, written by Orbax.
+    """Saves and restores the newest three checkpoints of a run, by Orbax.
 
-    Orbax does not notice a flipped bit among the values, and other damage makes it raise anything
-    from KeyError to AttributeError after a page of complaints. So each checkpoint gets a
-    record.json, written last: the SHA-256 of each of its files, checked before Orbax opens them,
-    and dtype and shape of every leaf.
+    Orbax does not notice a flipped bit among the values, and raises various errors (KeyError,
+    AttributeError) at other damage. So each checkpoint gets a record.json, written last, with the
+    SHA-256 of each of its files, verified before Orbax opens them, and dtype and shape of every
+    leaf.
 
-    A checkpoint without a record.json is a save that did not finish, or one whose record was lost.
+    A checkpoint without a record.json is an unfinished save, or one whose record was lost.
     last_checkpoint.json in the workdir tells them apart: it holds the step of the last complete
-    checkpoint, and is written after that checkpoint's record. What was complete once is never
-    removed to start again.
+    checkpoint, and is written after that checkpoint's record. A checkpoint that was complete is
+    never removed because of damage.
 
     Several processes share one disk, and all must call the same functions. Each writes, hashes and
     reads its own shards; no array is gathered, neither on a device nor on a host.
     """
 
     def __init__(self, workdir: files.StrPath):
-        """Finds the checkpoints of the run in `workdir`; nothing is written before `save`."""
+        """Finds the checkpoints of the run in `workdir`, and writes nothing."""
         run = records.read_config(workdir)
         self._run = {"config": run["config"], "data_sha256": run["data_sha256"]}
         self._workdir = workdir
@@ -49,18 +49,18 @@ class Checkpoints:
         self._manager: ocp.CheckpointManager | None = None
 
     def steps(self) -> list[int]:
-        """The steps that have a checkpoint, oldest first."""
+        """Returns the steps that have a checkpoint, oldest first."""
         return saved_steps(self._workdir)
 
     def save(self, step: int, state: Any) -> None:
-        """Writes the checkpoint of one step; it is on disk when this returns.
+        """Saves the state of one step, and returns when it is on disk.
 
         Args:
-          step: above every step saved so far; a step that has its checkpoint is left alone.
-          state: a tree of JAX arrays.
+          step: Above every step saved so far; a step that has a checkpoint is skipped.
+          state: A tree of JAX arrays.
 
         Raises:
-          InputError: the disk is full, or the like; the checkpoints before it are intact.
+          InputError: The file system refuses to write; earlier checkpoints are intact.
         """
         if self._manager is None:
             self._manager = self._open_manager()
@@ -88,16 +88,17 @@ class Checkpoints:
         processes.on_lead(lambda: _write_last(self._workdir, step))
 
     def restore(self, template: Any) -> tuple[int, Any] | None:
-        """Reads the newest good checkpoint, with a warning for each newer one that is damaged.
+        """Restores the newest intact checkpoint, and warns of each newer one that is damaged.
 
         Args:
-          template: a state with the structure, dtypes, shapes and shardings to restore.
+          template: A state of arrays or `jax.ShapeDtypeStruct`s, with the structure, dtypes, shapes
+            and shardings to restore; each device reads its own shards.
 
         Returns:
-          Its step and state, or None when no checkpoint was completed yet.
+          Step and state, or None if no checkpoint was completed yet.
 
         Raises:
-          InputError: all are damaged or lost, or one was written by another program or run.
+          InputError: All are damaged or lost, or one was written by another program or run.
         """
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
@@ -124,7 +125,7 @@ class Checkpoints:
         return None
 
     def close(self) -> None:
-        """Ends Orbax's threads; everything saved is on disk already."""
+        """Ends Orbax's threads; every save is on disk already."""
         if self._manager is not None:
             self._manager.close()
 
@@ -161,7 +162,10 @@ class Checkpoints:
         return state
 
     def _open_manager(self) -> ocp.CheckpointManager:
-        """Makes room for new checkpoints: not sooner, since a run may be read while it trains."""
+        """Clears unusable checkpoints and opens Orbax's manager, at the first save.
+
+        Not earlier, since a run may be read while another program trains it.
+        """
         processes.on_lead(self._clear)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=3,
@@ -173,7 +177,7 @@ class Checkpoints:
             return ocp.CheckpointManager(self._folder, options=options)
 
     def _lost_since(self, step: int) -> dict[int, str]:
-        """Checkpoints after `step` that were complete, and are no more: why, by step."""
+        """Returns the complete checkpoints after `step` that are lost, each with the reason."""
         last = _read_last(self._workdir)
         if last is None or last <= step:
             return {}
@@ -191,7 +195,7 @@ class Checkpoints:
             steps, last = self.steps(), _read_last(self._workdir)
             damaged = set(self._damaged)
             for step in _unsealed_steps(self._workdir):
-                # One before all others is what Orbax, too, was removing.
+                # Older than all others: Orbax was removing it.
                 if steps and last is not None and steps[0] < step <= last:
                     damaged.add(step)
                     continue
@@ -228,7 +232,7 @@ class Checkpoints:
 
 
 def saved_steps(workdir: files.StrPath) -> list[int]:
-    """The steps of a run that have a checkpoint, oldest first."""
+    """Returns the steps of a run that have a checkpoint, oldest first."""
     found = {entry.parent.name for entry in pathlib.Path(workdir).glob(f"checkpoints/*/{_RECORD}")}
     return sorted(int(name) for name in found if name.isdecimal())
 
@@ -237,7 +241,7 @@ def begin_training(workdir: files.StrPath) -> None:
     """Prepares a run's folder for training, before its first row of metrics is written.
 
     Raises:
-      InputError: its checkpoints are lost, or it cannot be written.
+      InputError: Its checkpoints are lost, or it cannot be written.
     """
     check_not_lost(workdir)
     newest, last = max(saved_steps(workdir), default=_NONE_YET), _read_last(workdir)
@@ -246,13 +250,13 @@ def begin_training(workdir: files.StrPath) -> None:
 
 
 def check_not_lost(workdir: files.StrPath) -> None:
-    """Checks that a run without complete checkpoints never had one.
+    """Checks that a run without a complete checkpoint never had one.
 
-    A kill before the first one is complete leaves `begin`'s file, rows of metrics and at most one
-    checkpoint folder without a record; all else is a run whose checkpoints were removed or spoilt.
+    A kill before the first checkpoint leaves the file of `begin_training`, rows of metrics and at
+    most one checkpoint folder without a record; in any other case checkpoints were lost.
 
     Raises:
-      InputError: the run had a checkpoint, and there is none.
+      InputError: The run had a checkpoint, and there is none.
     """
     last = _read_last(workdir)  # before the others, which a process that trains may add to
     if saved_steps(workdir):
@@ -270,14 +274,14 @@ def check_not_lost(workdir: files.StrPath) -> None:
 
 
 def _unsealed_steps(workdir: files.StrPath) -> list[int]:
-    """The steps that have a folder without a record."""
+    """Returns the steps that have a folder without a record."""
     folders = pathlib.Path(workdir).glob("checkpoints/*/")
     found = {int(folder.name) for folder in folders if folder.name.isdecimal()}
     return sorted(found - set(saved_steps(workdir)))
 
 
 def _read_last(workdir: files.StrPath) -> int | None:
-    """The step of the last complete checkpoint; None if the file is absent or damaged."""
+    """Returns the step of the last complete checkpoint; None if the file is absent or damaged."""
     path = pathlib.Path(workdir) / _LAST
     try:
         step = json.loads(path.read_bytes())["step"]
@@ -297,11 +301,11 @@ def _write_last(workdir: files.StrPath, step: int) -> None:
 
 
 class _DamagedError(Exception):
-    """A checkpoint is not what was written."""
+    """A checkpoint's files are not those that were written."""
 
 
 def _intact(folder: pathlib.Path) -> dict[str, Any]:
-    """The record of a checkpoint whose files are what was written; each process reads its share."""
+    """Returns a checkpoint's record after verifying its files, of which each process reads some."""
     reason = ""
     try:
         record = _unsealed(folder / _RECORD)
@@ -325,7 +329,7 @@ def _signatures(tree: Any) -> dict[str, dict[str, Any]]:
 
 
 def _unsealed(path: pathlib.Path) -> dict[str, Any]:
-    """Returns a record whose checksum fits: a SHA-256, in runs of version 0.1.0.dev a CRC-32."""
+    """Returns the record if its checksum fits: a SHA-256, or the CRC-32 of older versions."""
     try:
         sealed = json.loads(path.read_bytes())
         text = json.dumps(sealed["record"])

@@ -1,4 +1,4 @@
-"""Training of networks: a step, an evaluation, and a loop that yields metrics."""
+"""Training: the compiled step, evaluation, and the loop that yields metrics."""
 
 import ctypes
 import math
@@ -24,7 +24,7 @@ Params = dict[str, Any]
 
 
 class Window(NamedTuple):
-    """Sums over the steps since the last row of metrics; part of the state, so that it resumes."""
+    """Sums over the steps since the last row of metrics, which a checkpoint saves too."""
 
     steps: Array  # int32
     loss: Array  # float32, sum of batch means
@@ -33,7 +33,7 @@ class Window(NamedTuple):
 
 
 class State(NamedTuple):
-    """All that changes while training; a checkpoint holds it whole."""
+    """Everything that a step changes, and that a checkpoint saves."""
 
     params: Params
     optimizer: optax.OptState
@@ -43,27 +43,27 @@ class State(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What a network says about a whole split."""
+    """Scores and loss of a network on a whole split."""
 
-    scores: np.ndarray  # float32 [N, K]: lengths of class capsules, or what the objective says
+    scores: np.ndarray  # float32 [N, K]: capsule lengths or probabilities, by the objective
     loss: float  # mean over the examples
 
     @property
     def predictions(self) -> np.ndarray:
-        """The class of the highest score, int [N]."""
+        """Classes with the highest score, int [N]."""
         return self.scores.argmax(axis=1)
 
     def error(self, labels: np.ndarray) -> float:
-        """Wrong predictions in percent."""
+        """Returns the percentage of wrong predictions."""
         return 100 * float(np.mean(self.predictions != labels))
 
 
 class Progress(NamedTuple):
-    """Where training is after a step."""
+    """The state after a step."""
 
     step: int
     state: State
-    row: dict[str, float | int] | None  # metrics, where they are due
+    row: dict[str, float | int] | None  # metrics, every `log_every_steps` and at an epoch's end
 
 
 class Trainer:
@@ -234,7 +234,7 @@ class Trainer:
 
 
 def keep_compiled(folder: str) -> None:
-    """Has compiled programs kept in a folder, the small ones too: a start has dozens."""
+    """Keeps all compiled programs in a folder, the small ones too, of which a start has dozens."""
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
@@ -252,7 +252,7 @@ def empty_window() -> Window:
 def adam(
     learning_rate: float, *, final_learning_rate: float, num_steps: int
 ) -> optax.GradientTransformation:
-    """Adam whose rate falls by the same factor in every step, down to the final one."""
+    """Returns Adam with a learning rate that decays exponentially over `num_steps` steps."""
     factor = final_learning_rate / learning_rate
     return optax.adam(optax.exponential_decay(learning_rate, num_steps, factor))
 
@@ -270,27 +270,26 @@ def train(
     stopped: Callable[[], int],
     extra_metrics: Callable[[Params], dict[str, float]] | None = None,
 ) -> Iterator[Progress]:
-    """Trains from a state on, and yields after every step.
+    """Trains from a state to the last step, and yields after every step.
 
     Args:
       trainer: The compiled functions.
-      state: The start; its buffers are given away.
-      train_examples: What the batches are taken from.
-      test_examples: What the test error is measured on.
+      state: From `trainer`; its buffers are donated.
+      train_examples: Examples for training.
+      test_examples: Examples for the test error.
       batch_size: Examples in a step.
-      last_step: Where to end, counted from the first step of all.
+      last_step: The step at which to end, counted from the first step of the run.
       log_every_steps: Steps from one row of metrics to the next.
       seed: Of the order of the examples.
-      stopped: Asked after every step; the loop ends when it says so.
+      stopped: Called after every step; the loop ends when it returns a number other than 0.
       extra_metrics: Computes further metrics of an epoch's last row from the parameters, where
         these lie.
 
     Yields:
-      The progress after each step; a row of metrics every `log_every_steps` steps, and at an
-      epoch's end with the test error too.
+      The progress after each step; a row at an epoch's end has the test error too.
 
     Raises:
-      InputError: The loss is no longer a finite number.
+      InputError: The loss or its gradient is not finite.
     """
     epoch_steps = train_examples.size // batch_size
     step = int(state.step)
@@ -324,7 +323,7 @@ def train(
 
 
 def check_finite(window: Window) -> None:
-    """Raises InputError naming the first step, if any, whose loss or gradient was not finite."""
+    """Raises InputError with the first step whose loss or gradient was not finite, if any."""
     bad_step = int(window.bad_step)
     if bad_step >= 0:
         raise _not_finite("the loss or its gradient", bad_step)

@@ -1,8 +1,9 @@
-"""Training on a mesh of devices: a batch is split over all, capsules over one axis of two.
+"""Training on a mesh of devices, with axes for data parallelism and for splitting capsules.
 
-Each device runs the program of one device on its part of a batch. What one loss needs of another
-device's examples is routing alone, whose input capsules may be split: they are exchanged for the
-examples of the devices along "capsules" and routed with one sum an iteration.
+A batch is split over both axes, and each device runs the program of one device on its examples.
+Over the axis "capsules" the weights of the class capsules are split by input capsules: before
+routing, its devices exchange poses (all-to-all), so that each has its own input capsules for the
+examples of all; routing adds up their partial sums (all-reduce) once an iteration.
 """
 
 import dataclasses
@@ -31,15 +32,18 @@ DATA, CAPSULES = "data", "capsules"
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Over how many devices; the batch, the seed and so the result are those of one device."""
+    """The shape of the mesh; results are those of one device, up to rounding."""
 
     data_parallel: int = flag(
-        1, "Parts of a batch; -1: as many as devices allow.", minimum=-1, affects_result=False
+        1,
+        "Devices along the mesh's data axis; -1: all that --capsule_parallel leaves.",
+        minimum=-1,
+        affects_result=False,
     )
     capsule_parallel: int = flag(
         1,
-        "Parts of the primary capsules, for each of which a batch has that many parts more; -1: "
-        "as many as devices allow.",
+        "Devices over which the primary capsules and their weights are split, and the batch too; "
+        "-1: all that --data_parallel leaves.",
         minimum=-1,
         affects_result=False,
     )
@@ -73,7 +77,7 @@ def spread(trainer: loop.Trainer, settings: Settings, *, batch_size: int) -> loo
 
 
 def mesh_shape(settings: Settings, devices: int, *, processes: int) -> tuple[int, int]:
-    """How many devices the mesh has along "data" and "capsules".
+    """Returns the numbers of devices along "data" and "capsules".
 
     Raises:
       InputError: More than there are, or, of many processes, fewer.
@@ -230,7 +234,7 @@ class SplitCapsules(nnx.Module):
 
 
 def _specs(tree: Any) -> Any:
-    """How each array lies on the mesh: weights of class capsules with their input capsules."""
+    """Returns how each array is sharded: weights of class capsules by input capsules."""
 
     def spec(path: tuple[Any, ...], leaf: Any) -> P:
         del leaf

@@ -1,4 +1,4 @@
-"""A network that train_mnist has trained, as it lies in the folder of its run."""
+"""Networks trained by train_mnist, loaded from the folders of their runs."""
 
 import dataclasses
 import os
@@ -17,11 +17,11 @@ C = TypeVar("C", bound=runs.Settings)
 
 
 class Trained(NamedTuple):
-    """A run's settings, data and network."""
+    """The settings, data and network of a run."""
 
     config: mnist.Config
     dataset: datasets.Dataset
-    test: datasets.Split  # as the network sees it: on the canvas, if there is one
+    test: datasets.Split  # placed on the canvas if the run has one
     trainer: loop.Trainer
     params: loop.Params
     step: int
@@ -33,14 +33,15 @@ class Trained(NamedTuple):
 
 
 def load(workdir: str, *, data_dir: str = "") -> Trained:
-    """Restores the newest checkpoint of a run of train_mnist.
+    """Restores the newest checkpoint of a run of train_mnist, on one device.
 
     Args:
       workdir: The folder of the run; nothing is written to it.
-      data_dir: Folder of the data set's files; empty: where the run had them.
+      data_dir: Folder of the data set's files; empty: that of the run.
 
     Raises:
-      InputError: It holds no such run, no checkpoint, or one trained on other data than are found.
+      InputError: The folder holds no such run or no checkpoint, or the data found are not those of
+        the run.
     """
     run = records.read_config(workdir)
     config = config_of(mnist.Config, run["config"], workdir)
@@ -53,9 +54,9 @@ def load(workdir: str, *, data_dir: str = "") -> Trained:
 
 
 def read_images(run: Trained, paths: Sequence[str]) -> np.ndarray:
-    """A user's own images as the run's network takes them, `[N, H, W, C]` in 0 … 1.
+    """Reads image files as the run's network takes them, `[N, H, W, C]` in 0 … 1.
 
-    They get the size of the data set's; on a canvas they lie in its middle.
+    They are resized to the data set's images, and centred on the canvas if there is one.
 
     Raises:
       InputError: As `datasets.read_images`.
@@ -66,10 +67,10 @@ def read_images(run: Trained, paths: Sequence[str]) -> np.ndarray:
 
 
 def load_all(workdirs: Sequence[str], *, data_dir: str = "") -> dict[str, Trained]:
-    """Restores runs that can be compared, by their folders.
+    """Restores several runs on the same data set and image size, by their folders.
 
     Raises:
-      InputError: As `load`; or one is named twice, or data sets or image sizes differ.
+      InputError: As `load`; or a folder is given twice, or data sets or image sizes differ.
     """
     found: dict[str, Trained] = {}
     for workdir in workdirs:
@@ -86,12 +87,12 @@ def load_all(workdirs: Sequence[str], *, data_dir: str = "") -> dict[str, Traine
 
 
 def config_of(kind: type[C], settings: dict[str, Any], workdir: str) -> C:
-    """The Config of a run, from the settings in its config.json.
+    """Builds the Config of a run from the settings in its config.json.
 
-    One that does not affect the result may be absent: a program may have got it since.
+    Settings that do not affect the result may be absent, since later versions add some.
 
     Raises:
-      InputError: They are not those of the program, or one has a value that is not allowed.
+      InputError: They are not the program's settings, or a value is not allowed.
     """
     affects = {f.name: f.metadata["affects_result"] for f in dataclasses.fields(kind)}
     for names, problem in (
