@@ -21,7 +21,7 @@ from experiments.cli import flag
 from experiments.data import datasets
 from experiments.errors import InputError
 from experiments.figures.style import BLUE, GREY, RED, STYLE, settle_ticks
-from experiments.training import checkpoints, mnist, records, runs, trained
+from experiments.training import checkpoints, mnist, parallel, records, runs, trained
 
 # One iteration has uniform couplings: no routing, with the same parameters.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -69,7 +69,7 @@ def main(config: Config) -> int:
         else:
             variant_runs = finished_runs(config, name, dataset)
         if variant_runs:
-            table.append(table_row(name, variant_runs))
+            table.append(table_row(name, variant_runs, dataset))
             files.write_json(folder / "results.json", table)
     figure = draw_errors(table)
     files.save_figure(figure, folder / "figures/test_errors.png")
@@ -82,7 +82,8 @@ def main(config: Config) -> int:
 
 def train_run(run: mnist.Config, dataset: datasets.Dataset) -> int:
     """Train one run to its end, write its figures, and return the exit status."""
-    trainer, test = mnist.build(run, dataset), mnist.test_split(run, dataset)
+    trainer = parallel.spread(mnist.build(run, dataset), run, batch_size=run.batch_size)
+    test = mnist.test_split(run, dataset)
     extra_metrics = (
         diagnostics.make_diagnostics(trainer, dataset.train) if run.diagnostics else None
     )
@@ -160,7 +161,9 @@ def last_figure(run: mnist.Config) -> pathlib.Path:
     return pathlib.Path(run.workdir) / "figures/learning_curves.png"
 
 
-def table_row(variant: str, variant_runs: list[mnist.Config]) -> dict[str, Any]:
+def table_row(
+    variant: str, variant_runs: list[mnist.Config], dataset: datasets.Dataset
+) -> dict[str, Any]:
     """Return a variant's final test errors (%), their mean and standard deviation, and its cost.
 
     With routing, `test_error_if_couplings_are_uniform` is the mean test error of the same
@@ -180,17 +183,18 @@ def table_row(variant: str, variant_runs: list[mnist.Config]) -> dict[str, Any]:
         "minutes_a_run": round(statistics.mean(seconds) / 60, 1),
     }
     if variant_runs[0].network == "capsnet" and variant_runs[0].num_iterations > 1:
-        uniform = [error_without_routing(run) for run in variant_runs]
+        uniform = [error_without_routing(run, dataset) for run in variant_runs]
         cells["test_error_if_couplings_are_uniform"] = round(statistics.mean(uniform), 3)
     return cells
 
 
-def error_without_routing(run: mnist.Config) -> float:
+def error_without_routing(run: mnist.Config, dataset: datasets.Dataset) -> float:
     """Return the test error (%) of a trained network with one iteration, i.e. uniform couplings."""
-    network = trained.load(run.workdir, data_dir=run.data_dir)
-    trainer = mnist.build(dataclasses.replace(run, num_iterations=1), network.dataset)
-    evaluation = trainer.evaluate(network.params, network.test, batch_size=run.batch_size)
-    return evaluation.error(network.test.labels)
+    trainer = mnist.build(dataclasses.replace(run, num_iterations=1), dataset)
+    trainer = parallel.spread(trainer, run, batch_size=run.batch_size)
+    test = mnist.test_split(run, dataset)
+    _, params = trained.restored(trainer, run.workdir)
+    return trainer.evaluate(params, test, batch_size=run.batch_size).error(test.labels)
 
 
 @STYLE

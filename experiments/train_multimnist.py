@@ -19,7 +19,15 @@ from experiments.data import datasets, multimnist
 from experiments.figures import classifier
 from experiments.figures.classifier import draw_tiles
 from experiments.figures.style import BLUE, ORANGE, RED, STYLE
-from experiments.training import loop, networks, objectives, processes, records, runs
+from experiments.training import (
+    loop,
+    networks,
+    objectives,
+    parallel,
+    processes,
+    records,
+    runs,
+)
 from experiments.training.transforms import scaled
 
 # Shape letters: N examples; H, W, C height, width and channels of an image.
@@ -46,24 +54,27 @@ class Config(networks.Settings, runs.Settings):
 def main(config: Config) -> int:
     """Train from the workdir's newest checkpoint, log both test errors, and write the figures."""
     dataset = runs.prepare(config)
-    trainer = build(config, dataset)
+    trainer = parallel.spread(build(config, dataset), config, batch_size=config.batch_size)
     train_pairs, test_pairs = examples(config, dataset)
     status, params = runs.train(
         config, trainer, train_pairs, test_pairs, data_sha256=dataset.sha256
     )
-    if status or not processes.is_lead():
+    if status:
         return status
+    figures = {}
+    if isinstance(trainer.network, CapsNet) and config.reconstruction_weight:
+        layers, labels = test_pairs.take(np.arange(min(SHOWN_EXAMPLES, test_pairs.size)))
+        # In every process, since each may hold a shard of the weights.
+        figures["overlaps"] = overlap_figure(trainer, params, layers, labels)
+    if not processes.is_lead():
+        return 0
     rows = records.read_metrics(config.workdir)
     last = rows[-1]
     logging.info(
         "test error: %.2f %% of %d images (any digit wrong), %.2f %% of digits",
         *(last["test_error"], test_pairs.size, last["test_error_per_digit"]),
     )
-    figures = {"learning_curves": classifier.learning_curves(rows)}
-    model = trainer.model(params)
-    if isinstance(model, CapsNet) and config.reconstruction_weight:
-        layers, labels = test_pairs.take(np.arange(min(SHOWN_EXAMPLES, test_pairs.size)))
-        figures["overlaps"] = overlap_figure(model, scaled(jnp.asarray(layers)), labels)
+    figures["learning_curves"] = classifier.learning_curves(rows)
     for name, figure in figures.items():
         files.save_figure(figure, pathlib.Path(config.workdir) / "figures" / f"{name}.png")
     return 0
@@ -79,7 +90,7 @@ def build(config: Config, dataset: datasets.Dataset) -> loop.Trainer:
     num_steps = runs.num_steps(config, pairs)
     side, _, channels = dataset.train.images.shape[1:]
     side += 2 * multimnist.SHIFT
-    model = networks.build(config, (side, side, channels), dataset.num_classes, seed=config.seed)
+    shape = side, side, channels
     objective: objectives.Objective = (
         objectives.OverlaidCapsules(dataset.num_classes, config.reconstruction_weight)
         if config.network == "capsnet"
@@ -88,7 +99,11 @@ def build(config: Config, dataset: datasets.Dataset) -> loop.Trainer:
     optimizer = loop.adam(
         config.learning_rate, final_learning_rate=config.final_learning_rate, num_steps=num_steps
     )
-    return loop.Trainer(model, objective, optimizer)
+    return loop.Trainer(
+        lambda: networks.build(config, shape, dataset.num_classes, seed=config.seed),
+        objective,
+        optimizer,
+    )
 
 
 def examples(
@@ -101,18 +116,22 @@ def examples(
     )
 
 
-def overlap_figure(model: CapsNet, layers: jax.Array, labels: np.ndarray) -> Figure:
-    """Draw pairs `[N, 2, H, W, C]` and reconstructions from the two longest class capsules."""
-    images = objectives.overlay(layers)
-    capsules = model(images)
-    lengths, predicted = jax.lax.top_k(jnp.linalg.norm(capsules, axis=-1), 2)
-    repeated = jnp.broadcast_to(capsules[:, None], (*predicted.shape, *capsules.shape[1:]))
+def overlap_figure(
+    trainer: loop.Trainer, params: loop.Params, layers: np.ndarray, labels: np.ndarray
+) -> Figure:
+    """Draw pairs, uint8 `[N, 2, H, W, C]`, and reconstructions from the two longest capsules."""
+
+    @trainer.jit
+    def forward(params: loop.Params, layers: jax.Array) -> tuple[jax.Array, ...]:
+        model, layers = trainer.model(params), scaled(layers)
+        capsules = model(objectives.overlay(layers))
+        lengths, predicted = jax.lax.top_k(jnp.linalg.norm(capsules, axis=-1), 2)
+        repeated = jnp.broadcast_to(capsules[:, None], (*predicted.shape, *capsules.shape[1:]))
+        return layers, model.reconstruct(repeated, predicted), predicted, lengths
+
+    images, reconstructions, predicted, lengths = map(np.asarray, forward(params, layers))
     return draw_overlaps(
-        np.asarray(layers),
-        np.asarray(model.reconstruct(repeated, predicted)),
-        labels=labels,
-        predicted=np.asarray(predicted),
-        lengths=np.asarray(lengths),
+        images, reconstructions, labels=labels, predicted=predicted, lengths=lengths
     )
 
 

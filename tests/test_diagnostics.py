@@ -70,16 +70,19 @@ def test_gradient_fractions_of_a_zero_gradient_are_zero():
 def small():
     """A network with two iterations, and 70 digits, more than the diagnostics use."""
     digits = middles(datasets.load("mnist_small").train, 70)
-    model = CapsNet(
-        digits.images.shape[1:],
-        conv_channels=2,
-        primary_types=4,
-        capsule_length=4,
-        num_iterations=2,
-        hidden=(16,),
-        rngs=nnx.Rngs(0),
-    )
-    trainer = loop.Trainer(model, CapsuleClassification(10, 1, 0, 0.0005), optax.adam(0.01))
+
+    def build():
+        return CapsNet(
+            digits.images.shape[1:],
+            conv_channels=2,
+            primary_types=4,
+            capsule_length=4,
+            num_iterations=2,
+            hidden=(16,),
+            rngs=nnx.Rngs(0),
+        )
+
+    trainer = loop.Trainer(build, CapsuleClassification(10, 1, 0, 0.0005), optax.adam(0.01))
     params = trainer.initial_state(0).params
     params["capsules"]["weights"] *= 20  # long votes, so that routing changes the couplings
     return trainer, params, digits

@@ -94,18 +94,19 @@ def make_diagnostics(
     Raises:
       InputError: The network has no capsules.
     """
-    if not isinstance(trainer.model(trainer.initial_state(0).params), CapsNet):
+    if not isinstance(trainer.network, CapsNet):
         raise InputError("--diagnostics measures routing, but this --network has no capsules")
     raw, labels = examples.take(np.arange(min(EXAMPLES, examples.size)))
     key = jax.random.key(0)
-    images = trainer.objective.augment(scaled(jnp.asarray(raw)), key)
-    targets = jnp.asarray(labels)
+    # NumPy arrays: a program takes them on whatever devices the parameters lie.
+    images = np.asarray(trainer.objective.augment(scaled(jnp.asarray(raw)), key))
 
     def loss(params: loop.Params, images: Array) -> Array:
+        targets = jnp.asarray(labels)
         losses, _ = trainer.objective.loss(trainer.model(params), images, targets, key)
         return losses.mean()
 
-    @jax.jit
+    @trainer.jit
     def compute(params: loop.Params, images: Array) -> dict[str, Array]:
         model = trainer.model(params)
         poses = model.primary_poses(images)

@@ -18,11 +18,12 @@ from capsjax.models import CapsNet
 from experiments import files
 from experiments.data import datasets
 from experiments.figures import classifier, routing
-from experiments.training import loop, objectives, records
+from experiments.training import loop, objectives, processes, records
 from experiments.training.transforms import scaled
 
 TWEAKS = tuple(np.linspace(-0.25, 0.25, 11).tolist())  # values added to one dimension of a capsule
 SHOWN_EXAMPLES, ENTROPY_EXAMPLES = 12, 64
+MAX_COUPLINGS = 2**22  # couplings fetched for figures; 64 images of MNIST's network have half of it
 
 
 def report(
@@ -33,13 +34,17 @@ def report(
     *,
     batch_size: int,
 ) -> None:
-    """Log the test accuracy, and write all figures into the workdir's `figures` folder."""
+    """Log the test accuracy, and write all figures into the workdir's `figures` folder.
+
+    Every process must call it, since each may hold a shard of the weights; process 0 writes.
+    """
     evaluation = trainer.evaluate(params, test, batch_size=batch_size)
-    for line in accuracy_lines(evaluation, test.labels):
+    for line in accuracy_lines(evaluation, test.labels) if processes.is_lead() else ():
         logging.info("%s", line)
     folder = pathlib.Path(workdir) / "figures"
     draw_figures(trainer, params, test, evaluation, records.read_metrics(workdir), folder)
-    logging.info("figures are in %s", folder)
+    if processes.is_lead():
+        logging.info("figures are in %s", folder)
 
 
 def accuracy_lines(evaluation: loop.Evaluation, labels: np.ndarray) -> Iterator[str]:
@@ -74,7 +79,6 @@ def draw_figures(
     written last, so that its existence means that all figures are complete.
     """
     images, labels = test
-    model = trainer.model(params)
     figures = {
         "learning_curves": classifier.learning_curves(rows),
         "confusion_matrix": classifier.confusion_matrix(
@@ -87,33 +91,45 @@ def draw_figures(
     }
     if routing.with_diagnostics(rows):
         figures["routing_diagnostics"] = routing.diagnostics(rows)
-    if isinstance(model, CapsNet):
-        few = scaled(jnp.asarray(images[:ENTROPY_EXAMPLES]))
-        figures |= _capsule_figures(model, few, labels, trainer.objective)
-    for name, figure in reversed(figures.items()):
+    if isinstance(trainer.network, CapsNet):
+        figures |= _capsule_figures(trainer, params, images[:ENTROPY_EXAMPLES], labels)
+    for name, figure in reversed(figures.items()) if processes.is_lead() else ():
         files.save_figure(figure, folder / f"{name}.png")
 
 
 def _capsule_figures(
-    model: CapsNet, images: jax.Array, labels: np.ndarray, objective: objectives.Objective
+    trainer: loop.Trainer, params: loop.Params, images: np.ndarray, labels: np.ndarray
 ) -> dict[str, Figure]:
     """Draw reconstructions and tweaks (with a decoder), couplings and their entropy, by name."""
+    objective, layer = trainer.objective, trainer.network.capsules
+    children, _, parents, _ = layer.weights.shape
+    count = max(1, MAX_COUPLINGS // (layer.num_iterations * children * parents))
+    has_decoder = (
+        isinstance(objective, objectives.CapsuleClassification) and objective.reconstruction_weight
+    )
+
+    @trainer.jit
+    def forward(params: loop.Params, images: jax.Array) -> dict[str, jax.Array]:
+        model, images = trainer.model(params), scaled(images)
+        capsules = model(images)
+        arrays = {"couplings": model.capsules.couplings(model.primary_poses(images[:count]))}
+        if has_decoder:
+            shown = capsules[:SHOWN_EXAMPLES]
+            arrays["images"] = images[:SHOWN_EXAMPLES]
+            arrays["reconstructions"] = model.reconstruct(shown)
+            arrays["lengths"] = capsjax.lengths(shown)
+            arrays["tweaks"] = tweak_dimensions(model, capsules[0])
+        return arrays
+
+    arrays = {name: np.asarray(array) for name, array in forward(params, images).items()}
     figures = {}
-    capsules = model(images)
-    if isinstance(objective, objectives.CapsuleClassification) and objective.reconstruction_weight:
-        shown = slice(SHOWN_EXAMPLES)
+    if has_decoder:
         figures["reconstructions"] = classifier.reconstructions(
-            np.asarray(images[shown]),
-            np.asarray(model.reconstruct(capsules[shown])),
-            np.asarray(capsjax.lengths(capsules[shown])),
-            labels[shown],
+            arrays["images"], arrays["reconstructions"], arrays["lengths"], labels[:SHOWN_EXAMPLES]
         )
-        figures["dimension_tweaks"] = classifier.dimension_tweaks(
-            np.asarray(tweak_dimensions(model, capsules[0])), values=TWEAKS
-        )
-    couplings = np.asarray(model.capsules.couplings(model.primary_poses(images)))
-    figures["couplings"] = classifier.couplings(couplings[:, 0], label=int(labels[0]))
-    figures["coupling_entropy"] = classifier.coupling_entropy(couplings)
+        figures["dimension_tweaks"] = classifier.dimension_tweaks(arrays["tweaks"], values=TWEAKS)
+    figures["couplings"] = classifier.couplings(arrays["couplings"][:, 0], label=int(labels[0]))
+    figures["coupling_entropy"] = classifier.coupling_entropy(arrays["couplings"])
     return figures
 
 

@@ -20,7 +20,7 @@ MATRIX = 2048  # side of the matrix product
 def contender(params: loop.Params, images: np.ndarray, labels: np.ndarray) -> contenders.Contender:
     """Build the contender "capsjax"; training starts from new random parameters, not `params`."""
     trainer = loop.Trainer(
-        CapsNet(images.shape[1:], rngs=nnx.Rngs(0)),
+        lambda: CapsNet(images.shape[1:], rngs=nnx.Rngs(0)),
         objectives.CapsuleClassification(
             num_classes=10,
             shift=2,

@@ -1,18 +1,17 @@
-"""The checkpoints of a run."""
+"""Checkpoints of a run, verified by SHA-256."""
 
 import functools
 import hashlib
 import json
 import pathlib
+import re
 import shutil
 import zlib
 from typing import Any, Self
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from jax.experimental import multihost_utils
 
 from experiments import files
 from experiments.errors import InputError
@@ -23,24 +22,24 @@ _NONE_YET = -1  # in _LAST, until the first checkpoint is complete
 
 
 class Checkpoints:
-    """The newest three checkpoints of a run, written by Orbax.
+    """Saves and restores the newest three checkpoints of a run, by Orbax.
 
-    Orbax does not notice a flipped bit among the values, and other damage makes it raise anything
-    from KeyError to AttributeError after a page of complaints. So each checkpoint gets a
-    record.json, written last: a SHA-256 for each of its files, checked before Orbax opens them,
-    and dtype, shape and CRC-32 of every leaf, checked afterwards.
+    Orbax does not notice a flipped bit among the values, and raises various errors (KeyError,
+    AttributeError) at other damage. So each checkpoint gets a record.json, written last, with the
+    SHA-256 of each of its files, verified before Orbax opens them, and dtype and shape of every
+    leaf.
 
-    A checkpoint without a record.json is a save that did not finish, or one whose record was lost.
+    A checkpoint without a record.json is an unfinished save, or one whose record was lost.
     last_checkpoint.json in the workdir tells them apart: it holds the step of the last complete
-    checkpoint, and is written after that checkpoint's record. What was complete once is never
-    removed to start again.
+    checkpoint, and is written after that checkpoint's record. A checkpoint that was complete is
+    never removed because of damage.
 
-    Of many processes each writes and reads its part of every array, on a disk that they share, and
-    all must call the same functions.
+    Several processes share one disk, and all must call the same functions. Each writes, hashes and
+    reads its own shards; no array is gathered, neither on a device nor on a host.
     """
 
     def __init__(self, workdir: files.StrPath):
-        """Finds the checkpoints of the run in `workdir`; nothing is written before `save`."""
+        """Finds the checkpoints of the run in `workdir`, and writes nothing."""
         run = records.read_config(workdir)
         self._run = {"config": run["config"], "data_sha256": run["data_sha256"]}
         self._workdir = workdir
@@ -50,18 +49,18 @@ class Checkpoints:
         self._manager: ocp.CheckpointManager | None = None
 
     def steps(self) -> list[int]:
-        """The steps that have a checkpoint, oldest first."""
+        """Returns the steps that have a checkpoint, oldest first."""
         return saved_steps(self._workdir)
 
     def save(self, step: int, state: Any) -> None:
-        """Writes the checkpoint of one step; it is on disk when this returns.
+        """Saves the state of one step, and returns when it is on disk.
 
         Args:
-          step: above every step saved so far; a step that has its checkpoint is left alone.
-          state: a tree of JAX arrays.
+          step: Above every step saved so far; a step that has a checkpoint is skipped.
+          state: A tree of JAX arrays.
 
         Raises:
-          InputError: the disk is full, or the like; the checkpoints before it are intact.
+          InputError: The file system refuses to write; earlier checkpoints are intact.
         """
         if self._manager is None:
             self._manager = self._open_manager()
@@ -74,8 +73,8 @@ class Checkpoints:
             if not self._manager.save(step, args=ocp.args.StandardSave(state)):
                 newest = self.steps()[-1]
                 raise RuntimeError(f"Checkpoints.save: step must be above {newest}, got {step}")
-            leaves = {name: _describe(leaf) for name, leaf in _named(state)}
-            processes.on_lead(lambda: self._seal(folder, leaves))
+            digests = processes.gather(lambda: _digests(folder))
+            processes.on_lead(lambda: self._seal(folder, _signatures(state), digests))
         except (OSError, ValueError) as error:
             reason = files.system_error(error)
             if reason is None:
@@ -89,16 +88,17 @@ class Checkpoints:
         processes.on_lead(lambda: _write_last(self._workdir, step))
 
     def restore(self, template: Any) -> tuple[int, Any] | None:
-        """Reads the newest good checkpoint, with a warning for each newer one that is damaged.
+        """Restores the newest intact checkpoint, and warns of each newer one that is damaged.
 
         Args:
-          template: a state with the structure, dtypes, shapes and shardings to restore.
+          template: A state of arrays or `jax.ShapeDtypeStruct`s, with the structure, dtypes, shapes
+            and shardings to restore; each device reads its own shards.
 
         Returns:
-          Its step and state, or None when no checkpoint was completed yet.
+          Step and state, or None if no checkpoint was completed yet.
 
         Raises:
-          InputError: all are damaged or lost, or one was written by another program or run.
+          InputError: All are damaged or lost, or one was written by another program or run.
         """
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
@@ -125,7 +125,7 @@ class Checkpoints:
         return None
 
     def close(self) -> None:
-        """Ends Orbax's threads; everything saved is on disk already."""
+        """Ends Orbax's threads; every save is on disk already."""
         if self._manager is not None:
             self._manager.close()
 
@@ -141,7 +141,7 @@ class Checkpoints:
         if {key: record[key] for key in self._run} != self._run:
             raise InputError(f"checkpoint {folder} belongs to a run with other settings or data")
         found = {name: (leaf["dtype"], leaf["shape"]) for name, leaf in record["leaves"].items()}
-        wanted = {name: (str(leaf.dtype), list(leaf.shape)) for name, leaf in _named(template)}
+        wanted = {name: tuple(leaf.values()) for name, leaf in _signatures(template).items()}
         for name in sorted(found | wanted):
             if found.get(name) != wanted.get(name):
                 raise InputError(
@@ -159,13 +159,13 @@ class Checkpoints:
             reason = said
         if reason := processes.first_reason(reason):  # or some would go on to what is older
             raise _DamagedError(reason)
-        for name, leaf in _named(state):
-            if _describe(leaf) != record["leaves"][name]:
-                raise _DamagedError(f"{name} was not restored as it was saved")
         return state
 
     def _open_manager(self) -> ocp.CheckpointManager:
-        """Makes room for new checkpoints: not sooner, since a run may be read while it trains."""
+        """Clears unusable checkpoints and opens Orbax's manager, at the first save.
+
+        Not earlier, since a run may be read while another program trains it.
+        """
         processes.on_lead(self._clear)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=3,
@@ -177,7 +177,7 @@ class Checkpoints:
             return ocp.CheckpointManager(self._folder, options=options)
 
     def _lost_since(self, step: int) -> dict[int, str]:
-        """Checkpoints after `step` that were complete, and are no more: why, by step."""
+        """Returns the complete checkpoints after `step` that are lost, each with the reason."""
         last = _read_last(self._workdir)
         if last is None or last <= step:
             return {}
@@ -195,7 +195,7 @@ class Checkpoints:
             steps, last = self.steps(), _read_last(self._workdir)
             damaged = set(self._damaged)
             for step in _unsealed_steps(self._workdir):
-                # One before all others is what Orbax, too, was removing.
+                # Older than all others: Orbax was removing it.
                 if steps and last is not None and steps[0] < step <= last:
                     damaged.add(step)
                     continue
@@ -220,15 +220,19 @@ class Checkpoints:
                 f"disk has {free / 2**20:.1f} MiB free; those before it are intact"
             )
 
-    def _seal(self, folder: pathlib.Path, leaves: dict[str, Any]) -> None:
-        digests = {name: _sha256(folder / name) for name in _sync(folder)}
-        text = json.dumps({**self._run, "leaves": leaves, "files": digests})
-        sealed = json.dumps({"crc32": zlib.crc32(text.encode()), "record": json.loads(text)})
-        files.write(folder / _RECORD, sealed.encode())
+    def _seal(self, folder: pathlib.Path, leaves: dict[str, Any], digests: list[Any]) -> None:
+        """Writes the record of a checkpoint whose files are on disk, and the record's own hash."""
+        found = {name: digest for of_process in digests for name, digest in of_process.items()}
+        for entry in (folder.parent, folder, *folder.rglob("*")):
+            if entry.is_dir():
+                files.fsync(entry)
+        text = json.dumps({**self._run, "leaves": leaves, "files": dict(sorted(found.items()))})
+        sealed = {"sha256": _text_sha256(text), "record": json.loads(text)}
+        files.write(folder / _RECORD, json.dumps(sealed).encode())
 
 
 def saved_steps(workdir: files.StrPath) -> list[int]:
-    """The steps of a run that have a checkpoint, oldest first."""
+    """Returns the steps of a run that have a checkpoint, oldest first."""
     found = {entry.parent.name for entry in pathlib.Path(workdir).glob(f"checkpoints/*/{_RECORD}")}
     return sorted(int(name) for name in found if name.isdecimal())
 
@@ -237,7 +241,7 @@ def begin_training(workdir: files.StrPath) -> None:
     """Prepares a run's folder for training, before its first row of metrics is written.
 
     Raises:
-      InputError: its checkpoints are lost, or it cannot be written.
+      InputError: Its checkpoints are lost, or it cannot be written.
     """
     check_not_lost(workdir)
     newest, last = max(saved_steps(workdir), default=_NONE_YET), _read_last(workdir)
@@ -246,13 +250,13 @@ def begin_training(workdir: files.StrPath) -> None:
 
 
 def check_not_lost(workdir: files.StrPath) -> None:
-    """Checks that a run without complete checkpoints never had one.
+    """Checks that a run without a complete checkpoint never had one.
 
-    A kill before the first one is complete leaves `begin`'s file, rows of metrics and at most one
-    checkpoint folder without a record; all else is a run whose checkpoints were removed or spoilt.
+    A kill before the first checkpoint leaves the file of `begin_training`, rows of metrics and at
+    most one checkpoint folder without a record; in any other case checkpoints were lost.
 
     Raises:
-      InputError: the run had a checkpoint, and there is none.
+      InputError: The run had a checkpoint, and there is none.
     """
     last = _read_last(workdir)  # before the others, which a process that trains may add to
     if saved_steps(workdir):
@@ -270,14 +274,14 @@ def check_not_lost(workdir: files.StrPath) -> None:
 
 
 def _unsealed_steps(workdir: files.StrPath) -> list[int]:
-    """The steps that have a folder without a record."""
+    """Returns the steps that have a folder without a record."""
     folders = pathlib.Path(workdir).glob("checkpoints/*/")
     found = {int(folder.name) for folder in folders if folder.name.isdecimal()}
     return sorted(found - set(saved_steps(workdir)))
 
 
 def _read_last(workdir: files.StrPath) -> int | None:
-    """The step of the last complete checkpoint; None if the file is absent or damaged."""
+    """Returns the step of the last complete checkpoint; None if the file is absent or damaged."""
     path = pathlib.Path(workdir) / _LAST
     try:
         step = json.loads(path.read_bytes())["step"]
@@ -297,11 +301,11 @@ def _write_last(workdir: files.StrPath, step: int) -> None:
 
 
 class _DamagedError(Exception):
-    """A checkpoint is not what was written."""
+    """A checkpoint's files are not those that were written."""
 
 
 def _intact(folder: pathlib.Path) -> dict[str, Any]:
-    """The record of a checkpoint whose files are what was written; each process reads its share."""
+    """Returns a checkpoint's record after verifying its files, of which each process reads some."""
     reason = ""
     try:
         record = _unsealed(folder / _RECORD)
@@ -316,22 +320,25 @@ def _intact(folder: pathlib.Path) -> dict[str, Any]:
     return record
 
 
-def _named(tree: Any) -> list[tuple[str, Any]]:
-    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
-
-
-def _describe(leaf: Any) -> dict[str, Any]:
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    array = np.asarray(leaf)
-    checksum = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return {"dtype": str(array.dtype), "shape": list(array.shape), "crc32": checksum}
+def _signatures(tree: Any) -> dict[str, dict[str, Any]]:
+    """Returns dtype and shape of every leaf, by its path in the tree."""
+    return {
+        jax.tree_util.keystr(path): {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
 
 
 def _unsealed(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the record if its checksum fits: a SHA-256, or the CRC-32 of older versions."""
     try:
         sealed = json.loads(path.read_bytes())
-        if zlib.crc32(json.dumps(sealed["record"]).encode()) == sealed["crc32"]:
+        text = json.dumps(sealed["record"])
+        fits = (
+            sealed["sha256"] == _text_sha256(text)
+            if "sha256" in sealed
+            else sealed["crc32"] == zlib.crc32(text.encode())
+        )
+        if fits:
             return sealed["record"]
     except (ValueError, TypeError, KeyError) as error:
         raise _DamagedError(f"{path.name} is damaged: {error!r}") from error
@@ -343,9 +350,21 @@ def _sha256(path: pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(folder: pathlib.Path) -> list[str]:
-    """Waits until a folder is on disk with all it holds; returns the names of its files."""
-    entries = [folder.parent, folder, *folder.rglob("*")]
-    for entry in entries:
-        files.fsync(entry)
-    return sorted(e.relative_to(folder).as_posix() for e in entries if e.is_file())
+def _text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _digests(folder: pathlib.Path) -> dict[str, str]:
+    """Returns the SHA-256 of the files that this process hashes, once they are on disk.
+
+    Orbax writes a process's shards into ocdbt.process_<its index>; process 0 hashes all else, such
+    as the metadata that belong to no process.
+    """
+    digests = {}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        owner = re.search(r"(?:^|/)ocdbt\.process_(\d+)/", name)
+        if path.is_file() and (int(owner[1]) if owner else 0) == jax.process_index():
+            files.fsync(path)
+            digests[name] = _sha256(path)
+    return digests

@@ -1,4 +1,4 @@
-"""Training of networks: a step, an evaluation, and a loop that yields metrics."""
+"""Training: the compiled step, evaluation, and the loop that yields metrics."""
 
 import ctypes
 import math
@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array
+from jax.sharding import SingleDeviceSharding
 
 from experiments.data import datasets
 from experiments.errors import InputError
@@ -23,7 +24,7 @@ Params = dict[str, Any]
 
 
 class Window(NamedTuple):
-    """Sums over the steps since the last row of metrics; part of the state, so that it resumes."""
+    """Sums over the steps since the last row of metrics, which a checkpoint saves too."""
 
     steps: Array  # int32
     loss: Array  # float32, sum of batch means
@@ -32,7 +33,7 @@ class Window(NamedTuple):
 
 
 class State(NamedTuple):
-    """All that changes while training; a checkpoint holds it whole."""
+    """Everything that a step changes, and that a checkpoint saves."""
 
     params: Params
     optimizer: optax.OptState
@@ -42,88 +43,131 @@ class State(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What a network says about a whole split."""
+    """Scores and loss of a network on a whole split."""
 
-    scores: np.ndarray  # float32 [N, K]: lengths of class capsules, or what the objective says
+    scores: np.ndarray  # float32 [N, K]: capsule lengths or probabilities, by the objective
     loss: float  # mean over the examples
 
     @property
     def predictions(self) -> np.ndarray:
-        """The class of the highest score, int [N]."""
+        """Classes with the highest score, int [N]."""
         return self.scores.argmax(axis=1)
 
     def error(self, labels: np.ndarray) -> float:
-        """Wrong predictions in percent."""
+        """Returns the percentage of wrong predictions."""
         return 100 * float(np.mean(self.predictions != labels))
 
 
 class Progress(NamedTuple):
-    """Where training is after a step."""
+    """The state after a step."""
 
     step: int
     state: State
-    row: dict[str, float | int] | None  # metrics, where they are due
+    row: dict[str, float | int] | None  # metrics, every `log_every_steps` and at an epoch's end
 
 
 class Trainer:
-    """The compiled functions of one network, objective and optimizer."""
+    """The compiled functions of one network, objective and optimizer, on one device.
+
+    The network is never built as a whole: its structure comes from abstract evaluation, and its
+    parameters from a compiled program, whose results lie where training needs them.
+
+    Args:
+      build: Makes the network, with the same parameters at every call.
+      objective: What is minimised, and how images are augmented.
+      optimizer: An Optax gradient transformation.
+
+    Attributes:
+      network: The network with shapes and dtypes in place of arrays.
+      step: From a state, images and labels to the next state; the given state is donated.
+      empty_window: Makes the `Window` without steps.
+
+    Raises:
+      InputError: `build` refuses the settings.
+    """
 
     def __init__(
-        self, model: nnx.Module, objective: Objective, optimizer: optax.GradientTransformation
+        self,
+        build: Callable[[], nnx.Module],
+        objective: Objective,
+        optimizer: optax.GradientTransformation,
     ):
-        """Splits the model; its parameters become the start."""
-        self.graph, state = nnx.split(model)
-        self._start = nnx.to_pure_dict(state)
+        self.build = build
         self.objective = objective
         self.optimizer = optimizer
-        self.axes: tuple[str, ...] | None = None  # of a mesh, over which a batch is split
+        self.network: Any = nnx.eval_shape(build)
+        self._graph, _ = nnx.split(self.network)
+        self._shapes = jax.eval_shape(
+            lambda params: self._state(params, jnp.zeros(2, jnp.uint32)),
+            jax.eval_shape(self._params),
+        )
+        self._axes: tuple[str, ...] | None = None  # of a mesh, over which a batch is split
+        self._shardings = self._layout()
+        self.empty_window = jax.jit(empty_window, out_shardings=self._shardings.window)
+        self._score_batch = self.jit(lambda params, x: self.objective.scores(self.model(params), x))
+        self._compile()
+
+    def _layout(self) -> State:
+        """Returns the sharding of each array of a state."""
+        device = SingleDeviceSharding(jax.local_devices()[0])
+        return jax.tree.map(lambda _: device, self._shapes)
+
+    def _compile(self) -> None:
+        """Declares step and evaluation; XLA compiles each at its first call."""
         self.step = jax.jit(self._step, donate_argnums=0)
         self._evaluate_batch = jax.jit(self._evaluate)
-        self._score_batch = jax.jit(lambda params, x: objective.scores(self.model(params), x))
 
     def initial_state(self, seed: int) -> State:
-        """The state before the first step, in buffers of its own: a step gives them away."""
-        state = State(
-            params=jax.tree.map(jnp.copy, self._start),
-            optimizer=self.optimizer.init(self._start),
-            step=jnp.array(0, jnp.int32),
-            key=jax.random.key_data(jax.random.key(seed)),
-            window=empty_window(),
-        )
-        return jax.device_put(state, jax.local_devices()[0])
+        """Returns the state before the first step; each device makes its own shards.
 
-    def empty_window(self) -> Window:
-        """No steps yet, where the state is."""
-        return empty_window()
+        Args:
+          seed: Of augmentation and dropout; that of the parameters is `build`'s.
+        """
+        # Moments in a program of their own: while numbers are drawn, only parameters take memory.
+        params = jax.jit(self._params, out_shardings=self._shardings.params)()
+        key = np.asarray(jax.random.key_data(jax.random.key(seed)))
+        rest = self._shardings._replace(params={})
+        state = jax.jit(
+            lambda params, key: self._state(params, key)._replace(params={}), out_shardings=rest
+        )(params, key)
+        return state._replace(params=params)
+
+    def abstract_state(self) -> State:
+        """Returns shapes, dtypes and shardings of a state, as `Checkpoints.restore` takes them."""
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            self._shapes,
+            self._shardings,
+        )
 
     def batch(self, examples: datasets.Examples, indices: np.ndarray) -> tuple[Any, Any]:
-        """The images and labels of these examples, as a step takes them."""
+        """Returns images and labels of these examples, as a step takes them."""
         return examples.take(indices)
 
-    def whole(self, tree: Any) -> Any:
-        """A part of the state on one device, as the functions of one device take it."""
-        return tree
+    def jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Compiles a function of parameters and arrays; every process gets its whole result."""
+        return jax.jit(function)
 
     def compile_step(self, state: State, images: Any, labels: Any) -> None:
-        """Compiles the step before it runs, and gives the memory that this took back."""
+        """Compiles the step ahead of its first call, and returns the compiler's memory."""
         self.step.lower(state, images, labels).compile()
         if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
             libc.malloc_trim(0)  # else the allocator keeps 0.2 GB beside what the step needs
 
     def model(self, params: Params) -> Any:
-        """The network with these parameters, of the type given to the constructor."""
-        return nnx.merge(self.graph, params)
+        """Returns the network with these parameters, of the type that `build` returns."""
+        return nnx.merge(self._graph, params)
 
     def evaluate(
         self, params: Params, examples: datasets.Examples, *, batch_size: int
     ) -> Evaluation:
-        """Scores and mean loss over a whole split: the last, smaller batch included."""
+        """Returns scores and mean loss of a whole split, the last, smaller batch included."""
         scores, losses = [], []
         for start in range(0, examples.size, batch_size):
             indices = np.arange(start, min(start + batch_size, examples.size))
-            # One compiled size: the last batch is filled up, and what was added is cut off.
+            # One compiled size: the last batch is padded, and the padding's results are cut off.
             kept = len(indices)
-            missing = batch_size - kept if start or self.axes else 0
+            missing = batch_size - kept if start or self._axes else 0
             images, labels = self.batch(examples, np.append(indices, np.full(missing, start)))
             batch_losses, batch_scores = self._evaluate_batch(params, images, labels)
             losses.append(np.asarray(batch_losses)[:kept])
@@ -131,18 +175,30 @@ class Trainer:
         return Evaluation(np.concatenate(scores), float(np.concatenate(losses).mean()))
 
     def scores(self, params: Params, images: np.ndarray, *, batch_size: int = 128) -> np.ndarray:
-        """The scores of the classes, float32 `[N, K]`, for images `[N, H, W, C]` in 0 … 1."""
+        """Returns the classes' scores, float32 `[N, K]`, of images `[N, H, W, C]` in 0 … 1."""
         starts = range(0, len(images), batch_size)
         batches = (images[start : start + batch_size] for start in starts)
         return np.concatenate([np.asarray(self._score_batch(params, x)) for x in batches])
 
+    def _params(self) -> Params:
+        return nnx.to_pure_dict(nnx.state(self.build()))
+
+    def _state(self, params: Params, key: Array) -> State:
+        return State(
+            params, self.optimizer.init(params), jnp.zeros((), jnp.int32), key, empty_window()
+        )
+
+    def _local_model(self, params: Params) -> Any:
+        """Returns the network that one device runs in a step, with its shards of parameters."""
+        return self.model(params)
+
     def _step(self, state: State, images: Array, labels: Array) -> State:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        images = self.objective.augment(scaled(images), key, axis_name=self.axes)
+        images = self.objective.augment(scaled(images), key, axis_name=self._axes)
 
         def mean_loss(params: Params) -> tuple[Array, Array]:
-            model = self.model(params)
-            losses, scores = self.objective.loss(model, images, labels, key, axis_name=self.axes)
+            model = self._local_model(params)
+            losses, scores = self.objective.loss(model, images, labels, key, axis_name=self._axes)
             return losses.mean(), scores
 
         (loss, scores), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
@@ -167,36 +223,36 @@ class Trainer:
     def _averaged(
         self, loss: Array, errors: Array, gradients: Params
     ) -> tuple[Array, Array, Params]:
-        """The means over all devices of what is each device's mean over its examples."""
+        """Averages over devices what each has as the mean over its examples."""
         return loss, errors, gradients
 
     def _norm(self, gradients: Params) -> Array:
         return optax.tree.norm(gradients)
 
     def _evaluate(self, params: Params, images: Array, labels: Array) -> tuple[Array, Array]:
-        return self.objective.loss(self.model(params), scaled(images), labels, None)
+        return self.objective.loss(self._local_model(params), scaled(images), labels, None)
 
 
 def keep_compiled(folder: str) -> None:
-    """Has compiled programs kept in a folder, the small ones too: a start has dozens."""
+    """Keeps all compiled programs in a folder, the small ones too, of which a start has dozens."""
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def empty_window() -> Window:
-    """No steps yet."""
-    integer, real = jnp.int32, jnp.float32
-    window = Window(
-        jnp.array(0, integer), jnp.array(0, real), jnp.array(0, real), jnp.array(-1, integer)
+    """Returns the sums before the first step."""
+    return Window(
+        steps=jnp.zeros((), jnp.int32),
+        loss=jnp.zeros(()),
+        errors=jnp.zeros(()),
+        bad_step=jnp.full((), -1, jnp.int32),
     )
-    # On its device for good, as what a checkpoint restores: else a resumed step is compiled twice.
-    return jax.device_put(window, jax.local_devices()[0])
 
 
 def adam(
     learning_rate: float, *, final_learning_rate: float, num_steps: int
 ) -> optax.GradientTransformation:
-    """Adam whose rate falls by the same factor in every step, down to the final one."""
+    """Returns Adam with a learning rate that decays exponentially over `num_steps` steps."""
     factor = final_learning_rate / learning_rate
     return optax.adam(optax.exponential_decay(learning_rate, num_steps, factor))
 
@@ -214,27 +270,26 @@ def train(
     stopped: Callable[[], int],
     extra_metrics: Callable[[Params], dict[str, float]] | None = None,
 ) -> Iterator[Progress]:
-    """Trains from a state on, and yields after every step.
+    """Trains from a state to the last step, and yields after every step.
 
     Args:
       trainer: The compiled functions.
-      state: The start; its buffers are given away.
-      train_examples: What the batches are taken from.
-      test_examples: What the test error is measured on.
+      state: From `trainer`; its buffers are donated.
+      train_examples: Examples for training.
+      test_examples: Examples for the test error.
       batch_size: Examples in a step.
-      last_step: Where to end, counted from the first step of all.
+      last_step: The step at which to end, counted from the first step of the run.
       log_every_steps: Steps from one row of metrics to the next.
       seed: Of the order of the examples.
-      stopped: Asked after every step; the loop ends when it says so.
-      extra_metrics: What else an epoch's last row tells of the parameters, which it gets on one
-        device; it changes nothing.
+      stopped: Called after every step; the loop ends when it returns a number other than 0.
+      extra_metrics: Computes further metrics of an epoch's last row from the parameters, where
+        these lie.
 
     Yields:
-      The progress after each step; a row of metrics every `log_every_steps` steps, and at an
-      epoch's end with the test error too.
+      The progress after each step; a row at an epoch's end has the test error too.
 
     Raises:
-      InputError: The loss is no longer a finite number.
+      InputError: The loss or its gradient is not finite.
     """
     epoch_steps = train_examples.size // batch_size
     step = int(state.step)
@@ -262,13 +317,13 @@ def train(
             row["test_loss"] = evaluation.loss
             row |= trainer.objective.test_metrics(evaluation.scores, test_examples.labels)
             if extra_metrics is not None:
-                row |= extra_metrics(trainer.whole(state.params))
+                row |= extra_metrics(state.params)
         started, started_at = time.perf_counter(), step
         yield Progress(step, state, row)
 
 
 def check_finite(window: Window) -> None:
-    """Raises InputError naming the first step, if any, whose loss or gradient was not finite."""
+    """Raises InputError with the first step whose loss or gradient was not finite, if any."""
     bad_step = int(window.bad_step)
     if bad_step >= 0:
         raise _not_finite("the loss or its gradient", bad_step)

@@ -42,7 +42,7 @@ def build(config: Config, dataset: datasets.Dataset) -> loop.Trainer:
             f"--canvas must be 0 or at least the {side} pixels of the images, got {config.canvas}"
         )
     side = config.canvas or side
-    model = networks.build(config, (side, side, channels), dataset.num_classes, seed=config.seed)
+    shape = side, side, channels
     moves = (dataset.num_classes, config.shift, config.canvas)
     objective: objectives.Objective = (
         objectives.CapsuleClassification(*moves, config.reconstruction_weight)
@@ -54,7 +54,11 @@ def build(config: Config, dataset: datasets.Dataset) -> loop.Trainer:
         final_learning_rate=config.final_learning_rate,
         num_steps=num_steps,
     )
-    return loop.Trainer(model, objective, optimizer)
+    return loop.Trainer(
+        lambda: networks.build(config, shape, dataset.num_classes, seed=config.seed),
+        objective,
+        optimizer,
+    )
 
 
 def test_split(config: Config, dataset: datasets.Dataset) -> datasets.Split:

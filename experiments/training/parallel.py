@@ -1,20 +1,27 @@
-"""Training on a mesh of devices: a batch is split over all, capsules over one axis of two.
+"""Training on a mesh of devices, with axes for data parallelism and for splitting capsules.
 
-Each device runs the program of one device on its part of a batch. What one loss needs of another
-device's examples is routing alone, whose input capsules may be split: they are exchanged for the
-examples of the devices along "capsules" and routed with one sum an iteration.
+A batch is split over both axes, and each device runs the program of one device on its examples.
+Over the axis "capsules" the weights of the class capsules are split by input capsules: before
+routing, its devices exchange poses (all-to-all), so that each has its own input capsules for the
+examples of all; routing adds up their partial sums (all-reduce) once an iteration.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 import optax
+from flax import nnx
 from jax import Array, lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import capsjax
+from capsjax import nn
+from capsjax.models import CapsNet
 from experiments.cli import flag
 from experiments.data import datasets
 from experiments.errors import InputError
@@ -25,24 +32,25 @@ DATA, CAPSULES = "data", "capsules"
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Over how many devices; the batch, the seed and so the result are those of one device."""
+    """The shape of the mesh; results are those of one device, up to rounding."""
 
     data_parallel: int = flag(
-        1, "Parts of a batch; -1: as many as devices allow.", minimum=-1, affects_result=False
+        1,
+        "Devices along the mesh's data axis; -1: all that --capsule_parallel leaves.",
+        minimum=-1,
+        affects_result=False,
     )
     capsule_parallel: int = flag(
         1,
-        "Parts of the primary capsules, for each of which a batch has that many parts more; -1: "
-        "as many as devices allow.",
+        "Devices over which the primary capsules and their weights are split, and the batch too; "
+        "-1: all that --data_parallel leaves.",
         minimum=-1,
         affects_result=False,
     )
 
 
-def spread(
-    trainer: loop.Trainer, settings: Settings, *, batch_size: int
-) -> "loop.Trainer | ParallelTrainer":
-    """The trainer for the devices that the settings ask for: the same one for a single device.
+def spread(trainer: loop.Trainer, settings: Settings, *, batch_size: int) -> loop.Trainer:
+    """Returns a trainer for the devices that the settings ask for; for one device, the given one.
 
     Raises:
       InputError: There are not so many devices, or batch or capsules cannot be split so.
@@ -69,7 +77,7 @@ def spread(
 
 
 def mesh_shape(settings: Settings, devices: int, *, processes: int) -> tuple[int, int]:
-    """How many devices the mesh has along "data" and "capsules".
+    """Returns the numbers of devices along "data" and "capsules".
 
     Raises:
       InputError: More than there are, or, of many processes, fewer.
@@ -96,51 +104,51 @@ def mesh_shape(settings: Settings, devices: int, *, processes: int) -> tuple[int
 
 
 class ParallelTrainer(loop.Trainer):
-    """A trainer whose state and batches lie on a mesh; parameters come from that of one device."""
+    """A trainer whose state and batches are sharded over a mesh, at every moment.
+
+    Weights of class capsules, their moments and gradients are split by input capsules over
+    "capsules"; everything else is replicated.
+    """
 
     def __init__(self, trainer: loop.Trainer, mesh: Mesh):
-        """Compiles nothing yet."""
-        self.graph, self._start = trainer.graph, trainer._start
-        self.objective, self.optimizer = trainer.objective, trainer.optimizer
-        self.mesh, self.axes = mesh, (DATA, CAPSULES)
-        self._specs = _specs(jax.eval_shape(super().initial_state, 0))
-        by_example = P(self.axes)
-        self._by_example = NamedSharding(mesh, by_example)
+        """Takes network, objective and optimizer from the trainer of one device."""
+        self.mesh = mesh
+        self._by_example = NamedSharding(mesh, P((DATA, CAPSULES)))
+        super().__init__(trainer.build, trainer.objective, trainer.optimizer)
+        self._axes = (DATA, CAPSULES)
+
+    def _layout(self) -> loop.State:
+        self._specs = _specs(self._shapes)
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self._specs)
+
+    def _compile(self) -> None:
+        by_example = self._by_example.spec
 
         def program(function: Any, in_specs: Any, out_specs: Any, **options: Any) -> Any:
-            # Unchecked, gradients are shares of a sum over all devices, of whatever they belong to.
-            spread = jax.shard_map(
-                function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+            # With check_vma=False gradients are per-device partial sums, added up in _averaged.
+            sharded = jax.shard_map(
+                function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
             )
-            return jax.jit(spread, **options)
+            return jax.jit(sharded, **options)
 
         arguments = (self._specs, by_example, by_example)
         self.step = program(self._step, arguments, self._specs, donate_argnums=0)
         arguments = (self._specs.params, by_example, by_example)
         self._evaluate_batch = program(self._evaluate, arguments, P())
-        self._replicate = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
+
+    def jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Compiles a function of parameters and arrays; every process gets its whole result."""
+        return jax.jit(function, out_shardings=NamedSharding(self.mesh, P()))
 
     def model(self, params: loop.Params) -> Any:
-        """The network with a device's part of the parameters, for use inside `shard_map`."""
+        """Returns the network with these parameters, to be called outside `shard_map`."""
         model = super().model(params)
         if self.mesh.shape[CAPSULES] > 1:
-            model.capsules.axis_name = CAPSULES
+            model.capsules = SplitCapsules(model.capsules, self.mesh)
         return model
 
-    def initial_state(self, seed: int) -> loop.State:
-        """The state before the first step, on the mesh."""
-        return self._put(super().initial_state(seed), self._specs)
-
-    def empty_window(self) -> loop.Window:
-        """No steps yet, on the mesh."""
-        return self._put(super().empty_window(), self._specs.window)
-
-    def whole(self, tree: Any) -> Any:
-        """A part of the state as arrays on the host, whole in every process."""
-        return jax.device_get(self._replicate(tree))
-
     def batch(self, examples: datasets.Examples, indices: np.ndarray) -> tuple[Any, Any]:
-        """The images and labels of these examples: each process makes its own part."""
+        """Returns images and labels of these examples: each process makes its own part."""
         shape = (len(indices),)
         parts = self._by_example.addressable_devices_indices_map(shape).values()
         own = sorted({(part[0].start or 0, part[0].stop) for part in parts if part is not None})
@@ -153,27 +161,20 @@ class ParallelTrainer(loop.Trainer):
         )
         return images, labels
 
-    def scores(
-        self, params: loop.Params, images: np.ndarray, *, batch_size: int = 128
-    ) -> np.ndarray:
-        """Scores are asked of the trainer of one device."""
-        raise NotImplementedError("ParallelTrainer.scores: ask the trainer of one device")
-
-    def _put(self, tree: Any, specs: Any) -> Any:
-        def put(leaf: Any, spec: P) -> Array:
-            array = np.asarray(leaf)
-            sharding = NamedSharding(self.mesh, spec)
-            return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
-
-        return jax.tree.map(put, tree, specs)
+    def _local_model(self, params: loop.Params) -> Any:
+        model = super().model(params)
+        if self.mesh.shape[CAPSULES] > 1:
+            model.capsules.axis_name = CAPSULES
+        return model
 
     def _averaged(
         self, loss: Array, errors: Array, gradients: loop.Params
     ) -> tuple[Array, Array, loop.Params]:
         def mean(gradient: Array, spec: P) -> Array:
-            return lax.psum(gradient, DATA if CAPSULES in spec else self.axes) / self.mesh.size
+            axes = DATA if CAPSULES in spec else (DATA, CAPSULES)
+            return lax.psum(gradient, axes) / self.mesh.size
 
-        loss, errors = lax.pmean((loss, errors), self.axes)
+        loss, errors = lax.pmean((loss, errors), self._axes)
         return loss, errors, jax.tree.map(mean, gradients, self._specs.params)
 
     def _norm(self, gradients: loop.Params) -> Array:
@@ -184,11 +185,56 @@ class ParallelTrainer(loop.Trainer):
         return optax.tree.sum(jax.tree.map(square, gradients, self._specs.params))
 
     def _evaluate(self, params: loop.Params, images: Array, labels: Array) -> tuple[Array, Array]:
-        return lax.all_gather(super()._evaluate(params, images, labels), self.axes, tiled=True)
+        return lax.all_gather(super()._evaluate(params, images, labels), self._axes, tiled=True)
+
+
+class SplitCapsules(nnx.Module):
+    """Capsules whose weights stay split by input capsules, for calls outside `shard_map`.
+
+    Examples are replicated, and each device routes its input capsules of all of them.
+
+    Args:
+      layer: Whose weights are split over the mesh's axis "capsules".
+      mesh: As in `ParallelTrainer`.
+    """
+
+    def __init__(self, layer: nn.Capsules, mesh: Mesh) -> None:
+        self.layer = layer
+        self.mesh = mesh
+
+    def __call__(self, poses: Array) -> Array:
+        """Maps poses `[B, I, P]` to poses `[B, J, D]`, replicated."""
+        route = functools.partial(
+            capsjax.dynamic_routing,
+            gradient=self.layer.gradient,
+            implementation=self.layer.implementation,
+        )
+        return self._split(route, poses, P())
+
+    def couplings(self, poses: Array) -> Array:
+        """Maps poses `[B, I, P]` to couplings `[T, B, I, J]`, split by input capsules."""
+        return self._split(capsjax.routing_couplings, poses, P(None, None, CAPSULES))
+
+    def _split(self, route: Callable[..., Array], poses: Array, out_specs: P) -> Array:
+        layer = self.layer
+        bias = None if layer.bias is None else layer.bias[...]
+
+        def local(poses: Array, weights: Array, bias: Array | None) -> Array:
+            return route(
+                poses.astype(layer.dtype),
+                weights.astype(layer.dtype),
+                num_iterations=layer.num_iterations,
+                bias=bias,
+                axis_name=CAPSULES,
+            )
+
+        in_specs = (P(None, CAPSULES), P(CAPSULES), P())
+        sharded = jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
+        return sharded(poses, layer.weights[...], bias)
 
 
 def _specs(tree: Any) -> Any:
-    """How each array lies on the mesh: weights of class capsules with their input capsules."""
+    """Returns how each array is sharded: weights of class capsules by input capsules."""
 
     def spec(path: tuple[Any, ...], leaf: Any) -> P:
         del leaf
@@ -201,10 +247,10 @@ def _specs(tree: Any) -> Any:
 def _check_capsules(trainer: loop.Trainer, parts: int) -> None:
     if parts == 1:
         return
-    if "capsules" not in trainer._start:
+    if not isinstance(trainer.network, CapsNet):
         rule = "--capsule_parallel must be 1 for a network without capsules"
         raise InputError(f"{rule}, got {parts}")
-    capsules = trainer._start["capsules"]["weights"].shape[0]
+    capsules = trainer.network.capsules.weights.shape[0]
     if capsules % parts:
         fit = [n for n in range(1, capsules + 1) if capsules % n == 0]
         nearest = sorted(sorted(fit, key=lambda n: abs(n - parts))[:2])

@@ -1,22 +1,19 @@
-"""Training by several processes: how they find each other, agree, and notice that one is lost."""
+"""Training by several processes: joining them, agreeing on errors and signals, losing one."""
 
-import atexit
 import contextlib
-import ctypes
 import dataclasses
+import json
 import os
 import pathlib
 import signal
 import socket
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax._src.distributed import global_state  # its client alone knows which processes live
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -25,30 +22,32 @@ from experiments.errors import InputError
 
 T = TypeVar("T")
 LOST = 75  # exit status of a process that cannot go on without another; a restart may help
-HEARTBEAT_SECONDS = 10  # without a sign of life; jax notices after 7 to 11
+HEARTBEAT_SECONDS = 10  # without a sign of life, after which a process counts as lost
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Which process this is; none is needed where JAX finds that out, as on SLURM or a TPU pod."""
+    """The arguments of `jax.distributed.initialize`; clusters that JAX knows need none of them."""
 
     coordinator_address: str = flag(
-        "", "HOST:PORT of process 0; empty: one process, or a cluster's.", affects_result=False
+        "",
+        "HOST:PORT of process 0; empty: one process, or JAX asks the cluster (SLURM, TPU pod).",
+        affects_result=False,
     )
-    num_processes: int = flag(1, "Processes of the run.", minimum=1, affects_result=False)
-    process_id: int = flag(0, "Which of them this is.", minimum=0, affects_result=False)
+    num_processes: int = flag(1, "Number of processes in the run.", minimum=1, affects_result=False)
+    process_id: int = flag(0, "Index of this process, from 0.", minimum=0, affects_result=False)
 
 
 def start(settings: Settings, *, may_be_cluster: bool) -> None:
-    """Joins the other processes, if there are any; the first use of JAX must come after it.
+    """Joins the other processes, if there are any, before the first use of a device.
 
     Args:
-      settings: Those of this process.
-      may_be_cluster: Whether to ask JAX for the processes of a cluster, if none are named.
+      settings: Address, number and index.
+      may_be_cluster: Whether JAX looks for a cluster if there is no address.
 
     Raises:
-      InputError: The flags do not fit each other, the port is in use, or another process does not
-        come within the five minutes that JAX waits.
+      InputError: The flags contradict each other, the port is in use, or a process does not join
+        within the five minutes that JAX waits.
     """
     if jax.distributed.is_initialized():
         return
@@ -57,8 +56,6 @@ def start(settings: Settings, *, may_be_cluster: bool) -> None:
         raise InputError("--num_processes and --process_id need --coordinator_address=HOST:PORT")
     if not address and not may_be_cluster:
         return
-    # Else the loss of any process would end all the others before they could name it.
-    jax.config.update("jax_enable_recoverability", True)
     if address:
         if own >= count:
             raise InputError(f"--process_id must be below --num_processes={count}, got {own}")
@@ -79,52 +76,64 @@ def start(settings: Settings, *, may_be_cluster: bool) -> None:
             if "coordinator_address should be defined" not in str(error):
                 raise
             return  # no cluster
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # jax swallows it
+    # jax installs a handler that would ignore SIGTERM outside the training loop.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def is_lead() -> bool:
-    """Whether this process is the one that writes."""
+    """Returns whether this is process 0, the one that writes logs, metrics and figures."""
     return jax.process_index() == 0
 
 
 def together(action: Callable[[], T]) -> T:
-    """Does the same in every process.
+    """Calls the same function in every process.
 
     Raises:
-      InputError: One of them cannot; all say why.
+      InputError: It fails in one of them; all raise that one's error.
     """
     if jax.process_count() == 1:
         return action()
     result, reason = None, ""
     try:
         result = action()
-    except InputError as error:
+    except (InputError, OSError) as error:  # else the others would wait for this one
         reason = str(error)
-    _refuse(first_reason(reason))
+    if reason := first_reason(reason):
+        raise InputError(reason)
     return result  # type: ignore[return-value]
 
 
-def on_lead(action: Callable[[], T]) -> T | None:
-    """Does something in process 0 alone; None in the others.
+def gather(action: Callable[[], T]) -> list[T]:
+    """Calls the same function in every process, and returns all results, which JSON can write.
 
     Raises:
-      InputError: It cannot be done there; all processes say why.
+      InputError: As `together`.
+    """
+    own = together(action)
+    return [json.loads(text) for text in _texts(json.dumps(own))]
+
+
+def on_lead(action: Callable[[], T]) -> T | None:
+    """Calls a function in process 0 alone; the others get None.
+
+    Raises:
+      InputError: It fails there; all processes raise its error.
     """
     return together(lambda: action() if is_lead() else None)
 
 
 def first_reason(reason: str) -> str:
-    """The reason of the first process that has one, in all of them."""
+    """Returns in all processes the first text of any process that is not empty, or an empty one."""
     return next(filter(None, _texts(reason)), "")
 
 
 def from_lead(tree: T) -> T:
-    """The arrays of process 0, in every process."""
+    """Returns the small arrays of process 0 in every process."""
     return tree if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(tree)
 
 
 def check_same(facts: dict[str, Any], rule: str = "the processes differ") -> None:
-    """Raises InputError in all processes if their facts differ: the rule, and what differs."""
+    """Raises InputError in all processes if their values differ: the rule, and the differences."""
     texts = _texts("\n".join(repr(value) for value in facts.values()))
     values = [text.split("\n") for text in texts]
     for process, other in enumerate(values):
@@ -134,31 +143,28 @@ def check_same(facts: dict[str, Any], rule: str = "the processes differ") -> Non
             if here != there
         ]
         if differing:
-            _refuse(f"{rule}: {'; '.join(differing)}")
+            raise InputError(f"{rule}: {'; '.join(differing)}")
 
 
 def agreed(stopped: Callable[[], int]) -> Callable[[], int]:
-    """A function that says the same in all processes: the signal that any of them was sent.
+    """Makes a function that returns in all processes the signal that any of them received.
 
     All must call it equally often. It tells what was so one call before, so that no step waits.
+    JAX's own `reached_preemption_sync_point` knows SIGTERM alone and not which signal it was,
+    and its handler of SIGTERM ignores every later one.
     """
     if jax.process_count() == 1:
         return stopped
-    mesh = Mesh(np.array(jax.devices()), "all")
-    by_device = NamedSharding(mesh, PartitionSpec("all"))
-    largest = jax.jit(lambda x: x.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+    by_device = NamedSharding(Mesh(np.array(jax.devices()), "all"), PartitionSpec("all"))
+    largest = jax.jit(jnp.max)
     asked: list[jax.Array] = []
     received = 0
 
     def ask() -> int:
         nonlocal received
         if not received:
-            flags = np.full(mesh.size, stopped(), np.int32)
-            asked.append(
-                largest(
-                    jax.make_array_from_callback(flags.shape, by_device, lambda part: flags[part])
-                )
-            )
+            own = np.full(jax.local_device_count(), stopped(), np.int32)
+            asked.append(largest(jax.make_array_from_process_local_data(by_device, own)))
             received = int(asked.pop(0)) if len(asked) > 1 else 0
         return received
 
@@ -166,87 +172,28 @@ def agreed(stopped: Callable[[], int]) -> Callable[[], int]:
 
 
 @contextlib.contextmanager
-def watched(last_checkpoint: Callable[[], str]) -> Iterator[Callable[[int], None]]:
-    """Inside, the loss of another process ends this one with a line that names it.
+def one_line_on_loss(last_checkpoint: Callable[[], str]) -> Iterator[None]:
+    """Ends this process with one line and status 75 when its connection to another one breaks.
+
+    A process that only falls silent breaks no connection: after `HEARTBEAT_SECONDS` jax aborts all
+    others.
 
     Args:
       last_checkpoint: Says from where a restart goes on.
-
-    Yields:
-      A function to be told the exit status when all is done: from then on no one is missed.
     """
-    over = threading.Event()
-    status = LOST
-
-    def finish(value: int) -> None:
-        nonlocal status
-        status = value
-        over.set()
-
-    if jax.process_count() == 1:
-        yield finish
-        return
-    client: Any = global_state.client
-    everyone = list(range(jax.process_count()))
-    program = pathlib.Path(sys.argv[0]).stem
-
-    def end(lost: str) -> None:
-        line = f"{program}: lost {lost} of {len(everyone)}; {last_checkpoint()}\n"
-        os.write(2, line.encode())
-        _outlive()
-        os._exit(LOST)
-
-    def watch() -> None:
-        while not over.wait(1):
-            try:
-                # Waits for all to ask it, or to be given up.
-                live = client.get_live_nodes(everyone)
-            except jax.errors.JaxRuntimeError:
-                return  # the coordinator is lost, of which jax tells below
-            lost = [process for process in everyone if process not in live]
-            if lost and not over.is_set():
-                end(f"process{'es' * (len(lost) > 1)} {', '.join(map(str, lost))}")
-
-    # jax aborts when the coordinator is lost, from a thread of its own where no exception helps.
-    @ctypes.CFUNCTYPE(None, ctypes.c_int)
-    def aborted(number: int) -> None:
-        del number
-        if not over.is_set():
-            end("process 0 (the coordinator)")
-        os._exit(status)
-
-    ctypes.CDLL(None).signal(signal.SIGABRT, aborted)
-    _kept.append(aborted)
-    threading.Thread(target=watch, daemon=True).start()
     try:
-        yield finish
-    except InputError:
-        raise
-    except (jax.errors.JaxRuntimeError, ValueError):
-        # A connection broke: whose, the thread knows after some heartbeats.
-        time.sleep(2 * HEARTBEAT_SECONDS)
-        raise
-    finally:
-        over.set()
-
-
-_kept: list[Any] = []  # handlers that C calls until the process ends
-
-
-def _refuse(reason: str) -> None:
-    if reason:
-        atexit.register(_outlive)  # not now: the others end meanwhile, and would be missed
-        raise InputError(reason)
-
-
-def _outlive() -> None:
-    """Lets process 0 end after the others: what they ask when they end is a service of its."""
-    if is_lead():
-        time.sleep(2)
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        program, reason = pathlib.Path(sys.argv[0]).stem, str(error).splitlines()[0]
+        line = f"{program}: lost another process ({reason}); {last_checkpoint()}\n"
+        os.write(2, line.encode())
+        os._exit(LOST)  # without jax's shutdown, which waits for the lost process
 
 
 def _texts(text: str) -> list[str]:
-    """The texts of all processes."""
+    """Returns the texts of all processes, by process."""
     if jax.process_count() == 1:
         return [text]
     own = np.frombuffer(text.encode(), np.uint8)
@@ -257,7 +204,7 @@ def _texts(text: str) -> list[str]:
 
 
 def _check_address(address: str, *, listens: bool) -> None:
-    """Raises InputError unless it is HOST:PORT, with a port that is free if this one listens."""
+    """Raises InputError unless it is HOST:PORT, with a free port if this process listens."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise InputError(f"--coordinator_address must be HOST:PORT, got {address!r}")

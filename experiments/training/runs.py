@@ -1,46 +1,117 @@
-"""A training run in its folder: settings that all programs share, and the way from start to end."""
+"""Training runs: settings common to all training programs, and one run from start to end."""
 
 import contextlib
 import dataclasses
 import pathlib
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Self
 
-import jax
 from absl import logging
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments.cli import flag
 from experiments.data import datasets
 from experiments.errors import InputError
 from experiments.training import loop, parallel, processes, records, signals
 from experiments.training.checkpoints import Checkpoints, begin_training, saved_steps
-from experiments.training.display import Display
+
+
+class Display:
+    """Shows loss, error, images a second and the time left: a bar on a terminal, or log lines.
+
+    Args:
+      first_step: The step from which the run goes on; 0 for a new run.
+      last_step: The step at which it ends.
+    """
+
+    def __init__(self, *, first_step: int, last_step: int):
+        console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("epoch {task.fields[epoch]:.2f}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} steps"),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task(
+            "training", completed=first_step, total=last_step, epoch=0.0, text="compiling"
+        )
+
+    def update(self, step: int, row: Mapping[str, float | int] | None) -> None:
+        """Shows a step and, if there is one, its row of metrics; rows with a test error stay."""
+        self._bar.update(self._task, completed=step)
+        if row is None:
+            return
+        text = (
+            f"loss {row['train_loss']:.4f}  error {row['train_error']:.2f} %  "
+            f"{row['images_per_second']:.0f} images/s"
+        )
+        self._bar.update(self._task, epoch=row["epoch"], text=text)
+        if "test_error" in row:
+            text = f"{text}  test error {row['test_error']:.2f} %"
+        if "test_error" in row or self._bar.disable:
+            line = f"epoch {row['epoch']:.2f}  step {step}  {text}"
+            if self._bar.disable:
+                logging.info("%s", line)
+            else:
+                self._bar.console.print(line, highlight=False)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(parallel.Settings, processes.Settings):
-    """Settings of every training program; its own Config adds what is to be trained."""
+    """Settings of every training program, to which its own Config adds network and objective."""
 
-    dataset: str = flag("mnist", "mnist_small, mnist, fashion_mnist or tfds:<name>.")
-    data_dir: str = flag("", "Folder of its files; empty: the usual caches.", affects_result=False)
-    download: bool = flag(False, "Fetch a missing data set with TFDS.", affects_result=False)
-    workdir: str = flag("runs/mnist", "Folder of all that is written.", affects_result=False)
-    batch_size: int = flag(128, "Examples in one step.", minimum=1)
+    dataset: str = flag("mnist", "Data set: mnist_small, mnist, fashion_mnist or tfds:<name>.")
+    data_dir: str = flag(
+        "", "Folder of the data set's files; empty: the usual caches.", affects_result=False
+    )
+    download: bool = flag(
+        False, "Download a missing data set with TensorFlow Datasets.", affects_result=False
+    )
+    workdir: str = flag(
+        "runs/mnist",
+        "Folder for checkpoints, metrics and figures; a run found there goes on.",
+        affects_result=False,
+    )
+    batch_size: int = flag(128, "Examples in one step, on all devices together.", minimum=1)
     num_epochs: int = flag(50, "Passes over the training data.", minimum=1)
-    max_steps: int = flag(0, "Stop after these; 0: at the end.", minimum=0, affects_result=False)
-    learning_rate: float = flag(1e-3, "Adam's step size at the start.", above=0)
-    final_learning_rate: float = flag(1e-4, "Adam's step size after num_epochs.", above=0)
-    seed: int = flag(0, "Of parameters, order and moves.", minimum=0, maximum=2**32 - 1)
+    max_steps: int = flag(
+        0, "Stop after this step; 0: after num_epochs.", minimum=0, affects_result=False
+    )
+    learning_rate: float = flag(1e-3, "Learning rate of Adam in the first step.", above=0)
+    final_learning_rate: float = flag(
+        1e-4, "Learning rate after num_epochs, to which it decays exponentially.", above=0
+    )
+    seed: int = flag(
+        0, "Seed of parameters, order of examples and augmentation.", minimum=0, maximum=2**32 - 1
+    )
     log_every_steps: int = flag(50, "Steps between rows of metrics.", minimum=1)
     checkpoint_every_steps: int = flag(
         500, "Steps between checkpoints.", minimum=1, affects_result=False
     )
-    tensorboard: bool = flag(False, "Write TensorBoard files too.", affects_result=False)
-    compilation_cache: str = flag("", "Folder of compiled programs.", affects_result=False)
+    tensorboard: bool = flag(
+        False, "Write the metrics as TensorBoard files too.", affects_result=False
+    )
+    compilation_cache: str = flag(
+        "", "Folder in which compiled programs are kept; empty: none.", affects_result=False
+    )
 
 
 def prepare(settings: Settings) -> datasets.Dataset:
-    """Joins the other processes, turns the compilation cache on, and loads the data set.
+    """Joins the other processes, enables the compilation cache, and loads the data set.
 
     Raises:
       InputError: There is no such data set, or another process has other settings or data.
@@ -62,7 +133,7 @@ def prepare(settings: Settings) -> datasets.Dataset:
 
 
 def num_steps(settings: Settings, examples: datasets.Examples) -> int:
-    """The steps of all epochs.
+    """Returns the number of steps in all epochs.
 
     Raises:
       InputError: The batch is larger than the data, or the steps do not fit into an int32.
@@ -90,22 +161,30 @@ def train(
     data_sha256: str,
     extra_metrics: Callable[[loop.Params], dict[str, float]] | None = None,
 ) -> tuple[int, loop.Params]:
-    """Trains from the workdir's newest checkpoint to the end; `extra_metrics` as in `training`.
+    """Trains from the workdir's newest checkpoint, or from the start, to the last step.
+
+    Args:
+      settings: Those of the run; `prepare` was called with them.
+      trainer: Of the devices to train on, as from `parallel.spread`.
+      train_examples: Examples for training.
+      test_examples: Examples for the test error.
+      data_sha256: Identifies the data set.
+      extra_metrics: As in `loop.train`.
 
     Returns:
-      The exit status (128 + the signal's number if the run was stopped) and the parameters.
+      The exit status (128 + the signal's number if the run was stopped) and the parameters, sharded
+      as the trainer shards them.
 
     Raises:
       InputError: The workdir holds another run, has lost its checkpoints or cannot be written, or
         the loss is not finite.
     """
-    trainer = parallel.spread(trainer, settings, batch_size=settings.batch_size)
     workdir = pathlib.Path(settings.workdir)
     last_step = num_steps(settings, train_examples)
     if settings.max_steps:
         last_step = min(last_step, settings.max_steps)
     with contextlib.ExitStack() as stack:
-        finish = stack.enter_context(processes.watched(lambda: _last_checkpoint(workdir)))
+        stack.enter_context(processes.one_line_on_loss(lambda: _last_checkpoint(workdir)))
 
         def opened() -> None:
             records.open_workdir(workdir, config=settings, data_sha256=data_sha256)
@@ -124,8 +203,8 @@ def train(
         )
         checkpoints = stack.enter_context(processes.together(lambda: Checkpoints(workdir)))
         stopped = processes.agreed(stack.enter_context(signals.stop_requests()))
-        start = trainer.initial_state(settings.seed)
-        step, state = checkpoints.restore(start) or (0, start)
+        restored = checkpoints.restore(trainer.abstract_state())
+        step, state = restored or (0, trainer.initial_state(settings.seed))
         if step > last_step:
             raise InputError(
                 f"workdir {workdir} is at step {step} already, past --max_steps={last_step}"
@@ -167,14 +246,11 @@ def train(
             if step % settings.checkpoint_every_steps == 0:
                 save(step, state)
         save(step, state)
-        params = jax.device_put(trainer.whole(state.params), jax.local_devices()[0])
         number = stopped()
         if number and processes.is_lead():
             name = signal.Signals(number).name
             logging.info("%s: saved at step %d; the same --workdir goes on from there", name, step)
-        status = 128 + number if number else 0
-        finish(status)
-        return status, params
+        return (128 + number if number else 0), state.params
 
 
 def _last_checkpoint(workdir: pathlib.Path) -> str:

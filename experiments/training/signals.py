@@ -1,4 +1,4 @@
-"""Stopping in good order on Ctrl-C and SIGTERM."""
+"""Graceful shutdown on Ctrl-C and SIGTERM."""
 
 import contextlib
 import signal
@@ -9,10 +9,10 @@ from types import FrameType
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[], int]]:
-    """Inside, a first SIGINT or SIGTERM is noted instead of obeyed; later ones act as usual.
+    """Records the first SIGINT or SIGTERM inside the block; a later one has its usual effect.
 
-    What follows within a second is the same request: Ctrl-C reaches all processes of a terminal,
-    and one that started the others then asks them to stop, too.
+    Signals within a second of the first count as the same request: Ctrl-C reaches all processes of
+    a terminal, and `launch` then sends SIGTERM to those that it started.
 
     Yields:
       A function that returns the signal's number, or 0 while there was none.

@@ -1,4 +1,4 @@
-"""A network that train_mnist has trained, as it lies in the folder of its run."""
+"""Networks trained by train_mnist, loaded from the folders of their runs."""
 
 import dataclasses
 import os
@@ -17,11 +17,11 @@ C = TypeVar("C", bound=runs.Settings)
 
 
 class Trained(NamedTuple):
-    """A run's settings, data and network."""
+    """The settings, data and network of a run."""
 
     config: mnist.Config
     dataset: datasets.Dataset
-    test: datasets.Split  # as the network sees it: on the canvas, if there is one
+    test: datasets.Split  # placed on the canvas if the run has one
     trainer: loop.Trainer
     params: loop.Params
     step: int
@@ -33,29 +33,30 @@ class Trained(NamedTuple):
 
 
 def load(workdir: str, *, data_dir: str = "") -> Trained:
-    """Restores the newest checkpoint of a run of train_mnist.
+    """Restores the newest checkpoint of a run of train_mnist, on one device.
 
     Args:
       workdir: The folder of the run; nothing is written to it.
-      data_dir: Folder of the data set's files; empty: where the run had them.
+      data_dir: Folder of the data set's files; empty: that of the run.
 
     Raises:
-      InputError: It holds no such run, no checkpoint, or one trained on other data than are found.
+      InputError: The folder holds no such run or no checkpoint, or the data found are not those of
+        the run.
     """
     run = records.read_config(workdir)
     config = config_of(mnist.Config, run["config"], workdir)
     dataset = datasets.load(config.dataset, data_dir=data_dir or config.data_dir)
     check_data(config, dataset, run["data_sha256"], workdir)
     trainer = mnist.build(config, dataset)
-    step, params = restored(trainer, config, workdir)
+    step, params = restored(trainer, workdir)
     test = mnist.test_split(config, dataset)
     return Trained(config, dataset, test, trainer, params, step)
 
 
 def read_images(run: Trained, paths: Sequence[str]) -> np.ndarray:
-    """A user's own images as the run's network takes them, `[N, H, W, C]` in 0 … 1.
+    """Reads image files as the run's network takes them, `[N, H, W, C]` in 0 … 1.
 
-    They get the size of the data set's; on a canvas they lie in its middle.
+    They are resized to the data set's images, and centred on the canvas if there is one.
 
     Raises:
       InputError: As `datasets.read_images`.
@@ -66,10 +67,10 @@ def read_images(run: Trained, paths: Sequence[str]) -> np.ndarray:
 
 
 def load_all(workdirs: Sequence[str], *, data_dir: str = "") -> dict[str, Trained]:
-    """Restores runs that can be compared, by their folders.
+    """Restores several runs on the same data set and image size, by their folders.
 
     Raises:
-      InputError: As `load`; or one is named twice, or data sets or image sizes differ.
+      InputError: As `load`; or a folder is given twice, or data sets or image sizes differ.
     """
     found: dict[str, Trained] = {}
     for workdir in workdirs:
@@ -86,12 +87,12 @@ def load_all(workdirs: Sequence[str], *, data_dir: str = "") -> dict[str, Traine
 
 
 def config_of(kind: type[C], settings: dict[str, Any], workdir: str) -> C:
-    """The Config of a run, from the settings in its config.json.
+    """Builds the Config of a run from the settings in its config.json.
 
-    One that does not affect the result may be absent: a program may have got it since.
+    Settings that do not affect the result may be absent, since later versions add some.
 
     Raises:
-      InputError: They are not those of the program, or one has a value that is not allowed.
+      InputError: They are not the program's settings, or a value is not allowed.
     """
     affects = {f.name: f.metadata["affects_result"] for f in dataclasses.fields(kind)}
     for names, problem in (
@@ -120,14 +121,14 @@ def check_data(config: runs.Settings, dataset: datasets.Dataset, sha256: str, wo
         )
 
 
-def restored(trainer: loop.Trainer, config: runs.Settings, workdir: str) -> tuple[int, loop.Params]:
-    """The newest checkpoint's step and parameters.
+def restored(trainer: loop.Trainer, workdir: str) -> tuple[int, loop.Params]:
+    """Returns the newest checkpoint's step and parameters, on the trainer's devices.
 
     Raises:
       InputError: There is none.
     """
     with Checkpoints(workdir) as checkpoints:
-        found = checkpoints.restore(trainer.initial_state(config.seed))
+        found = checkpoints.restore(trainer.abstract_state())
     if found is None:
         raise InputError(f"workdir {workdir} has no checkpoint yet; let it train further")
     return found[0], found[1].params
