@@ -15,7 +15,7 @@ from capsjax.kernels.vote_passes.cases import CASES, Case
 from capsjax.kernels.vote_passes.passes import PLATFORMS, Device
 from experiments.compilers import arithmetic, targets
 from experiments.compilers.arithmetic import Operations
-from experiments.compilers.compiling import Program, platform_of, routing
+from experiments.compilers.compiling import CompileRequest, platform_of, routing
 
 
 def shape(*sizes, dtype="float32"):
@@ -119,7 +119,7 @@ SMALL = Case(batch=8, capsules=16, length=4, parents=3, depth=8, num_iterations=
 
 
 def small(implementation, *, case=SMALL, gradients=False):
-    return routing(Program("h100", implementation, case, gradients))
+    return routing(CompileRequest("h100", implementation, case, gradients))
 
 
 def test_every_pass_is_known():
@@ -194,7 +194,7 @@ TPU = [name for name, platform in PLATFORMS.items() if platform == "tpu"]
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("implementation", TPU)
 def test_tpu_kernels_declare_the_bytes_that_their_blocks_move(implementation, case):
-    program = Program("tpu_v5e", implementation, CASES[case], gradients=True)
+    program = CompileRequest("tpu_v5e", implementation, CASES[case], gradients=True)
     function, shapes = routing(program)
     target = targets.TARGETS[program.target]
     platform, device = platform_of(target), Device(target.device)
