@@ -1,8 +1,10 @@
 """tweak_dimensions and parse_tree: files they write, refused settings, legible trees."""
 
+import dataclasses
 import functools
 import json
 import re
+import types
 
 import in_process
 import numpy as np
@@ -16,7 +18,16 @@ from experiments.figures import trees
 from experiments.training import mnist, records, trained
 from experiments.training.checkpoints import Checkpoints
 
-load = functools.cache(trained.load)  # each network is compiled once
+
+@functools.cache  # each network is compiled once
+def load(workdir, *, data_dir, original=trained.load):
+    run = original(workdir.replace("cnn", "capsnet"), data_dir=data_dir)
+    if not workdir.endswith("cnn"):
+        return run
+    config = dataclasses.replace(run.config, network="pooling_cnn")
+    return run._replace(config=config, trainer=types.SimpleNamespace(model=lambda params: None))
+
+
 PROGRAMS = {"tweak_dimensions": tweak_dimensions, "parse_tree": parse_tree}
 
 
@@ -61,7 +72,7 @@ def workdirs(tmp_path_factory, data_dir):
     return {
         "capsnet": save_run(folder / "capsnet", data_dir),
         "plain": save_run(folder / "plain", data_dir, reconstruction_weight=0.0),
-        "cnn": save_run(folder / "cnn", data_dir, network="pooling_cnn"),
+        "cnn": folder / "cnn",
         "begun": save_run(folder / "begun", data_dir, checkpoint=False),
         "none": folder / "none",
     }

@@ -18,16 +18,8 @@ from experiments.figures import __path__ as PACKAGE
 from experiments.figures import classifier
 
 GARMENTS = [
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 ]
 ODD = ["$", r"$\nope$", "a name that is far too long for a label", ""] + ["WWWWWWWWWWWWWW"] * 96
 TWEAKS = np.linspace(-0.25, 0.25, 11)
@@ -64,7 +56,7 @@ def reconstructed(N: int, K: int, H: int, C: int, *, correct: bool = False, name
     )
 
 
-def softmax_couplings(*shape: int, sharpness: float = 4.0) -> np.ndarray:
+def softmax(*shape: int, sharpness: float = 4.0) -> np.ndarray:
     """Return a softmax over the last axis, uniform in iteration 1 and sharper in each next one."""
     logits = np.random.default_rng(2).normal(size=shape[1:])
     logits = sharpness * np.arange(shape[0]).reshape(-1, *[1] * logits.ndim) * logits
@@ -135,22 +127,18 @@ FIGURES = {
     "tweaks": lambda: classifier.dimension_tweaks(images(16, 11, 28, 28, 1), values=TWEAKS),
     "tweaks, colour": lambda: classifier.dimension_tweaks(images(16, 11, 64, 64, 3), values=TWEAKS),
     "tweaks, one": lambda: classifier.dimension_tweaks(images(1, 1, 28, 28, 1), values=[1 / 3]),
-    "couplings": lambda: classifier.couplings(softmax_couplings(3, 1152, 10), label=3),
+    "couplings": lambda: classifier.couplings(softmax(3, 1152, 10), label=3),
     "couplings, named": lambda: classifier.couplings(
-        softmax_couplings(3, 99, 10), label=3, class_names=GARMENTS
+        softmax(3, 99, 10), label=3, class_names=GARMENTS
     ),
     "couplings, 1 iteration": lambda: classifier.couplings(
-        softmax_couplings(1, 5, 2), label=1, class_names=ODD[-2:]
+        softmax(1, 5, 2), label=1, class_names=ODD[-2:]
     ),
-    "couplings, 9 iterations": lambda: classifier.couplings(softmax_couplings(9, 5, 30), label=1),
-    "couplings, 100": lambda: classifier.couplings(
-        softmax_couplings(3, 300, 100), label=2, class_names=ODD
-    ),
-    "entropy": lambda: classifier.coupling_entropy(softmax_couplings(3, 20, 50, 10)),
-    "entropy, 1 iteration": lambda: classifier.coupling_entropy(softmax_couplings(1, 1, 5, 2)),
-    "entropy, slow": lambda: classifier.coupling_entropy(
-        softmax_couplings(5, 2, 50, 100, sharpness=0.01)
-    ),
+    "couplings, 9 iterations": lambda: classifier.couplings(softmax(9, 5, 30), label=1),
+    "couplings, 100": lambda: classifier.couplings(softmax(3, 300, 100), label=2, class_names=ODD),
+    "entropy": lambda: classifier.coupling_entropy(softmax(3, 20, 50, 10)),
+    "entropy, 1 iteration": lambda: classifier.coupling_entropy(softmax(1, 1, 5, 2)),
+    "entropy, slow": lambda: classifier.coupling_entropy(softmax(5, 2, 50, 100, sharpness=0.01)),
     "confusion": lambda: classifier.confusion_matrix(confusions(10)),
     "confusion, named": lambda: classifier.confusion_matrix(confusions(10), class_names=GARMENTS),
     "confusion, 2": lambda: classifier.confusion_matrix(confusions(2)),
@@ -289,7 +277,7 @@ def test_dimension_tweaks_have_rows_of_dimensions_and_columns_of_values():
 
 
 def test_couplings_show_means_quantiles_and_sorted_children():
-    c = softmax_couplings(3, 40, 5)
+    c = softmax(3, 40, 5)
     c[0] = [0.1, 0.6, 0.1, 0.1, 0.1]
     figure = classifier.couplings(c, label=4)
     grid = np.reshape(figure.axes[:6], (2, 3))
@@ -337,7 +325,7 @@ def test_entropy_of_uniform_and_one_hot_couplings():
 
 
 def test_entropy_quantiles_are_over_all_children():
-    c = softmax_couplings(2, 3, 20, 5)
+    c = softmax(2, 3, 20, 5)
     entropy = -(c * np.log(c)).sum(axis=-1).reshape(2, -1)
     axes = classifier.coupling_entropy(c).axes[0]
     for lines, quantiles in zip(axes.collections, [(0.25, 0.75), (0.05, 0.95)], strict=True):
@@ -418,7 +406,7 @@ def test_misclassified_without_errors():
 
 
 X, Y, P, L = examples(4, 3, 8, 1)
-C = softmax_couplings(3, 6, 4)
+C = softmax(3, 6, 4)
 
 
 @pytest.mark.parametrize(

@@ -12,29 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 import capsjax
-from capsjax.models import CapsNet
 from experiments import mnist_ablation
 from experiments.analysis import inspection
 from experiments.data import datasets
 from experiments.training import checkpoints, mnist, records, runs
-
-
-def test_one_iteration_squashes_the_mean_of_the_votes():
-    sizes = {"conv_channels": 2, "primary_types": 2, "capsule_length": 2, "hidden": (2,)}
-    model = CapsNet((17, 17, 1), **sizes, num_iterations=1, rngs=nnx.Rngs(0))
-
-    @jax.jit
-    def both(images):
-        votes = jnp.einsum(
-            "bip,ipjd->bijd", model.primary_poses(images), model.capsules.weights[...]
-        )
-        return model(images), capsjax.squash(votes.sum(1) / 10)
-
-    capsules, expected = both(np.random.default_rng(0).random((3, 17, 17, 1), np.float32))
-    np.testing.assert_allclose(capsules, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_variants_change_only_the_settings_they_name():
@@ -131,6 +114,24 @@ def reported(dataset):
         patch.setattr(mnist, "build", build)
         patch.setattr(inspection, "report", report)
         yield reported
+
+
+def test_one_iteration_squashes_the_mean_of_the_votes(dataset):
+    config = mnist_ablation.Config(**SETTINGS)
+    run = mnist_ablation.run_config(config, "1_iteration_reconstruction", 0)
+    trainer = mnist.build(run, dataset)
+
+    @jax.jit
+    def both(params, images):
+        model = trainer.model(params)
+        weights = params["capsules"]["weights"]
+        votes = jnp.einsum("bip,ipjd->bijd", model.primary_poses(images), weights)
+        return model(images), capsjax.squash(votes.sum(1) / 10)
+
+    params = jax.tree.map(lambda x: 10 * x, trainer.initial_state(0).params)  # longer capsules
+    capsules, expected = both(params, dataset.test.images[:3] / np.float32(255))
+    assert abs(expected).max() > 1e-3
+    np.testing.assert_allclose(capsules, expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.fixture(scope="module")
