@@ -154,7 +154,7 @@ class _Flag(flags.Flag[Any]):
     def __init__(self, field: "dataclasses.Field[Any]", kind: type):
         self._kind = kind
         text = field.metadata["help"]
-        # boolean=True adds the form --noname.
+        # boolean=True also accepts --noNAME, for false.
         super().__init__(
             _PARSERS[kind], None, field.name, field.default, text, boolean=kind is bool
         )

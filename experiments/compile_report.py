@@ -54,7 +54,7 @@ def main(config: Config) -> int:
 
 
 def requests(config: Config) -> list[tuple[str, CompileRequest]]:
-    """List what the settings ask to compile, each with the name of its case.
+    """List the compilations that the settings ask for, each with the name of its case.
 
     Raises:
       InputError: A name is unknown, or a compiler is not installed.

@@ -1,4 +1,4 @@
-"""Write files atomically and durably: a crash leaves the old file or the new one, never a part."""
+"""Write whole files atomically: a crash leaves the old file or the new one, never a part of it."""
 
 import contextlib
 import io
@@ -103,7 +103,7 @@ def write_bytes(path: StrPath, content: bytes) -> None:
 
 
 def append_lines(path: StrPath, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append rows to a file of JSON lines; create its folder if missing.
+    """Append rows to a file of JSON lines, not atomically; create its folder if missing.
 
     Raises:
       InputError: The file cannot be written.

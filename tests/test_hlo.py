@@ -42,7 +42,7 @@ def test_asynchronous_fusion_has_the_same_traffic():
 
 
 def test_arrays_in_vector_memory_have_no_traffic():
-    padded = 64 * 128 * 4  # in tiles of 8 x 128
+    padded = 64 * 128 * 4  # tiles of 8 x 128 pad 64 columns to 128
     before = (4 + 4) + padded + STEPS * padded  # a copy; y and x are read, their casts stay
     step = 4 + (4 + 4) + 4 + padded  # a copy to scalar memory, a sum, a test; a row of the result
     after = padded  # the last carry is written

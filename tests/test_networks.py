@@ -25,16 +25,23 @@ def test_networks_have_the_parameters_of_the_paper(network, parameters):
     assert sum(leaf.size for leaf in leaves) == parameters
 
 
+def random_cnn(image_shape, **settings):
+    """Return the graph and random parameters of a CNN; compiles nothing."""
+    rng = np.random.default_rng(1)
+    graph, shapes = nnx.split(
+        nnx.eval_shape(lambda: networks.Cnn(image_shape, 3, **settings, rngs=nnx.Rngs(0)))
+    )
+    return graph, jax.tree.map(lambda x: 0.3 * rng.normal(size=x.shape).astype(x.dtype), shapes)
+
+
 @pytest.mark.parametrize("kernel_size", [4, 5])
 def test_convolutions_equal_those_of_xla_with_padding(kernel_size):
-    model = networks.Cnn(
-        *((7, 6, 2), 3), channels=(3, 4), kernel_size=kernel_size, hidden=(5,), rngs=nnx.Rngs(0)
-    )
+    graph, state = random_cnn((7, 6, 2), channels=(3, 4), kernel_size=kernel_size, hidden=(5,))
     images = np.random.default_rng(0).normal(size=(2, 7, 6, 2)).astype("float32")
 
     @jax.jit
-    def both(images):
-        x = images
+    def both(state, images):
+        model, x = nnx.merge(graph, state), images
         for convolution in model.convolutions:
             x = lax.conv_general_dilated(
                 *(x, convolution.kernel[...], (1, 1), "SAME"),
@@ -43,11 +50,12 @@ def test_convolutions_equal_those_of_xla_with_padding(kernel_size):
             x = jax.nn.relu(x + convolution.bias[...].reshape(1, 1, 1, -1))
         return model.features(images), jax.nn.relu(model.layers[0](x.reshape(2, -1)))
 
-    np.testing.assert_allclose(*both(images), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(*both(state, images), rtol=1e-4, atol=1e-5)
 
 
 def test_pooling_drops_an_odd_last_column():
-    model = networks.Cnn((8, 9, 1), 3, channels=(2,), pooling=True, hidden=(4,), rngs=nnx.Rngs(0))
+    graph, state = random_cnn((8, 9, 1), channels=(2,), pooling=True, hidden=(4,))
+    model = nnx.merge(graph, state)
     assert model.layers[0].kernel.shape == (2 * 2 * 2, 4)
     images = np.random.default_rng(0).normal(size=(2, 8, 9, 1)).astype("float32")
     features = jax.jit(model.features)

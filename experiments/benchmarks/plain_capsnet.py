@@ -111,7 +111,7 @@ def contender(params: Params, images: np.ndarray, labels: np.ndarray) -> contend
 
     return contenders.Contender(
         lambda: trainer.step(images, labels),
-        lambda images: class_capsules(params, _scale(images)),
+        lambda images: jax.jit(lambda params, x: class_capsules(params, _scale(x)))(params, images),
         rows,
     )
 

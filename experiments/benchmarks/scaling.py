@@ -1,6 +1,6 @@
 """Compile routing or a training step for a mesh, in a child process, and measure it.
 
-A child process, because XLA reads the number of host devices once a process.
+Each measurement has a child process, because XLA reads the number of host devices only once.
 """
 
 import dataclasses
@@ -125,7 +125,7 @@ def _measure_in_this_process(sharded: ShardedCase, repeats: int) -> dict[str, An
 
 
 def _host_routing(sharded: ShardedCase) -> tuple[Any, Callable[[], Any]]:
-    """Compile routing for host devices; return it, and a function that runs it."""
+    """Compile routing for host devices; return the executable, and a function that runs it."""
     function, placed = routing(sharded.case)
     mesh = jax.make_mesh(
         (sharded.data, sharded.capsules), ("data", "capsules"), axis_types=(AxisType.Auto,) * 2
@@ -144,7 +144,8 @@ def _host_routing(sharded: ShardedCase) -> tuple[Any, Callable[[], Any]]:
 
 
 def _training(sharded: ShardedCase) -> tuple[Any, Callable[[], Any]]:
-    """Compile a training step of the quickstart's network; return it, and a function that steps."""
+    """Compile a training step; return the executable, and a function that takes the next step."""
+    # The network of the quickstart.
     config = mnist.Config(
         dataset="mnist_small",
         conv_channels=64,

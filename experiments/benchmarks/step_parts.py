@@ -39,7 +39,7 @@ def contender(params: loop.Params, images: np.ndarray, labels: np.ndarray) -> co
 
     return contenders.Contender(
         train,
-        lambda images: trainer.model(params)(scaled(jnp.asarray(images))),
+        lambda images: jax.jit(lambda params, x: trainer.model(params)(scaled(x)))(params, images),
         # A copy, because each training step donates its parameters.
         lambda: parts(trainer, jax.tree.map(jnp.copy, state.params), images),
     )
@@ -53,12 +53,17 @@ def parts(
     A row "with gradients" is a layer's outputs and their VJP with respect to its parameters and its
     input; images are an input without a gradient.
     """
-    model = trainer.model(params)
-    pixels = scaled(jnp.asarray(images))
-    features = jax.nn.relu(model.convolution(pixels))
-    poses = model.primary(features)
-    weights = model.capsules.weights[...]
-    capsules = model.capsules(poses)
+
+    @jax.jit
+    def activations(params: loop.Params, images: jax.Array) -> tuple[jax.Array, ...]:
+        model = trainer.model(params)
+        pixels = scaled(images)
+        features = jax.nn.relu(model.convolution(pixels))
+        poses = model.primary(features)
+        return pixels, features, poses, model.capsules(poses)
+
+    pixels, features, poses, capsules = activations(params, images)
+    weights = trainer.model(params).capsules.weights[...]
     chosen = jnp.argmax(capsjax.lengths(capsules), axis=1)
     matrix = jnp.ones((MATRIX, MATRIX))
 

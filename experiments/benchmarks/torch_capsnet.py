@@ -95,7 +95,7 @@ class TorchTrainer:
     """Adam on the paper's loss, without the data augmentation of capsjax's training step."""
 
     def __init__(self, network: TorchCapsNet, *, reconstruction_weight: float) -> None:
-        """Train the network's parameters in place."""
+        """Create the optimizer of the network's parameters."""
         self.network = network
         self.reconstruction_weight = reconstruction_weight
         self.optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)

@@ -126,7 +126,7 @@ def environment(name: str, dumps: pathlib.Path) -> dict[str, str]:
         return {
             **common,
             "XLA_FLAGS": f"--xla_dump_to={dumps} --xla_dump_emitter_re=.*",
-            # Else Triton spends most of its time on symbolizing stack traces.
+            # Else Triton spends most of its time on symbols of stack traces.
             "LLVM_DISABLE_SYMBOLIZATION": "1",
         }
     flags = {
@@ -193,7 +193,7 @@ def _devices(name: str, count: int) -> Sequence[Any]:
     if target.gpu is None:
         topology = f"{target.topology}:{_TPU_SLICES[max(count, 4)]}"
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[:count]
-    # JAX registers the CUDA plug-in when it initializes its backends. No public function does that
+    # JAX registers the CUDA plug-in when it starts its backends. No public function does that
     # without a device.
     from jax._src import xla_bridge
 

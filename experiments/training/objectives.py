@@ -71,13 +71,13 @@ class Classification:
         return jnp.argmax(scores, axis=1) != labels
 
     def test_metrics(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Return the percentage of misclassified images."""
+        """Return the percentage of misclassified images, as `test_error`."""
         return {"test_error": 100 * float(np.mean(scores.argmax(axis=1) != labels))}
 
 
 @dataclasses.dataclass(frozen=True)
 class CapsuleClassification(Classification):
-    """Margin loss of capsule lengths, with reconstruction as a regularizer."""
+    """Margin loss of capsule lengths, with reconstruction as a regulariser."""
 
     reconstruction_weight: float
 

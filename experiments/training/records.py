@@ -85,7 +85,7 @@ def exclusive(workdir: StrPath) -> Iterator[None]:
 
 
 def holds_run(workdir: StrPath) -> bool:
-    """Return whether the folder holds a run."""
+    """Return whether the folder holds a run, which has a config.json."""
     return os.path.isfile(pathlib.Path(workdir) / _CONFIG)
 
 
