@@ -10,6 +10,8 @@ from experiments.training import mnist, records
 from experiments.training.checkpoints import Checkpoints
 
 SIDE = 17  # pixels, the minimum for a capsule network
+# LLVM's optimisations take longer than such small programs run.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def write_digits(folder, *, size=60, side=SIDE):

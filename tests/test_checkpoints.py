@@ -138,7 +138,7 @@ def test_every_damage_of_every_file_is_noticed(workdir):
     contents = {path: path.read_bytes() for path in paths}
 
     def assert_noticed(changed):
-        with pytest.raises(InputError, match=r"^every checkpoint in .* is damaged: 2 \(.*"):
+        with pytest.raises(InputError, match=r"^every checkpoint in .* is damaged: "):
             restore(workdir)
         for path in changed:
             path.write_bytes(contents[path])

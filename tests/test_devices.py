@@ -21,7 +21,7 @@ def python(program, *arguments, devices=1):
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {small_runs.QUICK}",
     }
     command = [sys.executable, "-c", program, *map(str, arguments)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)

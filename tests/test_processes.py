@@ -49,7 +49,7 @@ def environment(devices=1):
     return os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {small_runs.QUICK}",
     }
 
 
@@ -172,7 +172,8 @@ def test_a_run_that_loses_its_coordinator_ends_as_an_unbroken_one(
     wanted, found = rows(one), rows(many)
     assert found.keys() == wanted.keys() | {15}
     for step, row in wanted.items():
-        for name in found[step]:  # of the last steps, measured without diagnostics, fewer
+        assert {"train_loss", "train_error"} <= row.keys() & found[step].keys()
+        for name in row.keys() & found[step].keys():  # a run's last step is tested too
             np.testing.assert_allclose(
                 found[step][name], row[name], rtol=1e-4, atol=1e-6, err_msg=f"{step} {name}"
             )
@@ -258,7 +259,7 @@ def test_what_one_process_cannot_use_all_refuse_for_the_same_reason(flags, tmp_p
         f"to start again remove {folder}/run or use another --workdir"
     )
     for stdout, stderr in outputs:
-        first, second = stdout.splitlines()
+        first, second = (line for line in stdout.splitlines() if not line.startswith("[Gloo]"))
         assert re.fullmatch(differing, first)
         assert second == apart
         assert stderr.splitlines().count(lost) == 1

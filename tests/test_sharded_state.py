@@ -44,7 +44,7 @@ def on_four_devices(folder):
         "JAX_PLATFORMS": "cpu",
         # Of its own: a program that another process has compiled would not be dumped.
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {dump}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {dump} {small_runs.QUICK}",
     }
     command = [sys.executable, str(TESTS / "state_bytes.py"), data_dir, str(folder / "run")]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)

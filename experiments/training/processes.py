@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import sys
@@ -183,10 +184,11 @@ def one_line_on_loss(last_checkpoint: Callable[[], str]) -> Iterator[None]:
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
         program, reason = pathlib.Path(sys.argv[0]).stem, str(error).splitlines()[0]
+        # jax also raises XLA's errors, which begin with a status such as UNKNOWN, as ValueErrors.
+        if jax.process_count() == 1 or not re.match("[A-Z_]+: ", reason):
+            raise
         line = f"{program}: lost another process ({reason}); {last_checkpoint()}\n"
         os.write(2, line.encode())
         os._exit(LOST)  # without jax's shutdown, which waits for the lost process
