@@ -230,7 +230,7 @@ def test_triton_blocks_cover_each_array_once_and_nothing_past_it():
 
     tiling = tiles.Tiling(27, 4, 19, 5, 6, SMALL_TRITON.sums)
     batch, capsules, length, parents, depth, cut = tiling
-    spans = [tiles.span(tile, cut.examples) for tile in range(tiling.example_tiles)]
+    spans = [tiles.tile_indices(tile, cut.examples) for tile in range(tiling.example_tiles)]
     all_capsules, products, chunks = range(6), range(tiling.products), range(tiling.chunks)
     blocks = {
         (batch, capsules, length): product(spans, all_capsules, products),
