@@ -229,8 +229,8 @@ def test_triton_blocks_cover_each_array_once_and_nothing_past_it():
     from capsjax.kernels.vote_passes.triton import tiles
 
     tiling = tiles.Tiling(27, 4, 19, 5, 6, SMALL_TRITON.sums)
-    batch, capsules, length, parents, depth, cut = tiling
-    spans = [tiles.tile_indices(tile, cut.examples) for tile in range(tiling.example_tiles)]
+    batch, capsules, length, parents, depth, config = tiling
+    spans = [tiles.tile_indices(tile, config.examples) for tile in range(tiling.example_tiles)]
     all_capsules, products, chunks = range(6), range(tiling.products), range(tiling.chunks)
     blocks = {
         (batch, capsules, length): product(spans, all_capsules, products),
