@@ -29,7 +29,7 @@ class Config:
 
 
 def main(config: Config) -> int:
-    """Reads the folders and writes the page."""
+    """Read the folders and writes the page."""
     named = config.workdirs.split(",")
     if not all(named):
         raise InputError(

@@ -44,7 +44,7 @@ def dynamic_routing(
     leaky=False,
     parent_mask=None,
 ):
-    """Outputs, couplings of each iteration, and the gradients of `sum(cotangent · outputs)`."""
+    """Output, couplings of each iteration, and the gradients of `sum(cotangent · outputs)`."""
     poses, weights = (np.asarray(x, np.float64) for x in (poses, weights))
     votes = np.einsum("bip,ipjd->bijd", poses, weights)
     logits = np.zeros(votes.shape[:3])

@@ -14,7 +14,7 @@ _VOID = {"img", "input", "meta", "wbr"}
 
 
 def report_program(tmp_path, monkeypatch, capsys):
-    """Returns a function that runs the program in `tmp_path`: exit status and stderr."""
+    """Return a function that runs the program in `tmp_path`: exit status and stderr."""
     monkeypatch.chdir(tmp_path)
 
     def program(*workdirs, **flags):
@@ -26,7 +26,7 @@ def report_program(tmp_path, monkeypatch, capsys):
 
 
 def write_run(path, *, settings=None, rows=None, figures=(), results=None, versions="0.10.2"):
-    """Writes a run of two epochs to a new folder."""
+    """Write a run of two epochs to a new folder."""
     path.mkdir(parents=True)
     config = {"dataset": "mnist_small", "batch_size": 64, "num_epochs": 4, "seed": 0}
     run = {
@@ -44,7 +44,7 @@ def write_run(path, *, settings=None, rows=None, figures=(), results=None, versi
 
 
 def metrics(*, epochs=2, errors=(1.5, 2.25)):
-    """Returns two rows per epoch, of one second each at batch size 64; the second is evaluated."""
+    """Return two rows per epoch, of one second each at batch size 64; the second is evaluated."""
     rows = []
     for epoch in range(1, epochs + 1):
         for half in (0.5, 0):
@@ -72,7 +72,7 @@ def write_figure(path, name, *, size=(2, 1), folder="figures"):
 
 
 def write_experiment(path, *figures, results):
-    """Writes the output of a program that trains nothing: results.json with figures beside it."""
+    """Write the output of a program that trains nothing: results.json with figures beside it."""
     path.mkdir(parents=True, exist_ok=True)
     (path / "results.json").write_text(json.dumps(results))
     for name in figures:
@@ -84,7 +84,7 @@ class Element:
     """An HTML element with its attributes and children."""
 
     def __init__(self, tag, attributes):
-        """Starts without children."""
+        """Start without children."""
         self.tag, self.attributes, self.children = tag, attributes, []
 
     @property
@@ -92,7 +92,7 @@ class Element:
         return "".join(c if isinstance(c, str) else c.text for c in self.children)
 
     def all(self, *tags):
-        """Yields the descendants with one of these tags, in document order."""
+        """Yield the descendants with one of these tags, in document order."""
         for child in self.children:
             if isinstance(child, Element):
                 if child.tag in tags:
@@ -105,7 +105,7 @@ class Element:
 
 
 def parse(page):
-    """Parses a page into elements and checks that every tag is closed in its place."""
+    """Parse a page into elements and checks that every tag is closed in its place."""
     parser = _Parser()
     parser.feed(page)
     parser.close()
@@ -114,7 +114,7 @@ def parse(page):
 
 
 def cells(table):
-    """Returns the text of each cell of a table, including its head."""
+    """Return the text of each cell of a table, including its head."""
     return [[cell.text for cell in row.all("th", "td")] for row in table.all("tr")]
 
 

@@ -26,7 +26,7 @@ program = pytest.fixture(report_program)
 
 @pytest.fixture
 def page(program, tmp_path):
-    """Writes a report on some workdirs and parses it."""
+    """Write a report on some workdirs and parses it."""
 
     def page(*workdirs):
         assert program(*workdirs) == (0, "")
@@ -217,7 +217,7 @@ def headings(part):
 
 
 def captions(part):
-    """Returns the captions of the figures in each row."""
+    """Return the captions of the figures in each row."""
     rows = [row for row in part.all("div") if row.attributes.get("class") == "row"]
     return [[caption.text for caption in row.all("figcaption")] for row in rows]
 

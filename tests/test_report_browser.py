@@ -197,7 +197,7 @@ def _channels(colour):
 
 
 def _luminance(colour):
-    """Returns the relative luminance defined by WCAG 2.1."""
+    """Return the relative luminance defined by WCAG 2.1."""
     values = np.array(_channels(colour)) / 255
     linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
     return float(linear @ [0.2126, 0.7152, 0.0722])

@@ -14,7 +14,7 @@ def points(svg):
 
 
 def ticks(svg, axis):
-    """Returns the position of each label of an axis; the title of x comes last."""
+    """Return the position of each label of an axis; the title of x comes last."""
     return {
         label.text: float(label.attributes[axis])
         for label in svg.all("text")

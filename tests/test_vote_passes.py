@@ -91,7 +91,7 @@ IMPLEMENTATIONS = [
 
 
 def make(spec, problem, seed=0):
-    """Inputs, two states and the moments' cotangent, in float64."""
+    """Input, two states and the moments' cotangent, in float64."""
     rng = np.random.default_rng(seed)
     normal = lambda scale, *shape: jnp.asarray(rng.normal(size=shape) * scale)  # noqa: E731
     rows, length, columns = problem.sizes

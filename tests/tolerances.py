@@ -6,7 +6,7 @@ import numpy as np
 
 
 def assert_as_exact(actual, plain, exact):
-    """Asserts that `actual` errs at most twice as much as `plain` does, plus one last place.
+    """Assert that `actual` errs at most twice as much as `plain` does, plus one last place.
 
     Args:
       actual: The tree under test.
@@ -27,7 +27,7 @@ def assert_as_exact(actual, plain, exact):
 
 
 def assert_within_units(actual, exact, *, units):
-    """Asserts that `actual` errs at most so many last places of the largest entry of each leaf."""
+    """Assert that `actual` errs at most so many last places of the largest entry of each leaf."""
     pairs = zip(*map(jax.tree.leaves_with_path, (actual, exact)), strict=True)
     for (path, a), (_, e) in pairs:
         assert a.shape == e.shape, f"{path}: {a.shape}, {e.shape}"

@@ -73,12 +73,12 @@ class _Scale(NamedTuple):
 
 
 def style(number: int) -> str:
-    """Returns the CSS classes for the curves of a group of runs."""
+    """Return the CSS classes for the curves of a group of runs."""
     return f"c{number % _COLOURS} d{number // _COLOURS % _DASHES}"
 
 
 def curves(runs: Sequence[Run], styles: dict[str, str]) -> Curves | None:
-    """Returns one chart per measure, test measures first; None if there is nothing to draw.
+    """Return one chart per measure, test measures first; None if there is nothing to draw.
 
     Args:
       runs: the runs, in the order in which they are drawn.
@@ -107,7 +107,7 @@ def curves(runs: Sequence[Run], styles: dict[str, str]) -> Curves | None:
 
 
 def heading(measure: str) -> str:
-    """Returns a measure's name in words, with the unit of errors."""
+    """Return a measure's name in words, with the unit of errors."""
     return measure.replace("_", " ") + (", %" if "error" in measure else "")
 
 
@@ -140,7 +140,7 @@ def _chart(
 
 
 def _scale(values: Sequence[float]) -> _Scale:
-    """Returns a logarithmic scale above a ratio of 10; zeros lie on a linear stretch below it."""
+    """Return a logarithmic scale above a ratio of 10; zeros lie on a linear stretch below it."""
     positive = [value for value in values if value > 0]
     if not positive or min(values) < 0 or max(positive) < 10 * min(positive):
         return _linear(values)
@@ -161,7 +161,7 @@ def _scale(values: Sequence[float]) -> _Scale:
 
 
 def _linear(values: Iterable[float]) -> _Scale:
-    """Returns a linear scale that includes 0 and ends at ticks."""
+    """Return a linear scale that includes 0 and ends at ticks."""
     low, high = min(0.0, *values), max(0.0, *values)
     if high - low < 1e-290:
         high = low + 1

@@ -54,7 +54,7 @@ class Figures(NamedTuple):
 
 
 def page(runs: Sequence[Run], folders: Sequence[Folder]) -> str:
-    """Returns the page as HTML; the same runs and folders give the same text."""
+    """Return the page as HTML; the same runs and folders give the same text."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -83,12 +83,12 @@ def page(runs: Sequence[Run], folders: Sequence[Folder]) -> str:
 
 
 def contents(runs: Sequence[Run]) -> str:
-    """Returns what a page is about: the number of runs, or "results" if there are no runs."""
+    """Return what a page is about: the number of runs, or "results" if there are no runs."""
     return f"{len(runs)} run{'s' * (len(runs) > 1)}" if runs else "results"
 
 
 def _errors(runs: Sequence[Run], styles: dict[str, str]) -> Table | None:
-    """Returns a row per run with the latest value of each test error."""
+    """Return a row per run with the latest value of each test error."""
     if not runs:
         return None
     found = [key for key in measures(runs) if key.startswith("test_") and "error" in key]
@@ -144,7 +144,7 @@ def _training_time(run: Run) -> str:
 
 
 def _settings(runs: Sequence[Run]) -> Settings | None:
-    """Returns what config.json says: differing settings side by side, and the equal ones."""
+    """Return what config.json says: differing settings side by side, and the equal ones."""
     names = list(dict.fromkeys(name for run in runs for name in run.facts))
     names.sort(key=lambda name: name == "workdir")  # last, as the labels show it already
     if not names:
@@ -204,7 +204,7 @@ def _words(name: str) -> str:
 
 
 def _exact(value: Any) -> str:
-    """Returns a JSON value as text, strings without quotes."""
+    """Return a JSON value as text, strings without quotes."""
     return (value or "(empty)") if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

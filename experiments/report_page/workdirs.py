@@ -67,7 +67,7 @@ class Folder(NamedTuple):
 
 
 def read(workdirs: Sequence[str]) -> tuple[list[Run], list[Folder]]:
-    """Reads runs, and every folder that may hold their results or figures.
+    """Read runs, and every folder that may hold their results or figures.
 
     Args:
       workdirs: folders. Each holds a run, or runs one or two levels below it, or no run but a
@@ -110,12 +110,12 @@ def read(workdirs: Sequence[str]) -> tuple[list[Run], list[Folder]]:
 
 
 def measures(runs: Iterable[Run]) -> list[str]:
-    """Returns the names of all logged measures, in order of first appearance."""
+    """Return the names of all logged measures, in order of first appearance."""
     return list(dict.fromkeys(name for run in runs for row in run.rows for name in row))
 
 
 def _as_table(value: Any) -> Results:
-    """Converts parsed JSON to a table.
+    """Convert parsed JSON to a table.
 
     A list of objects gives a row per object, an object of objects a row per object with its name,
     and any other object a row per name and value.
@@ -149,7 +149,7 @@ def _label(path: pathlib.Path, base: str) -> str:
 
 
 def _find(root: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the folders of the runs in `root`, in natural order; none if it only has results."""
+    """Return the folders of the runs in `root`, in natural order; none if it only has results."""
     if not os.path.isdir(root):
         what = "is a file, not a folder" if os.path.exists(root) else "does not exist"
         raise InputError(f"workdir {root} {what}")
@@ -175,7 +175,7 @@ def _flat(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_depth(value: Any, deepest: int = 10) -> None:
-    """Raises ValueError for nesting that could overflow the stack in `json.dumps`."""
+    """Raise ValueError for nesting that could overflow the stack in `json.dumps`."""
     if isinstance(value, dict | list):
         if not deepest:
             raise ValueError("it is nested more than 10 deep")
@@ -224,7 +224,7 @@ def _read_folder(folder: pathlib.Path, label: str) -> Folder:
 
 
 def _pictures(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the image files directly in a folder, in natural order."""
+    """Return the image files directly in a folder, in natural order."""
     named = [path for path in folder.iterdir() if path.suffix.lower() in (".png", ".gif")]
     return sorted(named, key=_natural)
 
@@ -276,7 +276,7 @@ def _check_size(path: pathlib.Path, limit: int) -> None:
 
 @contextlib.contextmanager
 def _reading() -> Iterator[None]:
-    """Converts operating system errors to an InputError that names the file."""
+    """Convert operating system errors to an InputError that names the file."""
     try:
         yield
     except OSError as error:
