@@ -209,7 +209,7 @@ def test_without_weight_there_is_no_decoder(trainer, expected):
 
 def test_a_step_and_an_evaluation_use_these_masks(trainer, dataset, unbroken, losses):
     """The labels are wrong for nearly all images, so that the two masks differ."""
-    state = restored(unbroken[LAST_STEP - 1][1])._replace(window=loop.empty_window())
+    state = restored(unbroken[LAST_STEP - 1][1])._replace(window=trainer.empty_window())
     params = unbroken[LAST_STEP - 1][1].params  # the step takes those of the state
     key = jax.random.wrap_key_data(np.array(state.key))
     images, labels = dataset.test.images[:BATCH], (dataset.test.labels[:BATCH] + 1) % 10
