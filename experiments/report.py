@@ -1,4 +1,4 @@
-"""Writes one HTML page that compares runs: test errors, settings, curves, results and figures.
+"""Write one HTML page that compares runs: test errors, settings, curves, results and figures.
 
 The page is a single file without scripts; it opens from disk and needs no network.
 """
@@ -29,7 +29,7 @@ class Config:
 
 
 def main(config: Config) -> int:
-    """Read the folders and writes the page."""
+    """Read the folders and write the page."""
     named = config.workdirs.split(",")
     if not all(named):
         raise InputError(

@@ -22,7 +22,7 @@ class Config(mnist.Config):
 
 
 def main(config: Config) -> int:
-    """Runs with other settings in each process, with no common disk, and without its records."""
+    """Run with other settings in each process, with no common disk, and without its records."""
     own = config.process_id
     inspection.report = lambda *_, **__: None
     plain = {f.name: getattr(config, f.name) for f in dataclasses.fields(mnist.Config)}

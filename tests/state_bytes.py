@@ -33,7 +33,7 @@ hashes: dict[str, str] = {}  # by moment: of all bits of the parameters
 
 
 def watch_fetches() -> None:
-    """Notes every way in which JAX hands a large array to the host."""
+    """Note every way in which JAX hands a large array to the host."""
 
     def noted(name, function):
         @functools.wraps(function)
@@ -57,7 +57,7 @@ def watch_fetches() -> None:
 
 
 def look(moment: str) -> None:
-    """Notes the bytes that arrays of the weights' shape have on each device."""
+    """Note the bytes that arrays of the weights' shape have on each device."""
     by_device = dict.fromkeys(jax.devices(), 0)
     for array in jax.live_arrays():
         for shard in array.addressable_shards:
@@ -69,7 +69,7 @@ def look(moment: str) -> None:
 
 
 def watch(owner, name: str, moment: str) -> None:
-    """Looks after each call of a method."""
+    """Look after each call of a method."""
     method = getattr(owner, name)
 
     @functools.wraps(method)

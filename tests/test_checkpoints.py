@@ -438,7 +438,7 @@ cli.run(Config, main)
 
 @pytest.fixture
 def start():
-    """Starts programs that save step after step; none outlives its test."""
+    """Start programs that save step after step; none outlives its test."""
     with contextlib.ExitStack() as stack:
 
         def start(folder, **settings):

@@ -17,7 +17,7 @@ STEPS = 8
 
 
 def python(program, *arguments, devices=1):
-    """Runs a program with so many devices of the host; its lines."""
+    """Run a program with so many devices of the host; its lines."""
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
         "JAX_PLATFORMS": "cpu",

@@ -59,7 +59,7 @@ def train(tiny, tmp_path, monkeypatch):
 
 @pytest.fixture
 def program(tiny, tmp_path, monkeypatch, capsys):
-    """Runs the program in this process: its exit status and stderr."""
+    """Run the program in this process: its exit status and stderr."""
     monkeypatch.chdir(tmp_path)
 
     def program(**changes):

@@ -50,7 +50,7 @@ def finished(tiny, compiled, tmp_path_factory):
 
 @pytest.fixture
 def program(tiny, tmp_path, monkeypatch, capsys):
-    """Runs the program in this process: its exit status and stderr."""
+    """Run the program in this process: its exit status and stderr."""
     monkeypatch.chdir(tmp_path)
 
     def program(**changes):

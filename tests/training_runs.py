@@ -14,7 +14,7 @@ LAST_STEP = 30  # of 6 epochs
 
 
 def write_noise(folder, *, seed=0, side=17):
-    """Writes 5 batches of 8 and 4 more images to train on, 2 and 5 more to test; their folder."""
+    """Write 5 batches of 8 and 4 more images to train on, 2 and 5 more to test; their folder."""
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(seed)
     for split, size in (("train", 44), ("test", 21)):

@@ -1,4 +1,4 @@
-"""Computes the learning curves of a report: one chart per measure, with a curve for each run.
+"""Compute the learning curves of a report: one chart per measure, with a curve for each run.
 
 The template writes a chart as SVG inside HTML. Colours and dashes are CSS classes (c0 …, d0 …), so
 that the style sheet can choose them for light and for dark mode.
@@ -114,7 +114,7 @@ def heading(measure: str) -> str:
 def _chart(
     title: str, across: str, lines: Sequence[tuple[str, str, Sequence[tuple[float, float]]]]
 ) -> Chart:
-    """Scales labelled and styled curves, of at least one point each, to the plot's area."""
+    """Scale labelled and styled curves, of at least one point each, to the plot's area."""
     xs = _linear([x for _, _, points in lines for x, _ in points])
     ys = _scale([y for _, _, points in lines for _, y in points])
 

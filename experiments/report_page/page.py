@@ -1,4 +1,4 @@
-"""Writes the page of a report: prepares its tables, curves and figures, and fills the template."""
+"""Write the page of a report: prepare its tables, curves and figures, and fill the template."""
 
 import json
 import pathlib

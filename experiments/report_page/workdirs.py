@@ -1,4 +1,4 @@
-"""Reads the input of a report: runs, and the results and figures of runs and of experiments.
+"""Read the input of a report: runs, and the results and figures of runs and of experiments.
 
 The files may come from somebody else. Each kind of file has a size limit, and a file that is not
 in the format that the programs write raises an InputError that names it.
@@ -165,7 +165,7 @@ def _find(root: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _flat(value: dict[str, Any]) -> dict[str, Any]:
-    """Flattens one level of nesting: {"versions": {"jax": 1}} becomes {"versions.jax": 1}."""
+    """Flatten one level of nesting: {"versions": {"jax": 1}} becomes {"versions.jax": 1}."""
     flat: dict[str, Any] = {}
     for name, own in value.items():
         flat |= (
@@ -184,7 +184,7 @@ def _check_depth(value: Any, deepest: int = 10) -> None:
 
 
 def _natural(path: pathlib.Path) -> list[tuple[int, str]]:
-    """Sorts seed_10 after seed_9."""
+    """Sort seed_10 after seed_9."""
     pieces = re.findall(r"[0-9]+|[^0-9]+", str(path))
     return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in pieces]
 

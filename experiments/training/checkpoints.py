@@ -39,7 +39,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: files.StrPath):
-        """Finds the checkpoints of the run in `workdir`, and writes nothing."""
+        """Find the checkpoints of the run in `workdir`, and write nothing."""
         run = records.read_config(workdir)
         self._run = {"config": run["config"], "data_sha256": run["data_sha256"]}
         self._workdir = workdir
@@ -49,11 +49,11 @@ class Checkpoints:
         self._manager: ocp.CheckpointManager | None = None
 
     def steps(self) -> list[int]:
-        """Returns the steps that have a checkpoint, oldest first."""
+        """Return the steps that have a checkpoint, oldest first."""
         return saved_steps(self._workdir)
 
     def save(self, step: int, state: Any) -> None:
-        """Saves the state of one step, and returns when it is on disk.
+        """Save the state of one step, and return when it is on disk.
 
         Args:
           step: Above every step saved so far; a step that has a checkpoint is skipped.
@@ -88,7 +88,7 @@ class Checkpoints:
         processes.on_lead(lambda: _write_last(self._workdir, step))
 
     def restore(self, template: Any) -> tuple[int, Any] | None:
-        """Restores the newest intact checkpoint, and warns of each newer one that is damaged.
+        """Restore the newest intact checkpoint, and warn of each newer one that is damaged.
 
         Args:
           template: A state of arrays or `jax.ShapeDtypeStruct`s, with the structure, dtypes, shapes
@@ -125,7 +125,7 @@ class Checkpoints:
         return None
 
     def close(self) -> None:
-        """Ends Orbax's threads; every save is on disk already."""
+        """End Orbax's threads; every save is on disk already."""
         if self._manager is not None:
             self._manager.close()
 
@@ -162,7 +162,7 @@ class Checkpoints:
         return state
 
     def _open_manager(self) -> ocp.CheckpointManager:
-        """Clears unusable checkpoints and opens Orbax's manager, at the first save.
+        """Clear unusable checkpoints and open Orbax's manager, at the first save.
 
         Not earlier, since a run may be read while another program trains it.
         """
@@ -177,7 +177,7 @@ class Checkpoints:
             return ocp.CheckpointManager(self._folder, options=options)
 
     def _lost_since(self, step: int) -> dict[int, str]:
-        """Returns the complete checkpoints after `step` that are lost, each with the reason."""
+        """Return the complete checkpoints after `step` that are lost, each with the reason."""
         last = _read_last(self._workdir)
         if last is None or last <= step:
             return {}
@@ -221,7 +221,7 @@ class Checkpoints:
             )
 
     def _seal(self, folder: pathlib.Path, leaves: dict[str, Any], digests: list[Any]) -> None:
-        """Writes the record of a checkpoint whose files are on disk, and the record's own hash."""
+        """Write the record of a checkpoint whose files are on disk, and the record's own hash."""
         found = {name: digest for of_process in digests for name, digest in of_process.items()}
         for entry in (folder.parent, folder, *folder.rglob("*")):
             if entry.is_dir():
@@ -232,13 +232,13 @@ class Checkpoints:
 
 
 def saved_steps(workdir: files.StrPath) -> list[int]:
-    """Returns the steps of a run that have a checkpoint, oldest first."""
+    """Return the steps of a run that have a checkpoint, oldest first."""
     found = {entry.parent.name for entry in pathlib.Path(workdir).glob(f"checkpoints/*/{_RECORD}")}
     return sorted(int(name) for name in found if name.isdecimal())
 
 
 def begin_training(workdir: files.StrPath) -> None:
-    """Prepares a run's folder for training, before its first row of metrics is written.
+    """Prepare a run's folder for training, before its first row of metrics is written.
 
     Raises:
       InputError: Its checkpoints are lost, or it cannot be written.
@@ -250,7 +250,7 @@ def begin_training(workdir: files.StrPath) -> None:
 
 
 def check_not_lost(workdir: files.StrPath) -> None:
-    """Checks that a run without a complete checkpoint never had one.
+    """Check that a run without a complete checkpoint never had one.
 
     A kill before the first checkpoint leaves the file of `begin_training`, rows of metrics and at
     most one checkpoint folder without a record; in any other case checkpoints were lost.
@@ -274,14 +274,14 @@ def check_not_lost(workdir: files.StrPath) -> None:
 
 
 def _unsealed_steps(workdir: files.StrPath) -> list[int]:
-    """Returns the steps that have a folder without a record."""
+    """Return the steps that have a folder without a record."""
     folders = pathlib.Path(workdir).glob("checkpoints/*/")
     found = {int(folder.name) for folder in folders if folder.name.isdecimal()}
     return sorted(found - set(saved_steps(workdir)))
 
 
 def _read_last(workdir: files.StrPath) -> int | None:
-    """Returns the step of the last complete checkpoint; None if the file is absent or damaged."""
+    """Return the step of the last complete checkpoint; None if the file is absent or damaged."""
     path = pathlib.Path(workdir) / _LAST
     try:
         step = json.loads(path.read_bytes())["step"]
@@ -305,7 +305,7 @@ class _DamagedError(Exception):
 
 
 def _intact(folder: pathlib.Path) -> dict[str, Any]:
-    """Returns a checkpoint's record after verifying its files, of which each process reads some."""
+    """Return a checkpoint's record after verifying its files, of which each process reads some."""
     reason = ""
     try:
         record = _unsealed(folder / _RECORD)
@@ -321,7 +321,7 @@ def _intact(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _signatures(tree: Any) -> dict[str, dict[str, Any]]:
-    """Returns dtype and shape of every leaf, by its path in the tree."""
+    """Return dtype and shape of every leaf, by its path in the tree."""
     return {
         jax.tree_util.keystr(path): {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
         for path, leaf in jax.tree.leaves_with_path(tree)
@@ -329,7 +329,7 @@ def _signatures(tree: Any) -> dict[str, dict[str, Any]]:
 
 
 def _unsealed(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the record if its checksum fits: a SHA-256, or the CRC-32 of older versions."""
+    """Return the record if its checksum fits: a SHA-256, or the CRC-32 of older versions."""
     try:
         sealed = json.loads(path.read_bytes())
         text = json.dumps(sealed["record"])
@@ -355,7 +355,7 @@ def _text_sha256(text: str) -> str:
 
 
 def _digests(folder: pathlib.Path) -> dict[str, str]:
-    """Returns the SHA-256 of the files that this process hashes, once they are on disk.
+    """Return the SHA-256 of the files that this process hashes, once they are on disk.
 
     Orbax writes a process's shards into ocdbt.process_<its index>; process 0 hashes all else, such
     as the metadata that belong to no process.

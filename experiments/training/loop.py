@@ -50,11 +50,11 @@ class Evaluation(NamedTuple):
 
     @property
     def predictions(self) -> np.ndarray:
-        """Classes with the highest score, int [N]."""
+        """The classes with the highest score, int [N]."""
         return self.scores.argmax(axis=1)
 
     def error(self, labels: np.ndarray) -> float:
-        """Returns the percentage of wrong predictions."""
+        """Return the percentage of wrong predictions."""
         return 100 * float(np.mean(self.predictions != labels))
 
 
@@ -108,17 +108,17 @@ class Trainer:
         self._compile()
 
     def _layout(self) -> State:
-        """Returns the sharding of each array of a state."""
+        """Return the sharding of each array of a state."""
         device = SingleDeviceSharding(jax.local_devices()[0])
         return jax.tree.map(lambda _: device, self._shapes)
 
     def _compile(self) -> None:
-        """Declares step and evaluation; XLA compiles each at its first call."""
+        """Declare step and evaluation; XLA compiles each at its first call."""
         self.step = jax.jit(self._step, donate_argnums=0)
         self._evaluate_batch = jax.jit(self._evaluate)
 
     def initial_state(self, seed: int) -> State:
-        """Returns the state before the first step; each device makes its own shards.
+        """Return the state before the first step; each device makes its own shards.
 
         Args:
           seed: Of augmentation and dropout; that of the parameters is `build`'s.
@@ -133,7 +133,7 @@ class Trainer:
         return state._replace(params=params)
 
     def abstract_state(self) -> State:
-        """Returns shapes, dtypes and shardings of a state, as `Checkpoints.restore` takes them."""
+        """Return shapes, dtypes and shardings of a state, as `Checkpoints.restore` takes them."""
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             self._shapes,
@@ -141,27 +141,27 @@ class Trainer:
         )
 
     def batch(self, examples: datasets.Examples, indices: np.ndarray) -> tuple[Any, Any]:
-        """Returns images and labels of these examples, as a step takes them."""
+        """Return images and labels of these examples, as a step takes them."""
         return examples.take(indices)
 
     def jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Compiles a function of parameters and arrays; every process gets its whole result."""
+        """Compile a function of parameters and arrays; every process gets its whole result."""
         return jax.jit(function)
 
     def compile_step(self, state: State, images: Any, labels: Any) -> None:
-        """Compiles the step ahead of its first call, and returns the compiler's memory."""
+        """Compile the step ahead of its first call, and return the compiler's memory."""
         self.step.lower(state, images, labels).compile()
         if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
             libc.malloc_trim(0)  # else the allocator keeps 0.2 GB beside what the step needs
 
     def model(self, params: Params) -> Any:
-        """Returns the network with these parameters, of the type that `build` returns."""
+        """Return the network with these parameters, of the type that `build` returns."""
         return nnx.merge(self._graph, params)
 
     def evaluate(
         self, params: Params, examples: datasets.Examples, *, batch_size: int
     ) -> Evaluation:
-        """Returns scores and mean loss of a whole split, the last, smaller batch included."""
+        """Return scores and mean loss of a whole split, the last, smaller batch included."""
         scores, losses = [], []
         for start in range(0, examples.size, batch_size):
             indices = np.arange(start, min(start + batch_size, examples.size))
@@ -175,7 +175,7 @@ class Trainer:
         return Evaluation(np.concatenate(scores), float(np.concatenate(losses).mean()))
 
     def scores(self, params: Params, images: np.ndarray, *, batch_size: int = 128) -> np.ndarray:
-        """Returns the classes' scores, float32 `[N, K]`, of images `[N, H, W, C]` in 0 … 1."""
+        """Return the classes' scores, float32 `[N, K]`, of images `[N, H, W, C]` in 0 … 1."""
         starts = range(0, len(images), batch_size)
         batches = (images[start : start + batch_size] for start in starts)
         return np.concatenate([np.asarray(self._score_batch(params, x)) for x in batches])
@@ -189,7 +189,7 @@ class Trainer:
         )
 
     def _local_model(self, params: Params) -> Any:
-        """Returns the network that one device runs in a step, with its shards of parameters."""
+        """Return the network that one device runs in a step, with its shards of parameters."""
         return self.model(params)
 
     def _step(self, state: State, images: Array, labels: Array) -> State:
@@ -223,7 +223,7 @@ class Trainer:
     def _averaged(
         self, loss: Array, errors: Array, gradients: Params
     ) -> tuple[Array, Array, Params]:
-        """Averages over devices what each has as the mean over its examples."""
+        """Average over the devices the means over the examples of each."""
         return loss, errors, gradients
 
     def _norm(self, gradients: Params) -> Array:
@@ -234,13 +234,13 @@ class Trainer:
 
 
 def keep_compiled(folder: str) -> None:
-    """Keeps all compiled programs in a folder, the small ones too, of which a start has dozens."""
+    """Keep all compiled programs in a folder, the small ones too, of which a start has dozens."""
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def empty_window() -> Window:
-    """Returns the sums before the first step."""
+    """Return the sums before the first step."""
     return Window(
         steps=jnp.zeros((), jnp.int32),
         loss=jnp.zeros(()),
@@ -252,7 +252,7 @@ def empty_window() -> Window:
 def adam(
     learning_rate: float, *, final_learning_rate: float, num_steps: int
 ) -> optax.GradientTransformation:
-    """Returns Adam with a learning rate that decays exponentially over `num_steps` steps."""
+    """Return Adam with a learning rate that decays exponentially over `num_steps` steps."""
     factor = final_learning_rate / learning_rate
     return optax.adam(optax.exponential_decay(learning_rate, num_steps, factor))
 
@@ -270,7 +270,7 @@ def train(
     stopped: Callable[[], int],
     extra_metrics: Callable[[Params], dict[str, float]] | None = None,
 ) -> Iterator[Progress]:
-    """Trains from a state to the last step, and yields after every step.
+    """Train from a state to the last step, and yield after every step.
 
     Args:
       trainer: The compiled functions.
@@ -323,7 +323,7 @@ def train(
 
 
 def check_finite(window: Window) -> None:
-    """Raises InputError with the first step whose loss or gradient was not finite, if any."""
+    """Raise InputError with the first step whose loss or gradient was not finite, if any."""
     bad_step = int(window.bad_step)
     if bad_step >= 0:
         raise _not_finite("the loss or its gradient", bad_step)

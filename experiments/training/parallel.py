@@ -50,7 +50,7 @@ class Settings:
 
 
 def spread(trainer: loop.Trainer, settings: Settings, *, batch_size: int) -> loop.Trainer:
-    """Returns a trainer for the devices that the settings ask for; for one device, the given one.
+    """Return a trainer for the devices that the settings ask for; for one device, the given one.
 
     Raises:
       InputError: There are not so many devices, or batch or capsules cannot be split so.
@@ -77,7 +77,7 @@ def spread(trainer: loop.Trainer, settings: Settings, *, batch_size: int) -> loo
 
 
 def mesh_shape(settings: Settings, devices: int, *, processes: int) -> tuple[int, int]:
-    """Returns the numbers of devices along "data" and "capsules".
+    """Return the numbers of devices along "data" and "capsules".
 
     Raises:
       InputError: More than there are, or, of many processes, fewer.
@@ -111,7 +111,7 @@ class ParallelTrainer(loop.Trainer):
     """
 
     def __init__(self, trainer: loop.Trainer, mesh: Mesh):
-        """Takes network, objective and optimizer from the trainer of one device."""
+        """Take network, objective and optimizer from the trainer of one device."""
         self.mesh = mesh
         self._by_example = NamedSharding(mesh, P((DATA, CAPSULES)))
         super().__init__(trainer.build, trainer.objective, trainer.optimizer)
@@ -137,18 +137,18 @@ class ParallelTrainer(loop.Trainer):
         self._evaluate_batch = program(self._evaluate, arguments, P())
 
     def jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Compiles a function of parameters and arrays; every process gets its whole result."""
+        """Compile a function of parameters and arrays; every process gets its whole result."""
         return jax.jit(function, out_shardings=NamedSharding(self.mesh, P()))
 
     def model(self, params: loop.Params) -> Any:
-        """Returns the network with these parameters, to be called outside `shard_map`."""
+        """Return the network with these parameters, to be called outside `shard_map`."""
         model = super().model(params)
         if self.mesh.shape[CAPSULES] > 1:
             model.capsules = SplitCapsules(model.capsules, self.mesh)
         return model
 
     def batch(self, examples: datasets.Examples, indices: np.ndarray) -> tuple[Any, Any]:
-        """Returns images and labels of these examples: each process makes its own part."""
+        """Return images and labels of these examples: each process makes its own part."""
         shape = (len(indices),)
         parts = self._by_example.addressable_devices_indices_map(shape).values()
         own = sorted({(part[0].start or 0, part[0].stop) for part in parts if part is not None})
@@ -203,7 +203,7 @@ class SplitCapsules(nnx.Module):
         self.mesh = mesh
 
     def __call__(self, poses: Array) -> Array:
-        """Maps poses `[B, I, P]` to poses `[B, J, D]`, replicated."""
+        """Map poses `[B, I, P]` to poses `[B, J, D]`, replicated."""
         route = functools.partial(
             capsjax.dynamic_routing,
             gradient=self.layer.gradient,
@@ -212,7 +212,7 @@ class SplitCapsules(nnx.Module):
         return self._split(route, poses, P())
 
     def couplings(self, poses: Array) -> Array:
-        """Maps poses `[B, I, P]` to couplings `[T, B, I, J]`, split by input capsules."""
+        """Map poses `[B, I, P]` to couplings `[T, B, I, J]`, split by input capsules."""
         return self._split(capsjax.routing_couplings, poses, P(None, None, CAPSULES))
 
     def _split(self, route: Callable[..., Array], poses: Array, out_specs: P) -> Array:
@@ -234,7 +234,7 @@ class SplitCapsules(nnx.Module):
 
 
 def _specs(tree: Any) -> Any:
-    """Returns how each array is sharded: weights of class capsules by input capsules."""
+    """Return how each array is sharded: weights of class capsules by input capsules."""
 
     def spec(path: tuple[Any, ...], leaf: Any) -> P:
         del leaf

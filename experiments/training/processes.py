@@ -40,7 +40,7 @@ class Settings:
 
 
 def start(settings: Settings, *, may_be_cluster: bool) -> None:
-    """Joins the other processes, if there are any, before the first use of a device.
+    """Join the other processes, if there are any, before the first use of a device.
 
     Args:
       settings: Address, number and index.
@@ -82,12 +82,12 @@ def start(settings: Settings, *, may_be_cluster: bool) -> None:
 
 
 def is_lead() -> bool:
-    """Returns whether this is process 0, the one that writes logs, metrics and figures."""
+    """Return whether this is process 0, the one that writes logs, metrics and figures."""
     return jax.process_index() == 0
 
 
 def together(action: Callable[[], T]) -> T:
-    """Calls the same function in every process.
+    """Call the same function in every process.
 
     Raises:
       InputError: It fails in one of them; all raise that one's error.
@@ -105,7 +105,7 @@ def together(action: Callable[[], T]) -> T:
 
 
 def gather(action: Callable[[], T]) -> list[T]:
-    """Calls the same function in every process, and returns all results, which JSON can write.
+    """Call the same function in every process, and return all results, which JSON can write.
 
     Raises:
       InputError: As `together`.
@@ -115,7 +115,7 @@ def gather(action: Callable[[], T]) -> list[T]:
 
 
 def on_lead(action: Callable[[], T]) -> T | None:
-    """Calls a function in process 0 alone; the others get None.
+    """Call a function in process 0 alone; the others get None.
 
     Raises:
       InputError: It fails there; all processes raise its error.
@@ -124,17 +124,17 @@ def on_lead(action: Callable[[], T]) -> T | None:
 
 
 def first_reason(reason: str) -> str:
-    """Returns in all processes the first text of any process that is not empty, or an empty one."""
+    """Return in all processes the first text of any process that is not empty, or an empty one."""
     return next(filter(None, _texts(reason)), "")
 
 
 def from_lead(tree: T) -> T:
-    """Returns the small arrays of process 0 in every process."""
+    """Return the small arrays of process 0 in every process."""
     return tree if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(tree)
 
 
 def check_same(facts: dict[str, Any], rule: str = "the processes differ") -> None:
-    """Raises InputError in all processes if their values differ: the rule, and the differences."""
+    """Raise InputError in all processes if their values differ: the rule, and the differences."""
     texts = _texts("\n".join(repr(value) for value in facts.values()))
     values = [text.split("\n") for text in texts]
     for process, other in enumerate(values):
@@ -148,7 +148,7 @@ def check_same(facts: dict[str, Any], rule: str = "the processes differ") -> Non
 
 
 def agreed(stopped: Callable[[], int]) -> Callable[[], int]:
-    """Makes a function that returns in all processes the signal that any of them received.
+    """Make a function that returns in all processes the signal that any of them received.
 
     All must call it equally often. It tells what was so one call before, so that no step waits.
     JAX's own `reached_preemption_sync_point` knows SIGTERM alone and not which signal it was,
@@ -174,7 +174,7 @@ def agreed(stopped: Callable[[], int]) -> Callable[[], int]:
 
 @contextlib.contextmanager
 def one_line_on_loss(last_checkpoint: Callable[[], str]) -> Iterator[None]:
-    """Ends this process with one line and status 75 when its connection to another one breaks.
+    """End this process with one line and status 75 when its connection to another one breaks.
 
     A process that only falls silent breaks no connection: after `HEARTBEAT_SECONDS` jax aborts all
     others.
@@ -195,7 +195,7 @@ def one_line_on_loss(last_checkpoint: Callable[[], str]) -> Iterator[None]:
 
 
 def _texts(text: str) -> list[str]:
-    """Returns the texts of all processes, by process."""
+    """Return the texts of all processes, by process."""
     if jax.process_count() == 1:
         return [text]
     own = np.frombuffer(text.encode(), np.uint8)
@@ -206,7 +206,7 @@ def _texts(text: str) -> list[str]:
 
 
 def _check_address(address: str, *, listens: bool) -> None:
-    """Raises InputError unless it is HOST:PORT, with a free port if this process listens."""
+    """Raise InputError unless it is HOST:PORT, with a free port if this process listens."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise InputError(f"--coordinator_address must be HOST:PORT, got {address!r}")

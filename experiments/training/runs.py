@@ -44,7 +44,7 @@ class Display:
         )
 
     def update(self, step: int, row: Mapping[str, float | int] | None) -> None:
-        """Shows a step and, if there is one, its row of metrics; rows with a test error stay."""
+        """Show a step and, if there is one, its row of metrics; rows with a test error stay."""
         self._bar.update(self._task, completed=step)
         if row is None:
             return
@@ -111,7 +111,7 @@ class Settings(parallel.Settings, processes.Settings):
 
 
 def prepare(settings: Settings) -> datasets.Dataset:
-    """Joins the other processes, enables the compilation cache, and loads the data set.
+    """Join the other processes, enable the compilation cache, and load the data set.
 
     Raises:
       InputError: There is no such data set, or another process has other settings or data.
@@ -133,7 +133,7 @@ def prepare(settings: Settings) -> datasets.Dataset:
 
 
 def num_steps(settings: Settings, examples: datasets.Examples) -> int:
-    """Returns the number of steps in all epochs.
+    """Return the number of steps in all epochs.
 
     Raises:
       InputError: The batch is larger than the data, or the steps do not fit into an int32.
@@ -161,7 +161,7 @@ def train(
     data_sha256: str,
     extra_metrics: Callable[[loop.Params], dict[str, float]] | None = None,
 ) -> tuple[int, loop.Params]:
-    """Trains from the workdir's newest checkpoint, or from the start, to the last step.
+    """Train from the workdir's newest checkpoint, or from the start, to the last step.
 
     Args:
       settings: Those of the run; `prepare` was called with them.

@@ -9,7 +9,7 @@ from types import FrameType
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[], int]]:
-    """Records the first SIGINT or SIGTERM inside the block; a later one has its usual effect.
+    """Record the first SIGINT or SIGTERM inside the block; a later one has its usual effect.
 
     Signals within a second of the first count as the same request: Ctrl-C reaches all processes of
     a terminal, and `launch` then sends SIGTERM to those that it started.

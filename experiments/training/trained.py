@@ -33,7 +33,7 @@ class Trained(NamedTuple):
 
 
 def load(workdir: str, *, data_dir: str = "") -> Trained:
-    """Restores the newest checkpoint of a run of train_mnist, on one device.
+    """Restore the newest checkpoint of a run of train_mnist, on one device.
 
     Args:
       workdir: The folder of the run; nothing is written to it.
@@ -54,7 +54,7 @@ def load(workdir: str, *, data_dir: str = "") -> Trained:
 
 
 def read_images(run: Trained, paths: Sequence[str]) -> np.ndarray:
-    """Reads image files as the run's network takes them, `[N, H, W, C]` in 0 … 1.
+    """Read image files as the run's network takes them, `[N, H, W, C]` in 0 … 1.
 
     They are resized to the data set's images, and centred on the canvas if there is one.
 
@@ -67,7 +67,7 @@ def read_images(run: Trained, paths: Sequence[str]) -> np.ndarray:
 
 
 def load_all(workdirs: Sequence[str], *, data_dir: str = "") -> dict[str, Trained]:
-    """Restores several runs on the same data set and image size, by their folders.
+    """Restore several runs on the same data set and image size, by their folders.
 
     Raises:
       InputError: As `load`; or a folder is given twice, or data sets or image sizes differ.
@@ -87,7 +87,7 @@ def load_all(workdirs: Sequence[str], *, data_dir: str = "") -> dict[str, Traine
 
 
 def config_of(kind: type[C], settings: dict[str, Any], workdir: str) -> C:
-    """Builds the Config of a run from the settings in its config.json.
+    """Build the Config of a run from the settings in its config.json.
 
     Settings that do not affect the result may be absent, since later versions add some.
 
@@ -113,7 +113,7 @@ def config_of(kind: type[C], settings: dict[str, Any], workdir: str) -> C:
 
 
 def check_data(config: runs.Settings, dataset: datasets.Dataset, sha256: str, workdir: str) -> None:
-    """Raises InputError unless a run was trained on this data set."""
+    """Raise InputError unless a run was trained on this data set."""
     if dataset.sha256 != sha256:
         raise InputError(
             f"workdir {workdir} was trained on {config.dataset} with sha256 {sha256}, but the data "
@@ -122,7 +122,7 @@ def check_data(config: runs.Settings, dataset: datasets.Dataset, sha256: str, wo
 
 
 def restored(trainer: loop.Trainer, workdir: str) -> tuple[int, loop.Params]:
-    """Returns the newest checkpoint's step and parameters, on the trainer's devices.
+    """Return the newest checkpoint's step and parameters, on the trainer's devices.
 
     Raises:
       InputError: There is none.
