@@ -346,5 +346,5 @@ def test_roof_bends_where_traffic_and_arithmetic_take_equally_long():
 
 @pytest.mark.parametrize("draw", [routing_speed.time_over_capsules, routing_speed.roofline])
 def test_figure_without_rows_is_an_error(draw):
-    with pytest.raises(ValueError, match="rows must hold one with a time, got none"):
+    with pytest.raises(ValueError, match="rows must include one with a time, got none"):
         draw([])

@@ -28,7 +28,7 @@ def test_no_device_and_no_host_ever_holds_all_split_weights(tmp_path):
     assert len(set(found["hashes"].values())) == 1  # the same bits on any number of devices
     assert found["fetched"] == []
     programs = compiled_programs(tmp_path / "dump")
-    assert programs.keys() >= {"jit__params", "jit__step", "jit__evaluate", "jit_measured"}
+    assert programs.keys() >= {"jit__params", "jit__step", "jit__evaluate", "jit_compute"}
     for name, (largest, temporaries) in programs.items():
         # Where random bits are drawn, those of a shard are 8 bytes for each of its numbers.
         assert largest <= whole / 2, name
