@@ -309,8 +309,8 @@ def _intact(folder: pathlib.Path) -> dict[str, Any]:
     reason = ""
     try:
         record = _unsealed(folder / _RECORD)
-        share = list(record["files"].items())[jax.process_index() :: jax.process_count()]
-        for name, digest in share:
+        own = list(record["files"].items())[jax.process_index() :: jax.process_count()]
+        for name, digest in own:
             if _sha256(folder / name) != digest:
                 raise _DamagedError(f"{name} is not what was written")
     except (_DamagedError, OSError) as error:
