@@ -336,7 +336,7 @@ def _from_tfds(name: str, folder: Path) -> Dataset:
     ):
         raise InputError(
             f"{folder}: a data set must have the features image and label (a class) and the splits "
-            f"train and test, got {', '.join(features)} and {', '.join(sources)}."
+            f"train and test, got {', '.join(sorted(features))} and {', '.join(sorted(sources))}."
         )
     splits = {}
     for split in idx.STEMS:
