@@ -124,10 +124,11 @@ def write_effects(measured: effects.Effects, num_classes: int, output: pathlib.P
     table = effects.dimension_rows(measured)
     files.write_json(output / "results.json", table)
     files.write_json(output / "by_class.json", effects.class_rows(measured, num_classes))
+    low = f"{min(inspection.TWEAKS):g}".replace("-", "\N{MINUS SIGN}")
     conditions = (
-        f"if a dimension changes from {min(inspection.TWEAKS):g} to {max(inspection.TWEAKS):+g},\n"
+        f"if a dimension changes from {low} to {max(inspection.TWEAKS):+g},\n"
         f"in within-class standard deviations, over {len(measured.predicted)} test images"
-    ).replace("-", "\N{MINUS SIGN}")
+    )
     sizes = np.array([[row[f"{name}_deviations"] for name in effects.MEASURES] for row in table])
     figure = draw_effect_sizes(
         sizes, measures=effects.MEASURES, title=f"Mean absolute change {conditions}"
