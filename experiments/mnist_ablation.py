@@ -74,7 +74,8 @@ def main(config: Config) -> int:
     figure = draw_errors(table)
     files.save_figure(figure, folder / "figures/test_errors.png")
     columns = list(dict.fromkeys(key for row in table for key in row))
-    cells = [[str(row.get(key, "")) for key in columns] for row in table]
+    values = [[row.get(key) for key in columns] for row in table]
+    cells = [["" if value is None else str(value) for value in row] for row in values]
     for line in cli.table([columns, *cells]):
         print(line)
     return 0
