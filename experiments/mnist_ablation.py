@@ -16,7 +16,7 @@ from absl import logging
 from matplotlib.figure import Figure
 
 from experiments import cli, files
-from experiments.analysis import diagnostics, inspection
+from experiments.analysis.classifier_run import train_run
 from experiments.cli import flag
 from experiments.data import datasets
 from experiments.errors import InputError
@@ -79,21 +79,6 @@ def main(config: Config) -> int:
     for line in cli.table([columns, *cells]):
         print(line)
     return 0
-
-
-def train_run(run: mnist.Config, dataset: datasets.Dataset) -> int:
-    """Train one run to its end, write its figures, and return the exit status."""
-    trainer = parallel.spread(mnist.build(run, dataset), run, batch_size=run.batch_size)
-    test = mnist.test_split(run, dataset)
-    extra_metrics = (
-        diagnostics.make_diagnostics(trainer, dataset.train) if run.diagnostics else None
-    )
-    status, params = runs.train(
-        run, trainer, dataset.train, test, data_sha256=dataset.sha256, extra_metrics=extra_metrics
-    )
-    if not status:
-        inspection.report(trainer, params, test, run.workdir, batch_size=run.batch_size)
-    return status
 
 
 def check_settings(config: Config, names: list[str]) -> None:

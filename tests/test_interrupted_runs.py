@@ -1,6 +1,7 @@
 """Interrupted and damaged runs of train_mnist end as an undisturbed one, or are refused."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 import random
@@ -12,7 +13,6 @@ import sys
 import threading
 import time
 
-import in_process
 import jax
 import numpy as np
 import pytest
@@ -61,13 +61,7 @@ def train(tiny, tmp_path, monkeypatch):
 def program(tiny, tmp_path, monkeypatch, capsys):
     """Run the program in this process: its exit status and stderr."""
     monkeypatch.chdir(tmp_path)
-
-    def program(**changes):
-        settings = dataclasses.asdict(tiny) | changes
-        status, _, stderr = in_process.run(train_mnist, settings, monkeypatch, capsys)
-        return status, stderr
-
-    return program
+    return functools.partial(training_runs.run_program, tiny, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(("number", "last"), [(signal.SIGINT, 7), (signal.SIGTERM, LAST_STEP)])

@@ -1,11 +1,11 @@
 """train_mnist: what a run leaves, and what the program refuses in one line."""
 
 import dataclasses
+import functools
 import pathlib
 import re
 import shutil
 
-import in_process
 import jax
 import numpy as np
 import pytest
@@ -13,7 +13,6 @@ import training_runs
 from jax.experimental.compilation_cache import compilation_cache
 from training_runs import LAST_STEP, contents, rows
 
-from experiments import train_mnist
 from experiments.training.checkpoints import saved_steps
 
 FIGURES = {
@@ -52,13 +51,7 @@ def finished(tiny, compiled, tmp_path_factory):
 def program(tiny, tmp_path, monkeypatch, capsys):
     """Run the program in this process: its exit status and stderr."""
     monkeypatch.chdir(tmp_path)
-
-    def program(**changes):
-        settings = dataclasses.asdict(tiny) | changes
-        status, _, stderr = in_process.run(train_mnist, settings, monkeypatch, capsys)
-        return status, stderr
-
-    return program
+    return functools.partial(training_runs.run_program, tiny, monkeypatch, capsys)
 
 
 def test_a_run_leaves_what_it_promises(finished, compiled):

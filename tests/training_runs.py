@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import in_process
 import jax
 import numpy as np
 
@@ -49,6 +50,13 @@ def finish(config, folder):
     workdir = folder / "run"
     assert train_mnist.main(dataclasses.replace(config, workdir=str(workdir))) == 0
     return workdir
+
+
+def run_program(config, monkeypatch, capsys, **changes):
+    """Run train_mnist as a program in this process: its exit status and stderr."""
+    settings = dataclasses.asdict(config) | changes
+    status, _, stderr = in_process.run(train_mnist, settings, monkeypatch, capsys)
+    return status, stderr
 
 
 def trainer_of(config):
