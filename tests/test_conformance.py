@@ -68,15 +68,13 @@ SMALL_XLA = XlaConfig(children=4, examples=2)
 SMALL_TPU = MosaicTpuConfig(examples=8, panel=2, weight_buffers=1, memory=2**24)
 SMALL_TRITON = TritonConfig(
     sums_examples=16,
-    sums_parents=4,
-    sums_capsules=3,
+    sums_ranges=3,
     sums_warps=4,
-    sums_programs=3,
+    sums_stages=1,
     gradients_examples=16,
-    gradients_parents=2,
-    gradients_capsules=2,
+    gradients_splits=2,
     gradients_warps=4,
-    gradients_programs=3,
+    gradients_stages=1,
 )
 IMPLEMENTATIONS = {
     "xla, small tiles": Implementation("xla", SMALL_XLA),
@@ -149,12 +147,16 @@ def all_passes(module, problem, **settings):
             Term(state, None, cotangent)
             for state, cotangent in zip(states, cotangents, strict=True)
         ]
-        last = terms[-1:]
+        d_state, kept = module.chain(spec, inputs, terms[-1], **settings)
+        constant = module.input_gradients(
+            spec, inputs, terms[-1:], constant_couplings=True, **settings
+        )
+        terms[-1] = terms[-1]._replace(kept=kept)
         return Results(
             [module.moments(spec, inputs, state, **settings) for state in states],
-            module.chain(spec, inputs, terms[-1], **settings),
+            d_state,
             module.input_gradients(spec, inputs, terms, constant_couplings=False, **settings),
-            module.input_gradients(spec, inputs, last, constant_couplings=True, **settings),
+            constant,
         )
 
     return run

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -82,6 +82,12 @@ def mosaic_tpu_config_for(case: Case, device_kind: str | None = None) -> MosaicT
     return None
 
 
+def mosaic_tpu_fuses(case: Case) -> bool:
+    """Return whether one TPU kernel runs the chain pass and the input gradients of an iteration."""
+    del case
+    return False
+
+
 def _tpu_memory(case: Case, examples: int, weight_buffers: int) -> tuple[int, int]:
     """Return the bytes of a kernel's tiles, and of the states of one tile of examples.
 
@@ -106,101 +112,26 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-class TritonTile(NamedTuple):
-    """Tile size and launch of a Pallas-Triton kernel; powers of two except `capsules`."""
-
-    examples: int  # at least 16, the rows of a matrix instruction
-    parents: int  # parents x depth, the columns, is at least 16
-    capsules: int  # input capsules of a group, which loads the examples' states once
-    num_warps: int  # of 32 threads, for each program
-    programs: int  # of a launch; more if there are more tiles of examples
-
-
 @dataclasses.dataclass(frozen=True)
 class TritonConfig:
-    """Tile sizes of the Pallas-Triton kernels: the fields of two `TritonTile`s."""
+    """Tile sizes of the Pallas-Triton kernels. A group is `triton.tiles.Tiling.n` children."""
 
-    # The passes that return sums over capsules.
-    sums_examples: int
-    sums_parents: int
-    sums_capsules: int
-    sums_warps: int
-    sums_programs: int
-    # The pass that returns the gradients of poses and weights.
+    # The kernel of sums over children.
+    sums_examples: int  # of a tile: 64, the rows of a matrix instruction of 4 warps, or fewer
+    sums_ranges: int  # programs along the children; each has partial sums in memory
+    sums_warps: int  # of 32 threads, for each program
+    sums_stages: int  # of the compiler's software pipelines
+    # The kernel of the gradients of poses and weights.
     gradients_examples: int
-    gradients_parents: int
-    gradients_capsules: int
+    gradients_splits: int  # programs along the examples; each has partial sums in memory
     gradients_warps: int
-    gradients_programs: int
-
-    @property
-    def sums(self) -> TritonTile:
-        """The tile of the passes that return sums over capsules."""
-        return TritonTile(
-            self.sums_examples,
-            self.sums_parents,
-            self.sums_capsules,
-            self.sums_warps,
-            self.sums_programs,
-        )
-
-    @property
-    def gradients(self) -> TritonTile:
-        """The tile of the pass that returns the gradients of poses and weights."""
-        return TritonTile(
-            self.gradients_examples,
-            self.gradients_parents,
-            self.gradients_capsules,
-            self.gradients_warps,
-            self.gradients_programs,
-        )
+    gradients_stages: int
 
 
-# Warps of a launch: eight on each of an H100's 132 multiprocessors (108 in an A100), as many as fit
-# at 255 registers a thread.
-TRITON_WARPS = 132 * 8
-# Numbers in a tile of votes, which is in registers: 32 a thread for sums, which need two to four
-# arrays of that size; 16 for gradients, whose matrix products also have operands in registers.
-TRITON_SUMS_VOTES = 8192
-TRITON_GRADIENTS_VOTES = 4096
-# Longer poses need more registers for operands, and a depth that is no power of two needs more for
-# addresses: then a tile of the gradients has half as many votes.
-TRITON_SHORT = 32
-# Columns (parents x depth) of a tile. Sums take all parents in one tile if that leaves 16 rows;
-# else fewer columns, because more rows then share the loaded weights. Gradients take few columns,
-# because their products contract over columns, and each warp reads all of them.
-TRITON_ALL_COLUMNS = 512
-TRITON_SUMS_COLUMNS = 256
-TRITON_GRADIENTS_COLUMNS = 64
-MAX_TRITON_CAPSULES = 8
-
-
-def triton_config_for(case: Case) -> TritonConfig:
+def triton_config_for(case: Case, *, processors: int | None = None) -> TritonConfig:
     """Return the configuration for a case."""
-    batch, capsules, length, parents, depth, *_ = case
-
-    def tile(votes: int, columns: int) -> TritonTile:
-        least = power_of_two(depth)
-        columns = max(least, min(power_of_two(parents) * least, columns), 16)
-        examples = min(64, max(16, power_of_two(batch)), max(16, votes // columns))
-        num_warps = min(8, max(4, 8 * examples * columns // votes))
-        programs = TRITON_WARPS // num_warps
-        return TritonTile(
-            examples=examples,
-            parents=columns // least,
-            # Enough that loading two states of the examples costs no more than the group's weights.
-            capsules=min(MAX_TRITON_CAPSULES, -(-capsules // programs), -(-2 * examples // length)),
-            num_warps=num_warps,
-            programs=programs,
-        )
-
-    simple = length <= TRITON_SHORT and depth == power_of_two(depth)
-    gradients_votes = TRITON_GRADIENTS_VOTES // (1 if simple else 2)
-    all_fit = power_of_two(parents) * power_of_two(depth) <= TRITON_ALL_COLUMNS
-    return TritonConfig(
-        *tile(TRITON_SUMS_VOTES, TRITON_ALL_COLUMNS if all_fit else TRITON_SUMS_COLUMNS),
-        *tile(gradients_votes, TRITON_GRADIENTS_COLUMNS),
-    )
+    del case, processors
+    return TritonConfig(64, 144, 4, 1, 64, 2, 4, 1)
 
 
 def power_of_two(n: int) -> int:

@@ -1,64 +1,71 @@
-"""Helpers of the kernels, which support linear logits with sums of votes."""
+"""Arguments and results of the kernels, which support linear logits with sums of votes."""
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
 from capsjax.kernels.dispatch import Unsupported
-from capsjax.kernels.vote_passes.passes import Device, Inputs, Spec, State, Term
-
-# A finite logit in place of -infinity: beside any unmasked logit its coupling is 0, and the sum of
-# two does not overflow.
-MASKED_LOGIT = float(jnp.finfo(jnp.float32).min) / 4
+from capsjax.kernels.vote_passes import masks
+from capsjax.kernels.vote_passes.passes import Device, Inputs, Spec, State
+from capsjax.kernels.vote_passes.precision import parts
 
 
-def check(spec: Spec, inputs: Inputs, others: Any, device: Device) -> None:
-    """Raise Unsupported unless the kernels support a pass with these inputs."""
+def check(spec: Spec, inputs: Inputs, device: Device, *, platform: str) -> None:
+    """Raise Unsupported unless the kernels support a pass with these inputs.
+
+    The answer is the same for all passes of a routing, because one kernel reads what another kept.
+    """
     dtype = inputs.poses.dtype
-    extras = inputs.gates, inputs.coordinates, inputs.parent_mask
-    k = others.k if isinstance(others, State) else None
     rules = {
         f"must be float32 or bfloat16, got {dtype}": dtype in (jnp.float32, jnp.bfloat16),
-        "must have linear logits and sums, no leak and no mass": spec == Spec(spec.num_parents),
+        "must have linear logits and sums": (spec.logits, spec.moments) == ("linear", "sums"),
         "must have vectors as poses": inputs.poses.shape[2] == 1,
         "must have weights [I, P, J, D]": inputs.weights is not None and inputs.weights.ndim == 4,
-        "must have one prior [I, J] for all examples": getattr(inputs.prior, "ndim", 2) == 2,
-        "must have no gates, coordinates or parent_mask": all(x is None for x in (*extras, k)),
+        "must have no coordinates": inputs.coordinates is None,
         "must have a batch of known size": isinstance(inputs.poses.shape[0], int),
         "must lie on one device (jax.shard_map, or Explicit axes)": device.num_devices == 1,
     }
     for rule, holds in rules.items():
         if not holds:
             raise Unsupported(f"routing: inputs of this kernel {rule}")
+    parts(platform)
 
 
-def arrays(inputs: Inputs) -> tuple[Array, Array, Array | None]:
-    """Return poses `[B, I, P]`, weights, and a finite prior.
+class Operands(NamedTuple):
+    """The inputs of a pass as the kernels read them."""
 
-    Children without a reachable parent get a zero pose, so that they add nothing to the sums.
-    """
-    poses, prior = inputs.poses[:, :, 0], inputs.prior
-    if prior is None:
-        return poses, inputs.weights, None
-    poses = jnp.where(reachable(prior)[:, None], poses, 0)
-    return poses, inputs.weights, jnp.maximum(prior.astype(jnp.float32), MASKED_LOGIT)
+    poses: Array  # [B, I, P]
+    weights: Array  # [I, P, J, D]
+    prior: Array | None  # finite float32 logits [I, J] or [B, I, J]
+    gates: Array | None  # float32 [B, I]; 0 also for children without a reachable parent
 
 
-def reachable(prior: Array) -> Array:
-    """Return, for each child, whether its prior allows any parent (is above -infinity)."""
-    return jnp.any(prior > -jnp.inf, -1)
+def operands(inputs: Inputs) -> Operands:
+    """Return the operands of a pass."""
+    prior = None if inputs.prior is None else masks.finite(inputs.prior.astype(jnp.float32))
+    gates = masks.gates(inputs)
+    if gates is not None:
+        gates = jnp.broadcast_to(gates, inputs.poses.shape[:2])
+    return Operands(inputs.poses[:, :, 0], inputs.weights, prior, gates)
 
 
-def states(terms: Sequence[Term]) -> list[tuple[Array | None, Array]]:
-    """Return the states b and the cotangents of the sums of each iteration."""
-    return [(term.state.b, term.cotangent.first) for term in terms]
+def state(inputs: Inputs, state: State) -> tuple[Any, Any]:
+    """Return k `[B, J]`, with the parent mask in it, and b `[B, J, D]`; None for zeros."""
+    masked = masks.masked(inputs, state)
+    return masked.k, masked.b
 
 
-def gradients(inputs: Inputs, d_poses: Array, d_weights: Array, d_prior: Array | None) -> Inputs:
-    """Convert the gradients of the results of `arrays` to those of the inputs."""
-    if inputs.prior is not None and d_prior is not None:
-        d_poses = jnp.where(reachable(inputs.prior)[:, None], d_poses, 0)
+def input_gradients(
+    inputs: Inputs, d_poses: Array, d_weights: Array, d_prior: Any, d_gates: Any
+) -> Inputs:
+    """Convert the gradients of the results of `operands` to those of the inputs."""
+    if inputs.prior is not None:
         d_prior = d_prior.astype(inputs.prior.dtype)
-    return Inputs(d_poses[:, :, None], d_weights, prior=d_prior)
+    if inputs.gates is None:
+        d_gates = None
+    else:
+        allowed = masks.reachable(inputs)
+        d_gates = d_gates if allowed is None else jnp.where(allowed, d_gates, 0)
+        d_gates = d_gates.astype(inputs.gates.dtype)
+    return Inputs(d_poses[:, :, None], d_weights, d_gates, d_prior)

@@ -9,10 +9,11 @@ A pass reads poses and weights once, and computes votes one tile at a time inste
     moments = (Σ_i w v) | (Σ_i w, mean Σ_i w v / Σ_i w, Σ_i w (v - mean)²)    "sums", "central"
 
 u are the poses, W the weights; k, b, q and z are the `State` that parents contribute. A child whose
-logits are all -infinity has couplings 0. The four passes are `moments`, `chain` (the gradient of
-the state), `input_gradients` and `couplings`. A backend is a module with these functions and
-`config_for`, which raises `Unsupported` for arguments that the backend does not accept. The backend
-is selected by a lowering rule, so a program for one platform contains no code for others.
+logits are all -infinity has couplings 0. The passes are `moments`, `chain` (the gradient of the
+state), `input_gradients` and `couplings`; `chain_and_input_gradients` is two of them in one, which
+is less work on some backends. A backend is a module with these functions and `config_for`, which
+raises `Unsupported` for arguments that the backend does not accept. The backend is selected by a
+lowering rule, so a program for one platform contains no code for others.
 
 Shape letters are those of `capsjax.shapes`: a pose is `[R, P]`, a weight `[P, E]`, a vote `[R, E]`.
 """
@@ -20,7 +21,7 @@ Shape letters are those of `capsjax.shapes`: a pose is `[R, P]`, a weight `[P, E
 import dataclasses
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ class Inputs(NamedTuple):
     # parents share them.
     poses: MaybeArray
     weights: MaybeArray  # [I, P, J, E], or [P, J, E] if all children share them
-    gates: MaybeArray = None  # [B, I], factors on the couplings; 0 masks a child
+    gates: MaybeArray = None  # [B, I], factors on the couplings, at least 0, which masks a child
     prior: MaybeArray = None  # logits [I, J] or [B, I, J], -infinity included
     coordinates: MaybeArray = None  # [I, D], added to the votes of each child
     parent_mask: MaybeArray = None  # booleans [B, J]; couplings are 0 at False; no gradient
@@ -93,6 +94,7 @@ class Term(NamedTuple):
     state: State
     moments: Any  # Moments; None for "sums", whose gradient does not depend on them
     cotangent: Moments  # of the moments
+    kept: MaybeArray = None  # [B, 2, I], what `chain` kept for `input_gradients`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +130,12 @@ def moments(
 
 def chain(
     spec: Spec, inputs: Inputs, term: Term, *, implementation: Implementation | None = None
-) -> State:
-    """Compute the cotangent of the state from that of the moments."""
+) -> tuple[State, Array]:
+    """Compute the cotangent of the state from that of the moments.
+
+    Also return what the backend keeps for `input_gradients`, as `kept` of the same term: numbers of
+    each child, `[B, 2, I]`, that only the same backend understands.
+    """
     return _bind(_chain, implementation, inputs, term, spec=spec)
 
 
@@ -146,11 +152,46 @@ def input_gradients(
     return _bind(_input_gradients, implementation, inputs, tuple(terms), **static)
 
 
+def chain_and_input_gradients(
+    spec: Spec,
+    inputs: Inputs,
+    term: Term,
+    so_far: Inputs | None,
+    *,
+    implementation: Implementation | None = None,
+) -> tuple[State, Inputs]:
+    """Compute the cotangent of the state, and add the term's input gradients to those `so_far`.
+
+    The gradients are in the accumulation dtype.
+    """
+    return _bind(_chain_and_input_gradients, implementation, inputs, term, so_far, spec=spec)
+
+
 def couplings(
     spec: Spec, inputs: Inputs, state: State, *, implementation: Implementation | None = None
 ) -> Array:
     """Compute the couplings `[B, I, J]`, without gates, in the accumulation dtype."""
     return _bind(_couplings, implementation, inputs, state, spec=spec)
+
+
+def one_after_the_other(
+    module: Any, spec: Spec, inputs: Inputs, term: Term, so_far: Inputs | None, **settings: Any
+) -> tuple[State, Inputs]:
+    """Run `chain_and_input_gradients` by the two passes of a backend's module."""
+    d_state = term.state
+    if not d_state.is_empty:
+        d_state, kept = module.chain(spec, inputs, term, **settings)
+        term = term._replace(kept=kept)
+    found = module.input_gradients(spec, inputs, (term,), constant_couplings=False, **settings)
+    dtype = accumulation_dtype(inputs.poses.dtype)
+    found = jax.tree.map(lambda x: x.astype(dtype), found)
+    return d_state, found if so_far is None else jax.tree.map(jnp.add, so_far, found)
+
+
+def nothing_kept(inputs: Inputs) -> Array:
+    """Return the `kept` of a backend whose `input_gradients` ignore it; XLA removes it."""
+    batch, children = inputs.poses.shape[:2]
+    return jnp.zeros((batch, 2, children), accumulation_dtype(inputs.poses.dtype))
 
 
 def has_examples(inputs: Inputs) -> Inputs:
@@ -188,11 +229,12 @@ class Program:
     settings: tuple[tuple[str, Any], ...]  # keywords of the backend's function
     structure: Any  # tree structure of the arguments
     mapped: tuple[tuple[int | None, ...], ...]  # in_axes of each enclosing vmap, innermost first
+    precision: str | None  # jax.default_matmul_precision where the pass was called
 
     @partial(jax.jit, static_argnums=0)  # so that iterations share one trace and one lowering
     def votes_pass(self, *arrays: Array) -> list[Array]:
         """Run the pass on the leaves."""
-        function = getattr(_backend(self.backend), self.name)
+        function = _function(self.backend, self.name)
 
         def run(*arrays: Array) -> list[Array]:
             trees = jax.tree.unflatten(self.structure, arrays)
@@ -200,7 +242,8 @@ class Program:
 
         for axes in self.mapped:
             run = jax.vmap(run, axes)
-        return run(*arrays)
+        with jax.default_matmul_precision(self.precision):
+            return run(*arrays)
 
     __call__ = votes_pass
 
@@ -214,6 +257,7 @@ def select(
     implementation: Implementation | None,
     structure: Any,
     mapped: tuple[tuple[int | None, ...], ...],
+    precision: str | None,
     spec: Spec,
     **settings: Any,
 ) -> Program:
@@ -236,10 +280,9 @@ def select(
     names = (named.name,) if implementation else PREFERENCE.get(platform or "", ("xla",))
     for backend in names:
         try:
-            module = _backend(backend)
-            if not hasattr(module, name):
-                raise Unsupported(f"routing: implementation {backend!r} has no pass for {name}")
-            config = module.config_for(spec, *trees, device=device)
+            _function(backend, name)
+            with jax.default_matmul_precision(precision):
+                config = _backend(backend).config_for(spec, *trees, device=device)
         except Unsupported:
             if backend == names[-1]:
                 raise
@@ -247,7 +290,8 @@ def select(
         settings["config"] = named.config or config
         if backend in PLATFORMS:
             settings["interpret"] = named.interpret
-        return Program(name, backend, spec, tuple(settings.items()), structure, mapped)
+        static = tuple(settings.items())
+        return Program(name, backend, spec, static, structure, mapped, precision)
     raise AssertionError("unreachable: the last implementation is selected or raises")
 
 
@@ -259,6 +303,15 @@ def _backend(name: str) -> Any:
             f"routing: this version of JAX lacks what implementation {name!r} needs "
             f"({missing}); name 'xla', or install another version"
         ) from missing
+
+
+def _function(backend: str, name: str) -> Callable[..., Any]:
+    module = _backend(backend)
+    if hasattr(module, name):
+        return getattr(module, name)
+    if name == "chain_and_input_gradients":
+        return partial(one_after_the_other, module)
+    raise Unsupported(f"routing: implementation {backend!r} has no pass for {name}")
 
 
 def _unmapped(
@@ -286,26 +339,29 @@ def _results(name: str, trees: Any, spec: Spec) -> Any:
     def of_parents(*depth: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((examples, spec.num_parents, *depth), dtype)
 
-    def alike(tree: Any) -> Any:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    def alike(tree: Any, dtype: Any = None) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype), tree)
 
     if name == "moments":
         central, depth = spec.moments == "central", votes_depth(inputs)
         mass = of_parents() if spec.mass or central else None
         return Moments(mass, of_parents(depth), of_parents(depth) if central else None)
     if name == "chain":
-        return alike(trees[1].state)
+        return alike(trees[1].state), jax.ShapeDtypeStruct((examples, 2, children), dtype)
+    differentiable = inputs._replace(parent_mask=None)
     if name == "input_gradients":
-        return alike(inputs._replace(parent_mask=None))
+        return alike(differentiable)
+    if name == "chain_and_input_gradients":
+        return alike(trees[1].state), alike(differentiable, dtype)
     return jax.ShapeDtypeStruct((examples, children, spec.num_parents), dtype)
 
 
 def _bind(primitive: Primitive, implementation: Implementation | None, *trees: Any, **static: Any):
     leaves, structure = jax.tree.flatten(trees)
     leaves = vary_over(varying_axes(leaves), leaves)
-    results = primitive.bind(
-        *leaves, implementation=implementation, structure=structure, mapped=(), **static
-    )
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    static |= {"implementation": implementation, "precision": precision}
+    results = primitive.bind(*leaves, structure=structure, mapped=(), **static)
     like = _results(primitive.name, trees, static["spec"])
     return jax.tree.unflatten(jax.tree.structure(like), results)
 
@@ -381,9 +437,10 @@ def _batch(
     """Merge a mapped axis into the batch, or vmap the pass if weights or other such are mapped."""
     size = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
     shapes, _ = _unmapped(arrays, (tuple(axes),))
-    inputs, others = jax.tree.unflatten(structure, shapes)
+    inputs, *others = jax.tree.unflatten(structure, shapes)
     flags = jax.tree.leaves((has_examples(inputs), jax.tree.map(lambda _: True, others)))
-    merges = primitive.name != "input_gradients" and not mapped
+    # Gradients of weights are sums over the examples of one element of the mapped axis only.
+    merges = "input_gradients" not in primitive.name and not mapped
     if merges and all(flag or axis is None for flag, axis in zip(flags, axes, strict=True)):
 
         def merge(x: Array, flag: bool, axis: int | None) -> Array:
@@ -414,6 +471,8 @@ def _make_primitive(name: str) -> Primitive:
     return primitive
 
 
-_moments, _chain, _input_gradients, _couplings = map(
-    _make_primitive, ("moments", "chain", "input_gradients", "couplings")
-)
+_moments = _make_primitive("moments")
+_chain = _make_primitive("chain")
+_input_gradients = _make_primitive("input_gradients")
+_chain_and_input_gradients = _make_primitive("chain_and_input_gradients")
+_couplings = _make_primitive("couplings")

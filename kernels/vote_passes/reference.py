@@ -13,7 +13,15 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from capsjax.kernels.dtypes import accumulation_dtype
-from capsjax.kernels.vote_passes.passes import Inputs, Moments, Spec, State, Term, is_uniform
+from capsjax.kernels.vote_passes.passes import (
+    Inputs,
+    Moments,
+    Spec,
+    State,
+    Term,
+    is_uniform,
+    nothing_kept,
+)
 
 # By the number of axes of the weights; with [P, E] all parents share the votes.
 _LETTERS = {4: "birp,ipje->bijre", 3: "birp,pje->bijre", 2: "birp,pe->bire"}
@@ -43,10 +51,10 @@ def moments(
     return Moments(mass, mean, jnp.sum(weights[..., None] * differences**2, 1))
 
 
-def chain(spec: Spec, inputs: Inputs, term: Term) -> State:
-    """Compute the cotangent of the state from that of the moments."""
+def chain(spec: Spec, inputs: Inputs, term: Term) -> tuple[State, Array]:
+    """Compute the cotangent of the state from that of the moments; keep nothing."""
     _, vjp = jax.vjp(partial(moments, spec, inputs), term.state)
-    return vjp(term.cotangent)[0]
+    return vjp(term.cotangent)[0], nothing_kept(inputs)
 
 
 def input_gradients(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from capsjax.kernels.dtypes import accumulation_dtype
 from capsjax.kernels.sharding import (
@@ -26,6 +26,7 @@ from capsjax.kernels.sharding import (
     varying_axes,
 )
 from capsjax.kernels.vote_passes import passes, reference
+from capsjax.kernels.vote_passes.config import mosaic_tpu_fuses
 from capsjax.kernels.vote_passes.passes import (
     Implementation,
     Inputs,
@@ -33,6 +34,7 @@ from capsjax.kernels.vote_passes.passes import (
     Spec,
     State,
     Term,
+    case_of,
     has_examples,
 )
 
@@ -127,6 +129,27 @@ def _forward(
 def _backward(
     routing: Routing, residuals: tuple[Inputs, Any, list[Residuals]], d_outputs: Any
 ) -> tuple[Inputs, Any, Any]:
+    inputs, named = residuals[0], routing.implementation
+    fused = routing.gradient == "full" and mosaic_tpu_fuses(
+        case_of(routing.spec, inputs, routing.num_iterations)
+    )
+    apart = partial(_backward_passes, routing, fused=False)
+    if not fused or (named is not None and named.name != "mosaic_tpu"):
+        return apart(residuals, d_outputs)
+    together = partial(_backward_passes, routing, fused=True)
+    if named is not None:
+        return together(residuals, d_outputs)
+    return lax.platform_dependent(residuals, d_outputs, tpu=together, default=apart)
+
+
+def _backward_passes(
+    routing: Routing,
+    residuals: tuple[Inputs, Any, list[Residuals]],
+    d_outputs: Any,
+    *,
+    fused: bool,
+) -> tuple[Inputs, Any, Any]:
+    """Run the VJP; if `fused`, each iteration adds its input gradients at once, else one pass."""
     inputs, params, iterations = residuals
     axis_name, last = routing.axis_name, routing.gradient == "last"
     vary = partial(vary_over, varying_axes(inputs))
@@ -137,6 +160,8 @@ def _backward(
     d_params = _zeros(params)
     d_carry, d_state = _zeros((start.carry, start.state))
     terms: list[Term] = []
+    d_inputs: Any = None
+    backend = {"implementation": routing.implementation}
     for t in range(routing.num_iterations, 0, -1):
         carry, state, moments = iterations[t - 1]
         results, step_vjp = jax.vjp(partial(routing.step, t), carry, moments, params)
@@ -148,24 +173,29 @@ def _backward(
         d_params = jax.tree.map(jnp.add, d_params, d_more_params)
         d_moments = vary(d_moments) if is_whole else sum_over(axis_name, d_moments)
         central = vary(moments) if routing.spec.moments == "central" else None
-        terms.append(Term(vary(state), central, d_moments))
+        term = Term(vary(state), central, d_moments)
         if last:  # earlier iterations only affect the couplings, here constants
-            d_carry, d_state = _zeros((start.carry, start.state))
+            terms, d_carry, d_state = [term], *_zeros((start.carry, start.state))
             break
-        if state.is_empty:
+        if fused:
+            d_state, d_inputs = passes.chain_and_input_gradients(
+                routing.spec, inputs, term, d_inputs, **backend
+            )
+        elif state.is_empty:
             d_state = state
         else:
-            d_state = passes.chain(
-                routing.spec, inputs, terms[-1], implementation=routing.implementation
-            )
-            d_state = sum_over(axis_name, d_state) if is_whole else d_state
-    d_inputs = passes.input_gradients(
-        routing.spec,
-        inputs,
-        terms[::-1],
-        constant_couplings=last,
-        implementation=routing.implementation,
-    )
+            d_state, kept = passes.chain(routing.spec, inputs, term, **backend)
+            term = term._replace(kept=kept)
+        terms.append(term)
+        d_state = sum_over(axis_name, d_state) if is_whole else d_state
+    if fused:
+        d_inputs = jax.tree.map(
+            lambda d, x: d.astype(x.dtype), d_inputs, inputs._replace(parent_mask=None)
+        )
+    else:
+        d_inputs = passes.input_gradients(
+            routing.spec, inputs, terms[::-1], constant_couplings=last, **backend
+        )
     return d_inputs, d_params, (d_carry, d_state)
 
 

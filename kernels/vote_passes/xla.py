@@ -15,9 +15,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from capsjax.kernels.dtypes import accumulation_dtype
-from capsjax.kernels.vote_passes import reference
+from capsjax.kernels.vote_passes import masks, reference
 from capsjax.kernels.vote_passes.config import XlaConfig, xla_config_for
-from capsjax.kernels.vote_passes.linear import MASKED_LOGIT, reachable
 from capsjax.kernels.vote_passes.passes import (
     Device,
     Inputs,
@@ -28,6 +27,7 @@ from capsjax.kernels.vote_passes.passes import (
     Term,
     case_of,
     is_uniform,
+    nothing_kept,
     votes_depth,
 )
 
@@ -91,13 +91,13 @@ def moments(spec: Spec, inputs: Inputs, state: State, *, config: XlaConfig) -> M
     sums = zeros(spec.num_parents, votes_depth(inputs), tiles.examples)
     mass = zeros(spec.num_parents, tiles.examples) if needs_mass else None
     start = Moments(mass, sums, sums if central else None)
-    parents = _split_parents(tiles, inputs, _masked(inputs, state))
+    parents = _split_parents(tiles, inputs, masks.masked(inputs, state))
     found, _ = _scan_tiles(tiles, parents, step, start)
     return _join_parents(inputs, found)
 
 
-def chain(spec: Spec, inputs: Inputs, term: Term, *, config: XlaConfig) -> State:
-    """Compute the cotangent of the state from that of the moments."""
+def chain(spec: Spec, inputs: Inputs, term: Term, *, config: XlaConfig) -> tuple[State, Array]:
+    """Compute the cotangent of the state from that of the moments; keep nothing."""
     if inputs.weights is None:
         return reference.chain(spec, inputs, term)
     wanted = term.state
@@ -125,7 +125,8 @@ def chain(spec: Spec, inputs: Inputs, term: Term, *, config: XlaConfig) -> State
     start = jax.tree.map(lambda x: _zeros(inputs, *x.shape[1:], tiles.examples), wanted)
     parents = _split_parents(tiles, inputs, _prepared(spec, inputs, term))
     found = _join_parents(inputs, _scan_tiles(tiles, parents, step, start)[0])
-    return found if wanted.q is None else found._replace(z=wanted.q * found.z)
+    found = found if wanted.q is None else found._replace(z=wanted.q * found.z)
+    return found, nothing_kept(inputs)
 
 
 def input_gradients(
@@ -216,7 +217,7 @@ def couplings(spec: Spec, inputs: Inputs, state: State, *, config: XlaConfig) ->
 
     inputs = inputs._replace(gates=None)
     tiles = _split(config, spec, inputs)
-    parents = _split_parents(tiles, inputs, _masked(inputs, state))
+    parents = _split_parents(tiles, inputs, masks.masked(inputs, state))
     _, found = _scan_tiles(tiles, parents, step, None)  # [M, N, n, J, m]
     found = found.transpose(0, 4, 1, 2, 3)
     batch, children = inputs.poses.shape[:2]
@@ -401,7 +402,7 @@ def _split(config: XlaConfig, spec: Spec, inputs: Inputs) -> Tiles:
     dtype = accumulation_dtype(inputs.poses.dtype)
     depth, columns = votes_depth(inputs), inputs.weights.shape[-1]
     count = -(-children // config.children)
-    gates = _gates(inputs)
+    gates = masks.gates(inputs)
     is_padded = count * config.children != children
     if is_padded and gates is None and (spec.mass or spec.moments == "central"):
         gates = jnp.ones(children, dtype)  # the padding gets gate 0
@@ -418,7 +419,7 @@ def _split(config: XlaConfig, spec: Spec, inputs: Inputs) -> Tiles:
     poses = by_both(inputs.poses.swapaxes(2, 3).reshape(-1, children, length * rows))
     prior = inputs.prior
     if prior is not None:
-        prior = jnp.maximum(prior.astype(dtype), MASKED_LOGIT)
+        prior = masks.finite(prior.astype(dtype))
     is_shared = inputs.weights.ndim == 3
     weights = inputs.weights.reshape(*inputs.weights.shape[:-2], spec.num_parents * columns)
     coordinates = inputs.coordinates
@@ -474,7 +475,7 @@ def _join_inputs(inputs: Inputs, found: Tile) -> Inputs:
     gates = None
     if inputs.gates is not None:
         gates = of_both(found.gates)[..., 0]
-        reachable = _reachable(inputs)
+        reachable = masks.reachable(inputs)
         if reachable is not None:
             gates = jnp.where(jnp.broadcast_to(reachable, gates.shape), gates, 0)
     gradients = Inputs(
@@ -533,46 +534,11 @@ def uniform_sums(spec: Spec, inputs: Inputs) -> Array:
     return sums.reshape(*sums.shape[:2], -1) / (spec.num_parents + spec.leaky)
 
 
-def _gates(inputs: Inputs) -> Array | None:
-    """Return the gates, `[I]` or `[B, I]`, with 0 for children without a reachable parent."""
-    dtype = accumulation_dtype(inputs.poses.dtype)
-    reachable = _reachable(inputs)
-    if reachable is None or inputs.gates is None:
-        gates = reachable if inputs.gates is None else inputs.gates
-        return None if gates is None else gates.astype(dtype)
-    reachable = jnp.broadcast_to(reachable, inputs.gates.shape)
-    return jnp.where(reachable, inputs.gates.astype(dtype), 0)
-
-
-def _reachable(inputs: Inputs) -> Array | None:
-    """Return whether prior and parent mask allow a child any parent; None if they do for all.
-
-    The logits of a tile are finite, so its softmax is never 0: a gate of 0 masks other children.
-    """
-    batch, children = inputs.poses.shape[:2]
-    if inputs.parent_mask is None:
-        return None if inputs.prior is None else reachable(inputs.prior)
-    if inputs.prior is None:
-        return jnp.broadcast_to(jnp.any(inputs.parent_mask, 1, keepdims=True), (batch, children))
-    letters = "bj,ij->bi" if inputs.prior.ndim == 2 else "bj,bij->bi"
-    both = (inputs.parent_mask, inputs.prior > -jnp.inf)
-    return jnp.einsum(letters, *(x.astype(jnp.float32) for x in both)) > 0
-
-
-def _masked(inputs: Inputs, state: State) -> State:
-    """Add the parent mask to the state, as a masked logit."""
-    if inputs.parent_mask is None:
-        return state
-    dtype = accumulation_dtype(inputs.poses.dtype)
-    k = jnp.zeros(inputs.parent_mask.shape, dtype) if state.k is None else state.k
-    return state._replace(k=jnp.where(inputs.parent_mask, k, MASKED_LOGIT))
-
-
 def _prepared(spec: Spec, inputs: Inputs, terms: Any) -> Any:
     """Mask the states of one term or several, and divide cotangents of means by the mass."""
     if not isinstance(terms, Term):
         return tuple(_prepared(spec, inputs, term) for term in terms)
-    state = _masked(inputs, terms.state)
+    state = masks.masked(inputs, terms.state)
     if spec.moments == "sums":
         return Term(state, None, terms.cotangent)
     first = reference.divide(terms.cotangent.first, terms.moments.mass)

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
+from jax import Array
+
 from capsjax.kernels.dispatch import Unsupported
-from capsjax.kernels.vote_passes import linear, xla
+from capsjax.kernels.vote_passes import linear
 from capsjax.kernels.vote_passes.config import TritonConfig, triton_config_for
 from capsjax.kernels.vote_passes.passes import (
     Device,
@@ -13,15 +15,13 @@ from capsjax.kernels.vote_passes.passes import (
     State,
     Term,
     case_of,
-    is_uniform,
 )
-from capsjax.kernels.vote_passes.triton.gradients import gradients
-from capsjax.kernels.vote_passes.triton.sums import weighted_sums
+from capsjax.kernels.vote_passes.triton.gradients import Iteration, gradients_of_inputs
+from capsjax.kernels.vote_passes.triton.sums import Parents, Wanted, weighted_sums
 
-# Matrix products over P are unrolled, 16 components each.
-MAX_LENGTH = 128
-# A tile holds all components of at least one parent.
-MAX_DEPTH = 256
+# Longer poses, of which a thread has all components, or deeper votes exceed the registers.
+MAX_LENGTH = 16
+MAX_DEPTH = 64
 
 
 def config_for(spec: Spec, inputs: Inputs, others: object, *, device: Device) -> TritonConfig:
@@ -30,7 +30,8 @@ def config_for(spec: Spec, inputs: Inputs, others: object, *, device: Device) ->
     Raises:
       Unsupported: `linear.check` refuses the pass, or P or D is too large.
     """
-    linear.check(spec, inputs, others, device)
+    del others
+    linear.check(spec, inputs, device, platform="cuda")
     case = case_of(spec, inputs)
     if case.length > MAX_LENGTH or case.depth > MAX_DEPTH:
         raise Unsupported(
@@ -44,18 +45,28 @@ def moments(
     spec: Spec, inputs: Inputs, state: State, *, config: TritonConfig, interpret: bool
 ) -> Moments:
     """Compute the moments: sums over children of couplings times votes."""
-    if is_uniform(inputs, state):  # one matrix product
-        return Moments(None, xla.uniform_sums(spec, inputs))
-    return Moments(None, weighted_sums(config, interpret, *linear.arrays(inputs), state.b, None))
+    parents = Parents(*linear.state(inputs, state))
+    wanted = Wanted(mass=spec.mass)
+    found = weighted_sums(
+        config, linear.operands(inputs), parents, wanted, leaky=spec.leaky, interpret=interpret
+    )
+    return Moments(found.mass, found.sums)
 
 
 def chain(
     spec: Spec, inputs: Inputs, term: Term, *, config: TritonConfig, interpret: bool
-) -> State:
-    """Compute the cotangent of the state from that of the moments."""
-    del spec
-    states = term.state.b, term.cotangent.first
-    return State(b=weighted_sums(config, interpret, *linear.arrays(inputs), *states))
+) -> tuple[State, Array]:
+    """Compute the cotangent of the state, and keep the statistics of the softmax."""
+    wanted = Wanted(sums=term.state.b is not None, mass=term.state.k is not None, kept=True)
+    found = weighted_sums(
+        config,
+        linear.operands(inputs),
+        _parents(inputs, term),
+        wanted,
+        leaky=spec.leaky,
+        interpret=interpret,
+    )
+    return State(k=found.mass, b=found.sums), found.kept
 
 
 def input_gradients(
@@ -68,7 +79,27 @@ def input_gradients(
     interpret: bool,
 ) -> Inputs:
     """Compute the gradients of the inputs, summed over `terms`."""
-    del spec
-    full, arrays = not constant_couplings, linear.arrays(inputs)
-    found = gradients(config, interpret, *arrays, linear.states(terms), full)
-    return linear.gradients(inputs, *found)
+    operands = linear.operands(inputs)
+    settings = {"leaky": spec.leaky, "interpret": interpret}
+    iterations = []
+    for term in terms:
+        parents, kept = _parents(inputs, term), term.kept
+        any_logits = operands.prior is not None or parents.k is not None or parents.b is not None
+        if kept is None and (any_logits or operands.gates is not None):
+            found = weighted_sums(
+                config, operands, parents, Wanted(sums=False, kept=True), **settings
+            )
+            kept = found.kept
+        iterations.append(Iteration(parents, kept))
+    d_poses, d_weights, d_prior = gradients_of_inputs(
+        config, operands, iterations, constant_couplings=constant_couplings, **settings
+    )
+    d_gates = None
+    if inputs.gates is not None:
+        d_gates = sum(iteration.kept[:, 2] for iteration in iterations)
+    return linear.input_gradients(inputs, d_poses, d_weights, d_prior, d_gates)
+
+
+def _parents(inputs: Inputs, term: Term) -> Parents:
+    k, b = linear.state(inputs, term.state)
+    return Parents(k, b, term.cotangent.mass, term.cotangent.first)

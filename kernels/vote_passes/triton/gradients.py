@@ -1,15 +1,14 @@
-"""The Triton kernel for the gradients of poses, weights and prior, with votes in registers.
+"""The Triton kernel for the gradients of poses, weights and prior.
 
-A program owns a few input capsules and loops over the examples, so the gradients of its weights are
-summed in a fixed order, without atomics. The float32 accumulators are arrays in memory that stay
-in the L2 cache, because a program's weights exceed its registers.
+A program owns a group of children, whose gradients of weights then have one place, and takes tiles
+of examples one after the other. The statistics of the softmax are those that the sums kernel kept,
+so parents are independent, and one loop over them is enough.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.core import ShapedArray
@@ -17,242 +16,245 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from capsjax.kernels.vote_passes.config import TritonConfig
+from capsjax.kernels.vote_passes.linear import Operands
+from capsjax.kernels.vote_passes.triton.sums import Parents
 from capsjax.kernels.vote_passes.triton.tiles import (
-    Block,
+    LOG2_E,
+    Group,
     Tiling,
-    accumulator_block,
     agreements,
-    barrier,
-    couplings_and_gradients,
-    flat,
-    load_states,
-    load_statistics,
+    dot,
+    exp2,
+    fma,
+    grow,
     loop,
-    make_logits,
-    make_votes,
-    poses_block,
-    prior_block,
-    statistics_of,
-    store_statistics,
-    tile_indices,
+    placed_like,
+    prepare_prior,
+    prepare_rows,
+    prepare_states,
+    prepare_weights,
+    restore_weights,
+    scaled_parts,
+    split,
+    spread,
     tiling_of,
-    weights_block,
 )
 
 
-class Schedule(NamedTuple):
-    """Distribution of input capsules and tiles of examples over a grid (programs, splits)."""
-
-    programs: int  # along the input capsules
-    groups: int  # of input capsules, one after the other in a program
-    capsules: int  # in a group, which loops over the examples once
-    splits: int  # along the examples; each has its own partial sums of the weights' gradients
-    examples: int  # tiles of examples of a program
-
-
-def schedule_for(tiling: Tiling) -> Schedule:
-    """Split input capsules over programs, and examples too if that leaves programs idle."""
-    programs = tiling.config.programs
-    groups = pl.cdiv(tiling.capsules, programs * tiling.config.capsules)
-    capsules = pl.cdiv(tiling.capsules, programs * groups)
-    needed = pl.cdiv(tiling.capsules, capsules * groups)
-    splits = min(tiling.example_tiles, max(1, programs // needed))
-    examples = pl.cdiv(tiling.example_tiles, splits)
-    return Schedule(needed, groups, capsules, pl.cdiv(tiling.example_tiles, examples), examples)
-
-
 class Iteration(NamedTuple):
-    """State and cotangent of one iteration's pass."""
+    """The pass of one iteration."""
 
-    total: Any  # the state V of the logits, [B, J·D]; None for zeros
-    d_sums: Any  # cotangent of the weighted sums, [B, J·D]
+    parents: Parents
+    kept: Any  # [B, 3, I], of the sums kernel; None if all couplings are equal
 
 
-def gradients(
+class _Inputs(NamedTuple):
+    poses: Any  # [B, I·P]
+    weights: Any  # prepared
+    states: Any  # prepared: all b and d_sums
+    rows: Any  # prepared: all k and d_mass
+    prior: Any
+    kept: Any  # of each iteration
+
+
+class _Results(NamedTuple):
+    d_poses: Any  # [B, I·P]
+    d_weights: Any  # [splits, J, groups, K, d]
+    d_prior: Any  # [splits, J, I], or [J, B, I]
+
+
+class _Shape(NamedTuple):
+    """Distribution of tiles of examples over programs."""
+
+    splits: int  # programs along the examples
+    tiles: int  # one after the other in a program
+
+
+class _Arrays:
+    """Arrays of all iterations, and the places of each iteration's own among them."""
+
+    def __init__(self) -> None:
+        self.states: list[Array] = []
+        self.rows: list[Array] = []
+
+    def add(self, iteration: Iteration, scale: float) -> Parents:
+        """Append the arrays of an iteration, and return their places; None for absent ones."""
+        k, b, d_mass, d_sums = iteration.parents
+        return Parents(
+            k=_append(self.rows, None if k is None else k * LOG2_E),
+            b=_append(self.states, b),
+            d_mass=_append(self.rows, d_mass),
+            d_sums=_append(self.states, d_sums if iteration.kept is not None else d_sums * scale),
+        )
+
+
+def _append(arrays: list[Array], x: Array | None) -> int | None:
+    if x is None:
+        return None
+    arrays.append(x)
+    return len(arrays) - 1
+
+
+def gradients_of_inputs(
     config: TritonConfig,
+    operands: Operands,
+    iterations: Sequence[Iteration],
+    *,
+    constant_couplings: bool,
+    leaky: bool,
     interpret: bool,
-    poses: Array,
-    weights: Array,
-    prior: Array | None,
-    iterations: Sequence[tuple[Array | None, Array]],
-    full: bool,
 ) -> tuple[Array, Array, Array | None]:
-    """Compute the gradients of poses, weights and prior; couplings are constant unless `full`."""
-    tiling = tiling_of(poses, weights, config.gradients)
-    schedule = schedule_for(tiling)
-    slots = schedule.splits * schedule.programs * schedule.capsules
-    examples = tiling.config.examples
-    capsules, length, parents, depth = weights.shape
-
-    def float32(*shape: int) -> ShapedArray:
-        return ShapedArray(shape, jnp.float32)
-
-    d_weights_dtype = weights.dtype if schedule.splits == 1 else jnp.float32
-    several_chunks = tiling.chunks > 1
-    d_poses, d_weights, d_prior, _ = pl.pallas_call(
-        partial(_kernel, tiling, schedule, full, interpret),
-        grid=(schedule.programs, schedule.splits),
-        out_shape=(
-            ShapedArray(poses.shape, poses.dtype),
-            ShapedArray((schedule.splits, capsules, length, parents * depth), d_weights_dtype),
-            None if prior is None else float32(schedule.splits, *prior.shape),
-            Accumulators(
-                float32(slots, examples, length) if several_chunks else None,
-                float32(slots, length, parents * depth) if schedule.examples > 1 else None,
-                float32(slots * len(iterations), 3, examples) if several_chunks else None,
+    """Compute the gradients of poses, weights and prior."""
+    tiling = tiling_of(operands, examples=config.gradients_examples, interpret=interpret)
+    tiles = pl.cdiv(tiling.tiles, config.gradients_splits)
+    shape = _Shape(pl.cdiv(tiling.tiles, tiles), tiles)
+    arrays = _Arrays()
+    equal = 1 / (tiling.parents + leaky)
+    places = [arrays.add(iteration, equal) for iteration in iterations]
+    prior, d_prior = operands.prior, None
+    if prior is not None and not constant_couplings:
+        before = (shape.splits,) if prior.ndim == 2 else ()
+        after = () if prior.ndim == 2 else (tiling.batch,)
+        d_prior = ShapedArray((*before, tiling.parents, *after, tiling.capsules), jnp.float32)
+    d_poses, d_weights, *all_d_prior = pl.pallas_call(
+        partial(_kernel, tiling, shape, places, constant_couplings),
+        grid=(tiling.groups, shape.splits),
+        out_shape=_Results(
+            ShapedArray((tiling.batch, tiling.capsules * tiling.length), operands.poses.dtype),
+            ShapedArray(
+                (shape.splits, tiling.parents, tiling.groups, tiling.k, tiling.padded_depth),
+                jnp.float32,
             ),
+            d_prior,
         ),
         interpret=interpret,
-        compiler_params=pltriton.CompilerParams(num_warps=tiling.config.num_warps, num_stages=1),
+        compiler_params=pltriton.CompilerParams(
+            num_warps=config.gradients_warps, num_stages=config.gradients_stages
+        ),
         name="routing_input_gradients",
-    )(poses, flat(weights), prior, [Iteration(*jax.tree.map(flat, x)) for x in iterations])
+    )(
+        _Inputs(
+            operands.poses.reshape(tiling.batch, -1),
+            prepare_weights(tiling, operands.weights),
+            prepare_states(tiling, arrays.states, shape.splits * shape.tiles),
+            prepare_rows(tiling, arrays.rows, shape.splits * shape.tiles),
+            prepare_prior(prior),
+            [iteration.kept for iteration in iterations],
+        )
+    )
     return (
-        d_poses,
-        jnp.sum(d_weights, 0, dtype=jnp.float32).astype(weights.dtype).reshape(weights.shape)
-        if schedule.splits > 1
-        else d_weights.reshape(weights.shape),
-        None if prior is None else jnp.sum(d_prior, 0).astype(prior.dtype),
+        d_poses.reshape(operands.poses.shape),
+        restore_weights(tiling, jnp.sum(d_weights, 0)).astype(operands.weights.dtype),
+        _finish_prior(prior, *all_d_prior),
     )
 
 
-class Accumulators(NamedTuple):
-    """Float32 accumulators of all programs; each has a slot for each capsule of a group."""
-
-    d_poses: Any  # [slots, b, P], summed over chunks of parents; None if there is one
-    d_weights: Any  # [slots, P, J·D], summed over tiles of examples; None if there is one
-    statistics: Any  # [slots·iterations, 3, b], of softmaxes; None for one chunk of parents
+def _finish_prior(prior: Array | None, d_prior: Array | None = None) -> Array | None:
+    if prior is None or d_prior is None:
+        return None if prior is None else jnp.zeros_like(prior)
+    return jnp.sum(d_prior, 0).T if prior.ndim == 2 else jnp.moveaxis(d_prior, 0, -1)
 
 
 def _kernel(
     tiling: Tiling,
-    schedule: Schedule,
-    full: bool,
-    interpret: bool,
-    poses_ref: Any,
-    weights_ref: Any,
-    prior_ref: Any,
-    iterations: Sequence[Iteration],
-    d_poses_ref: Any,
-    d_weights_ref: Any,
-    d_prior_ref: Any,
-    accumulators: Accumulators,
+    shape: _Shape,
+    places: Sequence[Parents],  # of the arrays of each iteration in `refs`
+    constant_couplings: bool,
+    refs: _Inputs,
+    *all_results: Any,
 ) -> None:
-    program, split = pl.program_id(0), pl.program_id(1)
-    first_slot = (split * schedule.programs + program) * schedule.capsules
+    results = _Results(*all_results)
+    group_index, split_index = pl.program_id(0), pl.program_id(1)
+    zero = jnp.int32(0)
 
-    def one_group(group: Array, carry: tuple[()]) -> tuple[()]:
-        return loop(schedule.examples, partial(one_tile, group), carry)
+    def one_tile(step: Array, carry: tuple[()]) -> tuple[()]:
+        group = Group(tiling, group_index, split_index * shape.tiles + step)
+        weights = group.load_weights(refs.weights, zero)
+        y = pltriton.dot(group.load_state(refs.states, 0, zero)[0], weights[0], trans_b=True)
+        poses = placed_like(tiling, group.load_poses(refs.poses), y)
+        parts = split(tiling, poses)
+        d_poses = jnp.zeros((tiling.examples, tiling.k), jnp.float32)
+        # The registers suffice for the softmax of one iteration, so each has a loop of its own.
+        for k, iterations in enumerate(loops):
+            grows = True if k else shape.tiles > 1 and step > 0
+            one_parent = partial(add_parent, iterations, group, grows, poses, parts)
+            kept = [load_kept(group, t) for t in iterations]
+            d_poses = loop(tiling.parents, partial(one_parent, kept), d_poses)
+        group.store_poses(results.d_poses, d_poses)
+        return carry
 
-    def one_tile(group: Array, step: Array, carry: tuple[()]) -> tuple[()]:
-        examples = tile_indices(split * schedule.examples + step, tiling.config.examples)
-        first = (program * schedule.groups + group) * schedule.capsules
+    # Iterations by loop: one of equal couplings, which has no softmax, joins the next.
+    loops = [[t] for t in range(len(places))]
+    if refs.kept[0] is None and len(loops) > 1:
+        loops = [[0, 1], *loops[2:]]
 
-        def over_group(do: Callable[..., None], chunk: Array, carry: tuple[()]) -> tuple[()]:
-            def one_capsule(k: Array, carry: tuple[()]) -> tuple[()]:
-                do(step, examples, first + k, chunk, first_slot + k)
-                return carry
+    def load_kept(group: Group, t: int) -> tuple[Array, Array] | None:
+        ref = refs.kept[t]
+        if ref is None:
+            return None
+        return group.load_pairs(ref, 0, other=float("inf")), group.load_pairs(ref, 1)
 
-            loop(schedule.capsules, one_capsule, carry)
-            barrier(interpret)
-            return carry
-
-        if tiling.chunks > 1:
-            loop(tiling.chunks, partial(over_group, gather), carry)
-        return loop(tiling.chunks, partial(over_group, add), carry)
-
-    def gather(step: Array, examples: Array, capsule: Array, chunk: Array, slot: Array) -> None:
-        """Add a chunk of parents to the softmax statistics of all iterations."""
-        del step
-        votes = make_votes(tiling, poses_ref, weights_ref, examples, capsule, chunk)
-        for t, iteration in enumerate(iterations):
-            if iteration.total is None and prior_ref is None:
-                continue  # uniform couplings
-            logits, d_couplings, *_ = couple(iteration, votes, examples, capsule, chunk)
-            place = accumulators.statistics, slot * len(iterations) + t
-            before = load_statistics(tiling, *place, when=chunk > 0)
-            store_statistics(tiling, *place, statistics_of(logits, d_couplings, before))
-
-    def couple(
-        iteration: Iteration, votes: Array, examples: Array, capsule: Array, chunk: Array
-    ) -> Any:
-        """Compute logits and, if `full`, gradients of couplings; return them and the states."""
-        load = partial(load_states, tiling, examples=examples, chunk=chunk)
-        total = None if iteration.total is None else load(iteration.total)
-        d_sums = load(iteration.d_sums)
-        logits = make_logits(tiling, votes, prior_ref, total, capsule, chunk)
-        return logits, agreements(votes, d_sums) if full else None, total, d_sums
-
-    def add(step: Array, examples: Array, capsule: Array, chunk: Array, slot: Array) -> None:
-        """Accumulate the gradients of one chunk of parents and one tile of examples."""
-        d_votes = gradients_of_votes(step, examples, capsule, chunk, slot)
-        d_votes = d_votes.reshape(tiling.config.examples, -1).astype(poses_ref.dtype)
-        for product in range(tiling.products):
-            poses = poses_block(tiling, examples, capsule, product)
-            weights = weights_block(tiling, capsule, product, chunk)
-            d_poses = pltriton.dot(d_votes, weights.load(weights_ref), trans_b=True)
-            accumulate(
-                accumulators.d_poses,
-                accumulator_block(tiling, slot, product),
-                d_poses_ref,
-                poses,
-                d_poses,
-                chunk,
-                tiling.chunks,
-            )
-            d_weights = pltriton.dot(poses.load(poses_ref), d_votes, trans_a=True)
-            accumulate(
-                accumulators.d_weights,
-                weights._replace(at=(slot, *weights.at[1:])),
-                d_weights_ref,
-                weights.with_leading(split),
-                d_weights,
-                step,
-                schedule.examples,
-            )
-
-    def gradients_of_votes(
-        step: Array, examples: Array, capsule: Array, chunk: Array, slot: Array
+    def add_parent(
+        iterations: Sequence[int],
+        group: Group,
+        grows: Any,  # whether to add to the gradients of weights and prior stored before
+        poses: Array,
+        parts: list[Array],
+        kept: Sequence[tuple[Array, Array] | None],
+        j: Array,
+        d_poses: Array,
     ) -> Array:
-        """Sum the votes' gradients `[b, j, d]` over iterations; accumulate those of the prior."""
-        votes = make_votes(tiling, poses_ref, weights_ref, examples, capsule, chunk)
-        d_votes = jnp.zeros(tiling.tile, jnp.float32)
-        d_prior = jnp.zeros(tiling.tile[1:2], jnp.float32)
-        for t, iteration in enumerate(iterations):
-            if iteration.total is None and prior_ref is None:  # uniform couplings
-                d_votes += load_states(tiling, iteration.d_sums, examples, chunk) / tiling.parents
+        """Return the poses' gradients with those of a parent added; store those of its weights."""
+        weights = group.load_weights(refs.weights, j)
+        d_weights = None
+        for t, statistics in zip(iterations, kept, strict=True):
+            place = places[t]
+            d_sums = group.load_state(refs.states, place.d_sums, j)
+            if statistics is None:
+                d_poses = dot(tiling, d_sums, weights, d_poses, trans_b=True)
+                d_weights = dot(tiling, parts, d_sums, d_weights, trans_a=True)
                 continue
-            logits, d_couplings, total, d_sums = couple(iteration, votes, examples, capsule, chunk)
-            statistics = None
-            if tiling.chunks > 1:
-                place = accumulators.statistics, slot * len(iterations) + t
-                statistics = load_statistics(tiling, *place)
-            couplings, d_logits = couplings_and_gradients(logits, d_couplings, statistics)
-            d_votes += couplings[:, :, None] * d_sums
-            if d_logits is not None:
-                d_prior += jnp.sum(d_logits, 0)
-                if total is not None:
-                    d_votes += d_logits[:, :, None] * total
-        if d_prior_ref is not None:
-            place = prior_block(tiling, capsule, chunk).with_leading(split)
-            place.store(d_prior_ref, d_prior + place.load(d_prior_ref, when=step > 0))
-        return d_votes
+            normaliser, mean = statistics
+            logit = -normaliser
+            if refs.prior is not None:
+                logit = logit + group.load_prior(refs.prior, j)
+            if place.k is not None:
+                logit = logit + group.load_row(refs.rows, place.k, j)
+            if place.b is not None:
+                b = group.load_state(refs.states, place.b, j)
+                y_b = dot(tiling, b, weights, trans_b=True)
+                agreement = agreements(tiling, poses, y_b)
+                logit = fma(tiling, agreement, jnp.full_like(agreement, LOG2_E), logit)
+            coupling = exp2(tiling, logit)
+            y_sums = dot(tiling, d_sums, weights, trans_b=True)
+            d_poses = fma(tiling, spread(tiling, coupling), y_sums, d_poses)
+            if not constant_couplings:
+                d_coupling = agreements(tiling, poses, y_sums)
+                if place.d_mass is not None:
+                    d_coupling = d_coupling + group.load_row(refs.rows, place.d_mass, j)
+                d_logit = coupling * (d_coupling - mean)
+                store_prior(group, grows, j, d_logit)
+                if place.b is not None:
+                    d_poses = fma(tiling, spread(tiling, d_logit), y_b, d_poses)
+            factor = scaled_parts(tiling, poses, parts, coupling)
+            d_weights = dot(tiling, factor, d_sums, d_weights, trans_a=True)
+            if place.b is not None and not constant_couplings:
+                factor = scaled_parts(tiling, poses, parts, d_logit)
+                d_weights = dot(tiling, factor, b, d_weights, trans_a=True)
+        k = jnp.arange(tiling.k, dtype=jnp.int32)[:, None]
+        d = jnp.arange(tiling.padded_depth, dtype=jnp.int32)[None, :]
+        grow(results.d_weights.at[split_index, j, group_index, k, d], d_weights, grows)
+        return d_poses
 
-    loop(schedule.groups, one_group, ())
+    def store_prior(group: Group, grows: Any, j: Array, d_logit: Array) -> None:
+        if refs.prior is None:
+            return
+        if refs.prior.ndim == 3:  # each tile of examples has its own
+            at = results.d_prior.at[j, group.rows[:, None], group.children]
+            grow(at, d_logit, grows is True, inside=group.pairs)
+        else:
+            children = group.index * tiling.n + jnp.arange(tiling.n, dtype=jnp.int32)
+            at = results.d_prior.at[split_index, j, children]
+            grow(at, jnp.sum(d_logit, 0), grows, inside=children < tiling.capsules)
 
-
-def accumulate(
-    accumulator_ref: Any,
-    accumulator: Block,
-    result_ref: Any,
-    result: Block,
-    term: Array,
-    step: Array,
-    steps: int,
-) -> None:
-    """Add one of `steps` terms to an accumulator; the last step stores the sum as the result."""
-    if steps == 1:
-        result.store(result_ref, term)
-        return
-    term += accumulator.load(accumulator_ref, when=step > 0)
-    accumulator.store(accumulator_ref, term, when=step < steps - 1)
-    result.store(result_ref, term, when=step == steps - 1)
+    loop(shape.tiles, one_tile, ())

@@ -1,259 +1,403 @@
-"""Functions of one tile in the Triton kernels: loads, stores, votes and softmax.
+"""Functions of one tile in the Triton kernels: column order, products, loads and stores.
 
-A tile is the votes of one input capsule, `[b, j, d]`: b examples and j parents as in the
-configuration, and the smallest power of two d that is at least D. Elements beyond the arrays are
-loaded as 0; parents beyond J have logits of -infinity. Arrays are in the GPU's memory, with J and D
-merged: poses `[B, I, P]`, weights `[I, P, J·D]`, states `[B, J·D]`.
+The kernels compute no votes. With states V, the agreement of child i with parent j is the sum over
+P of `u[b,i,p] y[b,i,p]`, where `y = V_j W_ij^T`, and the weighted sums are `Σ_i (c u)_i W_ij`. Both
+are matrix products with the weights of a group of n = 4h children, K = n·P columns in all.
+
+The columns are in the order (h, q, t, e): component 2q + e of child 4h + t of the group. A matrix
+instruction leaves columns 2t and 2t + 1 of every 8 with thread t of 4. So a thread has all
+components of its children: sums over P stay in a thread, and couplings times poses are the left
+operand of the next product where they are.
+
+A float32 operand is the sum of its `parts`, bfloat16 numbers (`vote_passes.precision`). They are
+made in the kernels, so an interpreted kernel has the error that it has on a GPU.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from capsjax.kernels.vote_passes.config import TritonTile, power_of_two
+from capsjax.kernels.vote_passes.config import power_of_two
+from capsjax.kernels.vote_passes.linear import Operands
+from capsjax.kernels.vote_passes.precision import parts as parts_of
 
-# Components of poses contracted by one matrix product: those of a matrix instruction.
-LENGTH = 16
+LOG2_E = 1.4426950408889634
+# Columns of a group, the K of its products, if P is at most 16.
+COLUMNS = 64
+LANES = 4  # threads that share the 8 columns of a matrix instruction's result
+# Depth of a matrix instruction on bfloat16 operands.
+INSTRUCTION_DEPTH = 16
 
 
 class Tiling(NamedTuple):
-    """Sizes of a routing problem, and of its tiles."""
+    """Sizes of a routing problem, and of the tiles of a kernel."""
 
     batch: int  # B
     capsules: int  # I
     length: int  # P
     parents: int  # J
     depth: int  # D
-    config: TritonTile
+    examples: int  # b, of a tile
+    parts: int  # of a float32 operand
+    interpret: bool
 
     @property
-    def tile(self) -> tuple[int, int, int]:
-        """Shape of a tile of votes, [b, j, d]."""
-        return self.config.examples, self.config.parents, power_of_two(self.depth)
+    def padded_length(self) -> int:
+        """P in a tile: a power of two, at least 2."""
+        return max(2, power_of_two(self.length))
 
     @property
-    def example_tiles(self) -> int:
+    def padded_depth(self) -> int:
+        """D in a tile: a power of two, at least the depth of a matrix instruction."""
+        return max(INSTRUCTION_DEPTH, power_of_two(self.depth))
+
+    @property
+    def h(self) -> int:
+        """Children of a thread."""
+        return max(1, COLUMNS // (LANES * self.padded_length))
+
+    @property
+    def n(self) -> int:
+        """Children of a group."""
+        return LANES * self.h
+
+    @property
+    def k(self) -> int:
+        """Columns of a group."""
+        return self.n * self.padded_length
+
+    @property
+    def groups(self) -> int:
+        """Number of groups."""
+        return pl.cdiv(self.capsules, self.n)
+
+    @property
+    def tiles(self) -> int:
         """Number of tiles of examples."""
-        return pl.cdiv(self.batch, self.config.examples)
-
-    @property
-    def chunks(self) -> int:
-        """Number of tiles of parents."""
-        return pl.cdiv(self.parents, self.config.parents)
-
-    @property
-    def products(self) -> int:
-        """Number of matrix products over P."""
-        return pl.cdiv(self.length, LENGTH)
+        return pl.cdiv(self.batch, self.examples)
 
 
-def tiling_of(poses: Array, weights: Array, config: TritonTile) -> Tiling:
-    """Return the tiling of poses `[B, I, P]` and weights `[I, P, J, D]`."""
-    batch, capsules, length = poses.shape
-    return Tiling(batch, capsules, length, weights.shape[2], weights.shape[3], config)
+def tiling_of(operands: Operands, *, examples: int, interpret: bool) -> Tiling:
+    """Return the tiling of a pass."""
+    batch, capsules, length = operands.poses.shape
+    parents, depth = operands.weights.shape[2:]
+    parts = 1 if operands.poses.dtype == jnp.bfloat16 else parts_of("cuda")
+    return Tiling(batch, capsules, length, parents, depth, examples, parts, interpret)
 
 
-def flat(x: Array) -> Array:
-    """Reshape `[..., J, D]` to `[..., J·D]`."""
-    return x.reshape(*x.shape[:-2], -1)
+# Preparation of operands, outside of the kernels.
 
 
-def loop(count: int, step: Callable[[Array, Any], Any], carry: Any) -> Any:
+def prepare_weights(tiling: Tiling, weights: Array) -> Array:
+    """Return weights as `[parts, J, groups, K, d]`, with rows in the order of columns."""
+    length, h = tiling.padded_length, tiling.h
+    padding = (
+        (0, tiling.groups * tiling.n - tiling.capsules),
+        (0, length - tiling.length),
+        (0, 0),
+        (0, tiling.padded_depth - tiling.depth),
+    )
+    x = jnp.pad(weights, padding)
+    x = x.reshape(tiling.groups, h, LANES, length // 2, 2, tiling.parents, -1)
+    x = x.transpose(5, 0, 1, 3, 2, 4, 6).reshape(tiling.parents, tiling.groups, tiling.k, -1)
+    return _rounded_parts(tiling, x)
+
+
+def restore_weights(tiling: Tiling, prepared: Array) -> Array:
+    """Return `[J, groups, K, d]`, in the order of `prepare_weights`, as `[I, P, J, D]`."""
+    length, h = tiling.padded_length, tiling.h
+    x = prepared.reshape(tiling.parents, tiling.groups, h, length // 2, LANES, 2, -1)
+    x = x.transpose(1, 2, 4, 3, 5, 0, 6)
+    x = x.reshape(tiling.groups * tiling.n, length, tiling.parents, -1)
+    return x[: tiling.capsules, : tiling.length, :, : tiling.depth]
+
+
+def prepare_states(tiling: Tiling, states: Sequence[Array], tiles: int) -> Array | None:
+    """Return states `[B, J, D]` as `[parts, states, J, B', d]`, with B' of whole tiles."""
+    if not states:
+        return None
+    x = jnp.stack(states).transpose(0, 2, 1, 3)
+    padding = (
+        (0, 0),
+        (0, 0),
+        (0, tiles * tiling.examples - tiling.batch),
+        (0, tiling.padded_depth - tiling.depth),
+    )
+    return _rounded_parts(tiling, jnp.pad(x, padding))
+
+
+def prepare_rows(tiling: Tiling, rows: Sequence[Array], tiles: int) -> Array | None:
+    """Return arrays `[B, J]` as `[arrays, J, B']`, with B' of whole tiles."""
+    if not rows:
+        return None
+    padding = (0, 0), (0, 0), (0, tiles * tiling.examples - tiling.batch)
+    return jnp.pad(jnp.stack(rows).transpose(0, 2, 1), padding)
+
+
+def prepare_prior(prior: Array | None) -> Array | None:
+    """Return prior logits `[I, J]` or `[B, I, J]` to the base 2, with J first."""
+    return None if prior is None else jnp.moveaxis(prior * LOG2_E, -1, 0)
+
+
+def _rounded_parts(tiling: Tiling, x: Array) -> Array:
+    """Return bfloat16 parts, each the rounded remainder of those before."""
+    found, x = [], x.astype(jnp.float32)
+    for _ in range(tiling.parts):
+        found.append(x.astype(jnp.bfloat16))
+        x = x - found[-1].astype(jnp.float32)
+    return jnp.stack(found)
+
+
+# Instructions that JAX does not emit for a GPU: XLA keeps products and sums apart.
+
+
+def _instruction(text: str, *operands: Array) -> Array:
+    (found,) = pltriton.elementwise_inline_asm(
+        text,
+        args=operands,
+        constraints=",".join(["=f"] + ["f"] * len(operands)),
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(operands[0].shape, jnp.float32)],
+    )
+    return found
+
+
+def fma(tiling: Tiling, a: Array, b: Array, c: Array) -> Array:
+    """Compute `a * b + c`, with one rounding."""
+    return a * b + c if tiling.interpret else _instruction("fma.rn.f32 $0,$1,$2,$3;", a, b, c)
+
+
+def exp2(tiling: Tiling, x: Array) -> Array:
+    """Compute 2 to the power of x."""
+    return jnp.exp2(x) if tiling.interpret else _instruction("ex2.approx.ftz.f32 $0,$1;", x)
+
+
+def log2(tiling: Tiling, x: Array) -> Array:
+    """Compute the logarithm to the base 2."""
+    return jnp.log2(x) if tiling.interpret else _instruction("lg2.approx.ftz.f32 $0,$1;", x)
+
+
+def reciprocal(tiling: Tiling, x: Array) -> Array:
+    """Compute 1 / x."""
+    return 1 / x if tiling.interpret else _instruction("rcp.approx.ftz.f32 $0,$1;", x)
+
+
+def placed_like(tiling: Tiling, x: Array, y: Array) -> Array:
+    """Return x, distributed over the threads as y is: an instruction has all operands in one."""
+    return x if tiling.interpret else _instruction("mov.b32 $0,$1;", x, y)
+
+
+def _truncated(tiling: Tiling, x: Array) -> Array:
+    """Return x without the bits that bfloat16 lacks, so that its conversion is exact."""
+    if not tiling.interpret:
+        return _instruction("and.b32 $0,$1,0xffff0000;", x)
+    bits = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000)
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def split(tiling: Tiling, x: Array) -> list[Array]:
+    """Return the parts of float32 numbers."""
+    found = []
+    for _ in range(tiling.parts - 1):
+        high = _truncated(tiling, x)
+        found.append(high.astype(jnp.bfloat16))
+        x = x - high
+    return [*found, x.astype(jnp.bfloat16)]
+
+
+def scaled_parts(tiling: Tiling, x: Array, parts: list[Array], factor: Array) -> list[Array]:
+    """Return the parts of poses times a factor of each child, `[b, n]`.
+
+    Args:
+      tiling: Sizes.
+      x: Poses, `[b, K]`.
+      parts: Those of x.
+      factor: `[b, n]`.
+    """
+    if tiling.parts > 2:
+        return split(tiling, x * spread(tiling, factor))
+    factors = [spread(tiling, part) for part in split(tiling, factor)]
+    high = _pair_fma(tiling, factors[0], parts[0], None)
+    if tiling.parts == 1:
+        return [high]
+    # The remainder of the rounded product is a bfloat16 number too.
+    low = _pair_fma(tiling, factors[0], parts[0], high, negated=True)
+    low = _pair_fma(tiling, factors[1], parts[0], low)
+    return [high, _pair_fma(tiling, factors[0], parts[1], low)]
+
+
+def _pair_fma(
+    tiling: Tiling, a: Array, b: Array, c: Array | None, *, negated: bool = False
+) -> Array:
+    """Compute `a * b + c`, or `- c` if negated, on pairs of bfloat16, with one rounding."""
+    if tiling.interpret:
+        a, b, c = (0.0 if x is None else x.astype(jnp.float32) for x in (a, b, c))
+        return (a * b + (-c if negated else c)).astype(jnp.bfloat16)
+    if c is None:
+        text = "{.reg .b32 c; mov.b32 c,0x80008000; fma.rn.bf16x2 $0,$1,$2,c;}"
+    elif negated:
+        text = "{.reg .b32 c; neg.bf16x2 c,$3; fma.rn.bf16x2 $0,$1,$2,c;}"
+    else:
+        text = "fma.rn.bf16x2 $0,$1,$2,$3;"
+    operands = [x for x in (a, b, c) if x is not None]
+    (found,) = pltriton.elementwise_inline_asm(
+        text,
+        args=operands,
+        constraints=",".join(["=r"] + ["r"] * len(operands)),
+        pack=2,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(a.shape, jnp.bfloat16)],
+    )
+    return found
+
+
+def dot(
+    tiling: Tiling, a: list[Array], b: list[Array], start: Array | None = None, **transposed: bool
+) -> Array:
+    """Add the product of operands in parts to `start`, the smallest terms first."""
+    for total in reversed(range(tiling.parts)):
+        for k in range(total + 1):
+            term = pltriton.dot(a[k], b[total - k], **transposed)
+            start = term if start is None else start + term  # becomes the product's own start
+    assert start is not None
+    return start
+
+
+# Functions of the columns of a group.
+
+
+def agreements(tiling: Tiling, x: Array, y: Array) -> Array:
+    """Compute the sums over P of poses times products, `[b, K]` to `[b, n]`."""
+    x0, x1 = lax.unstack(x.reshape(_axes(tiling, x)), axis=-1)
+    y0, y1 = lax.unstack(y.reshape(_axes(tiling, y)), axis=-1)
+    return jnp.sum(fma(tiling, x1, y1, x0 * y0), y0.ndim - 2).reshape(-1, tiling.n)
+
+
+def spread(tiling: Tiling, c: Array) -> Array:
+    """Repeat the number of each child for all its components, `[b, n]` to `[b, K]`."""
+    shape = _axes(tiling, c)
+    if tiling.h == 1:
+        return jnp.broadcast_to(c.reshape(-1, 1, LANES, 1), shape).reshape(-1, tiling.k)
+    c = c.reshape(-1, tiling.h, 1, LANES, 1)
+    return jnp.broadcast_to(c, shape).reshape(-1, tiling.k)
+
+
+def to_columns(tiling: Tiling, x: Array) -> Array:
+    """Permute `[b, n·P]` into the order of columns."""
+    pairs = tiling.padded_length // 2
+    if tiling.h == 1:
+        return x.reshape(-1, LANES, pairs, 2).transpose(0, 2, 1, 3).reshape(-1, tiling.k)
+    x = x.reshape(-1, tiling.h, LANES, pairs, 2).transpose(0, 1, 3, 2, 4)
+    return x.reshape(-1, tiling.k)
+
+
+def from_columns(tiling: Tiling, x: Array) -> Array:
+    """Permute columns back into `[b, n·P]`."""
+    axes = (0, 2, 1, 3) if tiling.h == 1 else (0, 1, 3, 2, 4)
+    return x.reshape(_axes(tiling, x)).transpose(axes).reshape(-1, tiling.k)
+
+
+def _axes(tiling: Tiling, x: Array) -> tuple[int, ...]:
+    """Return the axes of columns: (b, h, q, t, e), without h if it is 1, which costs shuffles."""
+    own = () if tiling.h == 1 else (tiling.h,)
+    return (x.shape[0], *own, tiling.padded_length // 2, LANES, 2)
+
+
+def loop(count: int, step: Any, carry: Any) -> Any:
     """Run `lax.fori_loop` from 0 with an int32 index, also if JAX's default is int64."""
     if count == 1:
         return step(jnp.int32(0), carry)
     return lax.fori_loop(0, count, lambda k, carry: step(k.astype(jnp.int32), carry), carry)
 
 
-def barrier(interpret: bool) -> None:
-    """Synchronise a program's threads, so that each can load what the others stored."""
-    if not interpret:
-        pltriton.debug_barrier()
+def grow(at: Any, term: Array, grows: Any, inside: Array | None = None) -> None:
+    """Store a term, added to what the program stored before if `grows`, a bool or an array.
 
-
-def tile_indices(tile: Array, size: int) -> Array:
-    """Return the indices of elements in a tile, `[size]`."""
-    return tile * size + jnp.arange(size, dtype=jnp.int32)
-
-
-class Block(NamedTuple):
-    """Elements of an array to load or store, some of which may be beyond its end."""
-
-    at: tuple[Array, ...]  # indices for each axis, broadcastable to the shape of `inside`
-    inside: Array  # booleans, False beyond the end
-
-    def with_leading(self, *leading: Array) -> "Block":
-        """Prepend indices of leading axes."""
-        return Block((*leading, *self.at), self.inside)
-
-    def load(self, ref: Any, when: Array | None = None, other: float = 0) -> Array:
-        """Load the elements, `other` beyond the end; if `when` is False, `other` everywhere."""
-        mask = self.inside if when is None else self.inside & when
-        return pltriton.load(ref.at[self.at], mask=mask, other=other)
-
-    def store(self, ref: Any, value: Array, when: Array | None = None) -> None:
-        """Store the elements that are not beyond the end; if `when` is False, nothing."""
-        mask = self.inside if when is None else self.inside & when
-        pltriton.store(ref.at[self.at], value.astype(ref.dtype), mask=mask)
-
-
-def columns(tiling: Tiling, chunk: Array) -> tuple[Array, Array]:
-    """Return a chunk's indices along the axis J·D, `[j·d]`, and which are inside of the array."""
-    _, parents, depth = tiling.tile
-    column = jnp.arange(parents * depth, dtype=jnp.int32)
-    parent = chunk * parents + lax.div(column, jnp.int32(depth))
-    if depth == tiling.depth:  # equal to the below, but visibly contiguous to the compiler
-        return chunk * (parents * depth) + column, parent < tiling.parents
-    component = lax.rem(column, jnp.int32(depth))
-    inside = (parent < tiling.parents) & (component < tiling.depth)
-    return parent * tiling.depth + component, inside
-
-
-def poses_block(tiling: Tiling, examples: Array, capsule: Array, product: int) -> Block:
-    """Return the block `[b, 16]` of poses `[B, I, P]` for one matrix product."""
-    component = product * LENGTH + jnp.arange(LENGTH, dtype=jnp.int32)
-    inside = (examples < tiling.batch) & (capsule < tiling.capsules)
-    return Block(
-        (examples[:, None], capsule, component[None, :]),
-        inside[:, None] & (component < tiling.length)[None, :],
-    )
-
-
-def weights_block(tiling: Tiling, capsule: Array, product: int, chunk: Array) -> Block:
-    """Return the block `[16, j·d]` of weights `[I, P, J·D]` for one matrix product."""
-    component = product * LENGTH + jnp.arange(LENGTH, dtype=jnp.int32)
-    column, inside = columns(tiling, chunk)
-    rows = (component < tiling.length) & (capsule < tiling.capsules)
-    return Block((capsule, component[:, None], column[None, :]), rows[:, None] & inside[None, :])
-
-
-def states_block(tiling: Tiling, examples: Array, chunk: Array) -> Block:
-    """Return the block `[b, j·d]` of states `[B, J·D]`."""
-    column, inside = columns(tiling, chunk)
-    return Block(
-        (examples[:, None], column[None, :]),
-        (examples < tiling.batch)[:, None] & inside[None, :],
-    )
-
-
-def prior_block(tiling: Tiling, capsule: Array, chunk: Array) -> Block:
-    """Return the block `[j]` of prior logits `[I, J]`."""
-    parent = tile_indices(chunk, tiling.config.parents)
-    return Block((capsule, parent), (parent < tiling.parents) & (capsule < tiling.capsules))
-
-
-def accumulator_block(tiling: Tiling, slot: Array, product: int) -> Block:
-    """Return the block `[b, 16]` of accumulators `[slots, b, P]` of the poses' gradients."""
-    row = jnp.arange(tiling.config.examples, dtype=jnp.int32)
-    component = product * LENGTH + jnp.arange(LENGTH, dtype=jnp.int32)
-    inside = (row >= 0)[:, None] & (component < tiling.length)[None, :]
-    return Block((slot, row[:, None], component[None, :]), inside)
-
-
-def load_states(tiling: Tiling, ref: Any, examples: Array, chunk: Array) -> Array:
-    """Load a tile of states, `[b, j, d]`."""
-    return states_block(tiling, examples, chunk).load(ref).reshape(tiling.tile)
-
-
-def make_votes(
-    tiling: Tiling, poses_ref: Any, weights_ref: Any, examples: Array, capsule: Array, chunk: Array
-) -> Array:
-    """Compute a tile of votes, `[b, j, d]`, in float32."""
-    examples_in_tile, parents, depth = tiling.tile
-    votes = jnp.zeros((examples_in_tile, parents * depth), jnp.float32)
-    for product in range(tiling.products):
-        poses = poses_block(tiling, examples, capsule, product).load(poses_ref)
-        weights = weights_block(tiling, capsule, product, chunk).load(weights_ref)
-        votes += pltriton.dot(poses, weights)
-    return votes.reshape(tiling.tile)
-
-
-def agreements(votes: Array, states: Array) -> Array:
-    """Compute the dot products of votes and states over the depth, `[b, j]`."""
-    return jnp.sum(votes * states, 2)
-
-
-def make_logits(
-    tiling: Tiling, votes: Array, prior_ref: Any, total: Array | None, capsule: Array, chunk: Array
-) -> Array:
-    """Compute logits `[b, j]`: prior plus agreements; -infinity for parents beyond J."""
-    examples, parents, _ = tiling.tile
-    logits = jnp.zeros((examples, parents), jnp.float32)
-    if prior_ref is not None:
-        prior = prior_block(tiling, capsule, chunk).load(prior_ref)
-        logits += prior.astype(jnp.float32)[None, :]
-    if total is not None:
-        logits += agreements(votes, total)
-    exists = tile_indices(chunk, parents) < tiling.parents
-    return jnp.where(exists[None, :], logits, -jnp.inf)
-
-
-class Statistics(NamedTuple):
-    """Sums over parents for a softmax over J and its gradient, `[b]` each."""
-
-    largest: Array  # the largest logit
-    total: Array  # Σ_j exp(logit - largest)
-    weighted: Array  # Σ_j exp(logit - largest) · gradient of the coupling
-
-
-# Initial values of the accumulators: the largest logit stays finite even if all are -infinity.
-INITIAL_STATISTICS = (float(jnp.finfo(jnp.float32).min), 0.0, 0.0)
-
-
-def statistics_of(
-    logits: Array, d_couplings: Array | None, before: Statistics | None = None
-) -> Statistics:
-    """Compute the statistics of a chunk of parents, merged with those of chunks before."""
-    if before is None:
-        shape = logits.shape[:1]
-        before = Statistics(*(jnp.full(shape, value, jnp.float32) for value in INITIAL_STATISTICS))
-    largest = jnp.maximum(jnp.max(logits, 1), before.largest)
-    shrink = jnp.exp(before.largest - largest)
-    exponentials = jnp.exp(logits - largest[:, None])
-    total = before.total * shrink + jnp.sum(exponentials, 1)
-    if d_couplings is None:
-        return Statistics(largest, total, before.weighted)
-    weighted = before.weighted * shrink + jnp.sum(exponentials * d_couplings, 1)
-    return Statistics(largest, total, weighted)
-
-
-def load_statistics(tiling: Tiling, ref: Any, slot: Array, when: Array | None = None) -> Statistics:
-    """Load statistics from an array `[slots, 3, b]`; initial ones if `when` is False."""
-    blocks = statistics_blocks(tiling, slot)
-    values = (
-        block.load(ref, when, other)
-        for block, other in zip(blocks, INITIAL_STATISTICS, strict=True)
-    )
-    return Statistics(*values)
-
-
-def store_statistics(tiling: Tiling, ref: Any, slot: Array, statistics: Statistics) -> None:
-    """Store statistics into an array `[slots, 3, b]`."""
-    for block, value in zip(statistics_blocks(tiling, slot), statistics, strict=True):
-        block.store(ref, value)
-
-
-def statistics_blocks(tiling: Tiling, slot: Array) -> list[Block]:
-    """Return the blocks of largest, total and weighted in an array `[slots, 3, b]`."""
-    row = jnp.arange(tiling.config.examples, dtype=jnp.int32)
-    return [Block((slot, jnp.int32(kind), row), row >= 0) for kind in range(3)]
-
-
-def couplings_and_gradients(
-    logits: Array, d_couplings: Array | None, statistics: Statistics | None
-) -> tuple[Array, Array | None]:
-    """Compute couplings `[b, j]`, and from gradients of couplings those of the logits.
-
-    If statistics is None, the logits are those of all parents.
+    The same threads load and store an element, so no barrier is needed.
     """
-    if statistics is None:
-        statistics = statistics_of(logits, d_couplings)
-    couplings = jnp.exp(logits - statistics.largest[:, None]) / statistics.total[:, None]
-    if d_couplings is None:
-        return couplings, None
-    mean = statistics.weighted / statistics.total
-    return couplings, couplings * (d_couplings - mean[:, None])
+    if grows is not False:
+        mask = jnp.broadcast_to(jnp.asarray(grows), term.shape)
+        mask = mask if inside is None else mask & inside
+        term = term + pltriton.load(at, mask=mask, other=0.0)
+    pltriton.store(at, term, mask=inside)
+
+
+class Group:
+    """Loads and stores of a group of children and a tile of examples.
+
+    What is past the end of an array is loaded as 0 and not stored. `ragged` tells whether the
+    group may be past the last one.
+    """
+
+    def __init__(self, tiling: Tiling, index: Array, tile: Array, *, ragged: bool = False) -> None:
+        self.tiling, self.index, self.ragged = tiling, index, ragged
+        self.rows = tile * tiling.examples + jnp.arange(tiling.examples, dtype=jnp.int32)
+        column = jnp.arange(tiling.k, dtype=jnp.int32)
+        length = jnp.int32(tiling.padded_length)
+        child, component = index * tiling.n + lax.div(column, length), lax.rem(column, length)
+        if tiling.length == tiling.padded_length:  # visibly contiguous to the compiler
+            self.columns = index * tiling.k + column
+        else:
+            self.columns = child * tiling.length + component
+        exists = (child < tiling.capsules) & (component < tiling.length)
+        self.inside = (self.rows < tiling.batch)[:, None] & exists[None, :]
+        children = index * tiling.n + jnp.arange(tiling.n, dtype=jnp.int32)
+        self.children = jnp.broadcast_to(children[None, :], (tiling.examples, tiling.n))
+        self.pairs = (self.rows < tiling.batch)[:, None] & (self.children < tiling.capsules)
+
+    def load_poses(self, ref: Any) -> Array:
+        """Load poses `[B, I·P]` in the order of columns."""
+        at = ref.at[self.rows[:, None], self.columns[None, :]]
+        x = pltriton.load(at, mask=self.inside, other=0.0).astype(jnp.float32)
+        return to_columns(self.tiling, x)
+
+    def store_poses(self, ref: Any, x: Array) -> None:
+        """Store poses `[B, I·P]` from the order of columns."""
+        at = ref.at[self.rows[:, None], self.columns[None, :]]
+        x = from_columns(self.tiling, x).astype(ref.dtype)
+        pltriton.store(at, x, mask=self.inside)
+
+    def load_weights(self, ref: Any, parent: Array) -> list[Array]:
+        """Load the parts of prepared weights, zeros past the last group."""
+        k = jnp.arange(self.tiling.k, dtype=jnp.int32)[:, None]
+        d = jnp.arange(self.tiling.padded_depth, dtype=jnp.int32)[None, :]
+        at = [ref.at[part, parent, self.index, k, d] for part in range(self.tiling.parts)]
+        if not self.ragged:
+            return [pltriton.load(x) for x in at]
+        inside = (self.index < self.tiling.groups) & (k >= 0) & (d >= 0)
+        return [pltriton.load(x, mask=inside, other=0.0) for x in at]
+
+    def load_state(self, ref: Any, index: int, parent: Array) -> list[Array]:
+        """Load the parts of a prepared state, `[b, d]`."""
+        d = jnp.arange(self.tiling.padded_depth, dtype=jnp.int32)[None, :]
+        return [
+            pltriton.load(ref.at[part, index, parent, self.rows[:, None], d])
+            for part in range(self.tiling.parts)
+        ]
+
+    def load_row(self, ref: Any, index: int, parent: Array) -> Array:
+        """Load a number of each example from prepared rows, for all children: `[b, n]`."""
+        rows = jnp.broadcast_to(self.rows[:, None], self.children.shape)
+        return pltriton.load(ref.at[index, parent, rows])
+
+    def load_prior(self, ref: Any, parent: Array) -> Array:
+        """Load prepared prior logits, `[b, n]`."""
+        if ref.ndim == 2:
+            at, inside = ref.at[parent, self.children], self.children < self.tiling.capsules
+        else:
+            at, inside = ref.at[parent, self.rows[:, None], self.children], self.pairs
+        return pltriton.load(at, mask=inside, other=0.0)
+
+    def load_pairs(self, ref: Any, *index: int, other: float = 0) -> Array:
+        """Load numbers `[B, …, I]` of pairs of an example and a child, `[b, n]`."""
+        at = ref.at[(self.rows[:, None], *index, self.children)]
+        return pltriton.load(at, mask=self.pairs, other=other)
+
+    def store_pairs(self, ref: Any, x: Array, *index: int) -> None:
+        """Store numbers of pairs, `[B, …, I]`."""
+        at = ref.at[(self.rows[:, None], *index, self.children)]
+        pltriton.store(at, x, mask=self.pairs)
