@@ -126,12 +126,98 @@ class TritonConfig:
     gradients_splits: int  # programs along the examples; each has partial sums in memory
     gradients_warps: int
     gradients_stages: int
+    # Whether bfloat16 parts of float32 weights are written to memory, once a call; else each
+    # kernel makes them, in place where the matrix unit reads weights from shared memory (sm_90).
+    weights_in_parts: bool
 
 
-def triton_config_for(case: Case, *, processors: int | None = None) -> TritonConfig:
-    """Return the configuration for a case."""
-    del case, processors
-    return TritonConfig(64, 144, 4, 1, 64, 2, 4, 1)
+# Columns n·P of a group, of which each of 4 threads has a quarter.
+TRITON_COLUMNS = 64
+TRITON_LANES = 4
+# Sizes of tiles of examples, the largest first; a warp has 16 of them.
+TRITON_EXAMPLES = (64, 32, 16)
+TRITON_ROWS = 16
+# Multiprocessors, if the device is unknown: those of an H100.
+TRITON_PROCESSORS = 132
+# Warps that hide most of each other's waiting, 2 for each scheduler of a multiprocessor.
+TRITON_ENOUGH_WARPS = 8
+# Programs of 4 warps whose registers fit into a multiprocessor.
+TRITON_BLOCKS = 2
+# Programs for each multiprocessor, at most, if the work can be divided further.
+TRITON_WAVES = 8
+# Bytes of partial sums of a pass, at most.
+TRITON_PARTIAL_SUMS = 64 * 2**20
+
+
+def triton_children(length: int) -> int:
+    """Return the number n of children in a group, for poses of a length."""
+    return max(TRITON_LANES, TRITON_COLUMNS // max(2, power_of_two(length)))
+
+
+def triton_config_for(
+    case: Case, *, processors: int | None = None, capability: tuple[int, int] | None = None
+) -> TritonConfig:
+    """Return the configuration for a case: that whose busiest multiprocessor has least to do.
+
+    Args:
+      case: Sizes and dtype.
+      processors: Multiprocessors of the device; None if unknown.
+      capability: Compute capability of the device; None if unknown.
+    """
+    groups = -(-case.capsules // triton_children(case.length))
+    largest = min(TRITON_EXAMPLES[0], max(TRITON_ROWS, power_of_two(case.batch)))
+    sums, gradients = [], []
+    for examples in TRITON_EXAMPLES:
+        if examples <= largest:
+            tiles = -(-case.batch // examples)
+            size = 4 * case.parents * power_of_two(max(16, case.depth)) * tiles * examples
+            sums.append(_triton_split(groups, tiles, examples, size, processors))
+            size = 4 * case.capsules * case.length * case.parents * case.depth
+            gradients.append(_triton_split(tiles, groups, examples, size, processors))
+    # The first of equals, which has the largest tiles.
+    _, sums_examples, ranges = min(sums, key=lambda x: x[0])
+    _, gradients_examples, splits = min(gradients, key=lambda x: x[0])
+    return TritonConfig(
+        sums_examples=sums_examples,
+        sums_ranges=ranges,
+        sums_warps=sums_examples // TRITON_ROWS,
+        sums_stages=1,
+        gradients_examples=gradients_examples,
+        gradients_splits=splits,
+        gradients_warps=gradients_examples // TRITON_ROWS,
+        gradients_stages=1,
+        weights_in_parts=capability != (9, 0) and size <= TRITON_PARTIAL_SUMS,
+    )
+
+
+def _triton_split(
+    count: int, others: int, examples: int, size: int, processors: int | None
+) -> tuple[float, int, int]:
+    """Return the best split of `count` units of work, which `others` programs have each.
+
+    Args:
+      count: Units in sequence: groups of children, or tiles of examples.
+      others: Programs along the other axis of the grid.
+      examples: Of a tile.
+      size: Bytes of the partial sums of one part.
+      processors: Multiprocessors of the device.
+
+    Returns:
+      The time of the busiest multiprocessor, `examples`, and the number of parts.
+    """
+    processors = processors or TRITON_PROCESSORS
+    most = max(1, min(count, TRITON_WAVES * processors // others, TRITON_PARTIAL_SUMS // size))
+    warps = examples // TRITON_ROWS
+    found = []
+    for parts in range(1, most + 1):
+        steps = -(-count // parts)
+        programs = -(-count // steps) * others
+        busiest = -(-programs // processors)
+        resident = min(busiest * warps, TRITON_BLOCKS * 4)
+        time = busiest * steps * warps / min(1, resident / TRITON_ENOUGH_WARPS)
+        time *= 1 + TRITON_ROWS / examples  # each tile of examples loads all weights
+        found.append((time, examples, -(-count // steps)))
+    return min(found)
 
 
 def power_of_two(n: int) -> int:

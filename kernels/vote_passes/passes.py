@@ -18,10 +18,13 @@ lowering rule, so a program for one platform contains no code for others.
 Shape letters are those of `capsjax.shapes`: a pose is `[R, P]`, a weight `[P, E]`, a vote `[R, E]`.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import math
-from collections.abc import Callable, Sequence
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,7 +34,7 @@ from jax import Array
 from jax.core import ShapedArray
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from capsjax.kernels.dispatch import Unsupported
 from capsjax.kernels.dtypes import accumulation_dtype
@@ -111,12 +114,16 @@ class Device(NamedTuple):
 
     kind: str | None = None  # JAX's `device_kind`; None if unknown
     num_devices: int = 1  # over which XLA's partitioner may shard the arrays
+    processors: int | None = None  # multiprocessors of a GPU; None if unknown
+    capability: tuple[int, int] | None = None  # compute capability of a GPU; None if unknown
 
 
 # Names of implementations: modules of this package, which `_backend` imports at lowering.
 IMPLEMENTATIONS = ("reference", "xla", "triton", "mosaic_tpu")
 # The only platform of each kernel implementation.
 PLATFORMS = {"triton": "cuda", "mosaic_tpu": "tpu"}
+# JAX's names of GPUs of compute capability 9.0, which a described device does not tell.
+HOPPER = re.compile(r"\bG?H(100|200|20|800)\b")
 # Implementations to try, in order, if none is named; on any other platform "xla".
 PREFERENCE = {"cuda": ("triton", "xla"), "tpu": ("mosaic_tpu", "xla")}
 
@@ -390,17 +397,39 @@ def _abstract(name: str, *arrays: Any, structure: Any, mapped: Any, spec: Spec, 
 def _lower(name: str, platform: str | None, context: Any, *arrays: Any, **params: Any) -> Any:
     # Traced with plain shapes, without mesh axes: a kernel runs on each device by itself.
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in context.avals_in]
-    program = select(name, platform, _device(context), shapes, **params)
-    jaxpr = jax.make_jaxpr(program.votes_pass)(*shapes)
-    lower = mlir.lower_fun(jaxpr_as_fun(jaxpr))
-    return lower(context.replace(avals_in=jaxpr.in_avals, avals_out=jaxpr.out_avals), *arrays)
+    device = _device(context)
+    with _for_triton() if platform == "cuda" else contextlib.nullcontext():
+        program = select(name, platform, device, shapes, **params)
+        jaxpr = jax.make_jaxpr(program.votes_pass)(*shapes)
+        lower = mlir.lower_fun(jaxpr_as_fun(jaxpr))
+        return lower(context.replace(avals_in=jaxpr.in_avals, avals_out=jaxpr.out_avals), *arrays)
+
+
+@contextlib.contextmanager
+def _for_triton() -> Iterator[None]:
+    """Import and lower Pallas-Triton kernels as JAX 0.11 and newer need it.
+
+    They warn that the backend will be removed, which the error of `_backend` will explain then, and
+    ask which GPU a program is for, where there is none: each kernel runs on any from sm_80 on.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    known = mesh.abstract_device is not None or jax.devices()[0].platform == "gpu"
+    device = AbstractDevice(device_kind="NVIDIA GPU", num_cores=1, platform="gpu")
+    described = AbstractMesh(
+        mesh.axis_sizes, mesh.axis_names, mesh.axis_types, abstract_device=device
+    )
+    with warnings.catch_warnings():
+        message = "The Pallas Triton backend is deprecated"
+        warnings.filterwarnings("ignore", message, DeprecationWarning)
+        with contextlib.nullcontext() if known else jax.sharding.use_abstract_mesh(described):
+            yield
 
 
 def _device(context: mlir.LoweringRuleContext) -> Device:
     """Return the devices that a program is lowered for, as far as JAX knows them."""
     axes: Any = context.module_context.axis_context
     described = jax.sharding.get_abstract_mesh().abstract_device
-    devices = jax.devices()
+    device = jax.devices()[0]
     mesh = getattr(axes, "mesh", None)  # of a shard_map
     if mesh is None:
         count = axes.num_devices
@@ -409,8 +438,14 @@ def _device(context: mlir.LoweringRuleContext) -> Device:
         count = math.prod(mesh.shape[name] for name in automatic)
         described = described or mesh.abstract_mesh.abstract_device
         if isinstance(mesh, Mesh):
-            devices = list(mesh.devices.flat)
-    return Device(described.device_kind if described else devices[0].device_kind, count)
+            device = mesh.devices.flat[0]
+    if described is not None:
+        kind, processors = described.device_kind, described.num_cores
+        return Device(kind, count, processors, (9, 0) if HOPPER.search(kind) else None)
+    if device.platform != "gpu":
+        return Device(device.device_kind, count)
+    major, minor = map(int, device.compute_capability.split("."))
+    return Device(device.device_kind, count, device.core_count, (major, minor))
 
 
 def _jvp(primitive: Primitive, primals: Any, tangents: Any, *, spec: Spec, **params: Any) -> Any:

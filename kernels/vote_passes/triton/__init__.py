@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import jax
 from jax import Array
 
 from capsjax.kernels.dispatch import Unsupported
@@ -22,6 +23,8 @@ from capsjax.kernels.vote_passes.triton.sums import Parents, Wanted, weighted_su
 # Longer poses, of which a thread has all components, or deeper votes exceed the registers.
 MAX_LENGTH = 16
 MAX_DEPTH = 64
+# The first compute capability with matrix instructions on bfloat16.
+OLDEST = 8, 0
 
 
 def config_for(spec: Spec, inputs: Inputs, others: object, *, device: Device) -> TritonConfig:
@@ -38,7 +41,11 @@ def config_for(spec: Spec, inputs: Inputs, others: object, *, device: Device) ->
             f"routing: P must be at most {MAX_LENGTH} and D at most {MAX_DEPTH}, "
             f"got {case.length} and {case.depth}"
         )
-    return triton_config_for(case)
+    if max(x.size for x in jax.tree.leaves(inputs)) >= 2**31:
+        raise Unsupported("routing: arrays of this kernel must have fewer than 2**31 elements")
+    if device.capability is not None and device.capability < OLDEST:
+        raise Unsupported(f"routing: {device.kind} is older than sm_80, which this kernel needs")
+    return triton_config_for(case, processors=device.processors, capability=device.capability)
 
 
 def moments(

@@ -33,7 +33,6 @@ from capsjax.kernels.vote_passes.triton.tiles import (
     prepare_rows,
     prepare_states,
     prepare_weights,
-    restore_weights,
     scaled_parts,
     split,
     spread,
@@ -59,7 +58,7 @@ class _Inputs(NamedTuple):
 
 class _Results(NamedTuple):
     d_poses: Any  # [B, I·P]
-    d_weights: Any  # [splits, J, groups, K, d]
+    d_weights: Any  # [splits, I·P, J·D]
     d_prior: Any  # [splits, J, I], or [J, B, I]
 
 
@@ -111,6 +110,7 @@ def gradients_of_inputs(
     arrays = _Arrays()
     equal = 1 / (tiling.parents + leaky)
     places = [arrays.add(iteration, equal) for iteration in iterations]
+    flat_weights = tiling.capsules * tiling.length, tiling.parents * tiling.depth
     prior, d_prior = operands.prior, None
     if prior is not None and not constant_couplings:
         before = (shape.splits,) if prior.ndim == 2 else ()
@@ -121,10 +121,7 @@ def gradients_of_inputs(
         grid=(tiling.groups, shape.splits),
         out_shape=_Results(
             ShapedArray((tiling.batch, tiling.capsules * tiling.length), operands.poses.dtype),
-            ShapedArray(
-                (shape.splits, tiling.parents, tiling.groups, tiling.k, tiling.padded_depth),
-                jnp.float32,
-            ),
+            ShapedArray((shape.splits, *flat_weights), jnp.float32),
             d_prior,
         ),
         interpret=interpret,
@@ -135,7 +132,7 @@ def gradients_of_inputs(
     )(
         _Inputs(
             operands.poses.reshape(tiling.batch, -1),
-            prepare_weights(tiling, operands.weights),
+            prepare_weights(tiling, operands.weights, in_parts=config.weights_in_parts),
             prepare_states(tiling, arrays.states, shape.splits * shape.tiles),
             prepare_rows(tiling, arrays.rows, shape.splits * shape.tiles),
             prepare_prior(prior),
@@ -144,7 +141,7 @@ def gradients_of_inputs(
     )
     return (
         d_poses.reshape(operands.poses.shape),
-        restore_weights(tiling, jnp.sum(d_weights, 0)).astype(operands.weights.dtype),
+        jnp.sum(d_weights, 0).reshape(operands.weights.shape).astype(operands.weights.dtype),
         _finish_prior(prior, *all_d_prior),
     )
 
@@ -241,9 +238,8 @@ def _kernel(
             if place.b is not None and not constant_couplings:
                 factor = scaled_parts(tiling, poses, parts, d_logit)
                 d_weights = dot(tiling, factor, b, d_weights, trans_a=True)
-        k = jnp.arange(tiling.k, dtype=jnp.int32)[:, None]
-        d = jnp.arange(tiling.padded_depth, dtype=jnp.int32)[None, :]
-        grow(results.d_weights.at[split_index, j, group_index, k, d], d_weights, grows)
+        at, inside = group.weights_block(j)
+        grow(results.d_weights.at[(split_index, *at)], d_weights, grows, inside)
         return d_poses
 
     def store_prior(group: Group, grows: Any, j: Array, d_logit: Array) -> None:

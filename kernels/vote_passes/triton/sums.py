@@ -128,7 +128,7 @@ def weighted_sums(
     )(
         _Inputs(
             operands.poses.reshape(tiling.batch, -1),
-            prepare_weights(tiling, operands.weights),
+            prepare_weights(tiling, operands.weights, in_parts=config.weights_in_parts),
             prepare_states(tiling, states, tiling.tiles),
             prepare_rows(tiling, rows, tiling.tiles),
             prepare_prior(operands.prior),

@@ -93,28 +93,12 @@ def tiling_of(operands: Operands, *, examples: int, interpret: bool) -> Tiling:
 # Preparation of operands, outside of the kernels.
 
 
-def prepare_weights(tiling: Tiling, weights: Array) -> Array:
-    """Return weights as `[parts, J, groups, K, d]`, with rows in the order of columns."""
-    length, h = tiling.padded_length, tiling.h
-    padding = (
-        (0, tiling.groups * tiling.n - tiling.capsules),
-        (0, length - tiling.length),
-        (0, 0),
-        (0, tiling.padded_depth - tiling.depth),
-    )
-    x = jnp.pad(weights, padding)
-    x = x.reshape(tiling.groups, h, LANES, length // 2, 2, tiling.parents, -1)
-    x = x.transpose(5, 0, 1, 3, 2, 4, 6).reshape(tiling.parents, tiling.groups, tiling.k, -1)
-    return _rounded_parts(tiling, x)
-
-
-def restore_weights(tiling: Tiling, prepared: Array) -> Array:
-    """Return `[J, groups, K, d]`, in the order of `prepare_weights`, as `[I, P, J, D]`."""
-    length, h = tiling.padded_length, tiling.h
-    x = prepared.reshape(tiling.parents, tiling.groups, h, length // 2, LANES, 2, -1)
-    x = x.transpose(1, 2, 4, 3, 5, 0, 6)
-    x = x.reshape(tiling.groups * tiling.n, length, tiling.parents, -1)
-    return x[: tiling.capsules, : tiling.length, :, : tiling.depth]
+def prepare_weights(tiling: Tiling, weights: Array, *, in_parts: bool) -> Array:
+    """Return weights `[I, P, J, D]` as `[parts, I·P, J·D]`, or as one float32 for all parts."""
+    x = weights.reshape(tiling.capsules * tiling.length, -1)
+    if in_parts and tiling.parts > 1:
+        return _rounded_parts(tiling, x)
+    return x[None]
 
 
 def prepare_states(tiling: Tiling, states: Sequence[Array], tiles: int) -> Array | None:
@@ -307,6 +291,14 @@ def _axes(tiling: Tiling, x: Array) -> tuple[int, ...]:
     return (x.shape[0], *own, tiling.padded_length // 2, LANES, 2)
 
 
+def _place(tiling: Tiling, column: Array) -> tuple[Array, Array, Array, Array]:
+    """Return the coordinates (h, q, t, e) of columns."""
+    pairs = jnp.int32(tiling.padded_length // 2)
+    e, rest = lax.rem(column, jnp.int32(2)), lax.div(column, jnp.int32(2))
+    t, rest = lax.rem(rest, jnp.int32(LANES)), lax.div(rest, jnp.int32(LANES))
+    return lax.div(rest, pairs), lax.rem(rest, pairs), t, e
+
+
 def loop(count: int, step: Any, carry: Any) -> Any:
     """Run `lax.fori_loop` from 0 with an int32 index, also if JAX's default is int64."""
     if count == 1:
@@ -345,6 +337,11 @@ class Group:
             self.columns = child * tiling.length + component
         exists = (child < tiling.capsules) & (component < tiling.length)
         self.inside = (self.rows < tiling.batch)[:, None] & exists[None, :]
+        # The rows of weights [I·P, J·D], in the order of columns.
+        h, q, t, e = _place(tiling, column)
+        child, component = index * tiling.n + LANES * h + t, 2 * q + e
+        self.weight_rows = child * tiling.length + component
+        self.weights_exist = (child < tiling.capsules) & (component < tiling.length)
         children = index * tiling.n + jnp.arange(tiling.n, dtype=jnp.int32)
         self.children = jnp.broadcast_to(children[None, :], (tiling.examples, tiling.n))
         self.pairs = (self.rows < tiling.batch)[:, None] & (self.children < tiling.capsules)
@@ -362,14 +359,27 @@ class Group:
         pltriton.store(at, x, mask=self.inside)
 
     def load_weights(self, ref: Any, parent: Array) -> list[Array]:
-        """Load the parts of prepared weights, zeros past the last group."""
-        k = jnp.arange(self.tiling.k, dtype=jnp.int32)[:, None]
-        d = jnp.arange(self.tiling.padded_depth, dtype=jnp.int32)[None, :]
-        at = [ref.at[part, parent, self.index, k, d] for part in range(self.tiling.parts)]
-        if not self.ragged:
-            return [pltriton.load(x) for x in at]
-        inside = (self.index < self.tiling.groups) & (k >= 0) & (d >= 0)
-        return [pltriton.load(x, mask=inside, other=0.0) for x in at]
+        """Load the parts of prepared weights for a parent, `[K, d]`, in the order of columns."""
+        at, inside = self.weights_block(parent)
+
+        def load(place: Any) -> Array:
+            if inside is None:
+                return pltriton.load(place)
+            return pltriton.load(place, mask=inside, other=0.0)
+
+        if ref.dtype == jnp.float32:
+            return split(self.tiling, load(ref.at[(0, *at)]))
+        return [load(ref.at[(part, *at)]) for part in range(self.tiling.parts)]
+
+    def weights_block(self, parent: Array) -> tuple[tuple[Array, Array], Array | None]:
+        """Return the indices of weights `[I·P, J·D]` for a parent; which exist, None if all do."""
+        tiling = self.tiling
+        d = jnp.arange(tiling.padded_depth, dtype=jnp.int32)
+        at = self.weight_rows[:, None], (parent * tiling.depth + d)[None, :]
+        whole = tiling.length == tiling.padded_length and tiling.depth == tiling.padded_depth
+        if whole and tiling.capsules % tiling.n == 0 and not self.ragged:
+            return at, None
+        return at, self.weights_exist[:, None] & (d < tiling.depth)[None, :]
 
     def load_state(self, ref: Any, index: int, parent: Array) -> list[Array]:
         """Load the parts of a prepared state, `[b, d]`."""
