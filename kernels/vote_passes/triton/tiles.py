@@ -176,22 +176,28 @@ def placed_like(tiling: Tiling, x: Array, y: Array) -> Array:
     return x if tiling.interpret else _instruction("mov.b32 $0,$1;", x, y)
 
 
-def _truncated(tiling: Tiling, x: Array) -> Array:
-    """Return x without the bits that bfloat16 lacks, so that its conversion is exact."""
-    if not tiling.interpret:
-        return _instruction("and.b32 $0,$1,0xffff0000;", x)
-    bits = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000)
-    return lax.bitcast_convert_type(bits, jnp.float32)
+def split(tiling: Tiling, x: Array, *, rounded: bool = True) -> list[Array]:
+    """Return the parts of float32 numbers.
 
-
-def split(tiling: Tiling, x: Array) -> list[Array]:
-    """Return the parts of float32 numbers."""
+    Without rounding, which is one instruction less, the rest of a number has its sign. A product
+    loses that of both operands' last parts, so at most one operand should be so.
+    """
     found = []
     for _ in range(tiling.parts - 1):
-        high = _truncated(tiling, x)
+        high = _high_bits(tiling, x, 0x8000 if rounded else 0)
         found.append(high.astype(jnp.bfloat16))
         x = x - high
     return [*found, x.astype(jnp.bfloat16)]
+
+
+def _high_bits(tiling: Tiling, x: Array, added: int) -> Array:
+    """Return x without the bits that bfloat16 lacks, so that its conversion is exact."""
+    if tiling.interpret:
+        bits = lax.bitcast_convert_type(x, jnp.uint32) + jnp.uint32(added)
+        return lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
+    if not added:
+        return _instruction("and.b32 $0,$1,0xffff0000;", x)
+    return _instruction(f"{{.reg .b32 t; add.u32 t,$1,{added}; and.b32 $0,t,0xffff0000;}}", x)
 
 
 def scaled_parts(tiling: Tiling, x: Array, parts: list[Array], factor: Array) -> list[Array]:
@@ -291,6 +297,13 @@ def _axes(tiling: Tiling, x: Array) -> tuple[int, ...]:
     return (x.shape[0], *own, tiling.padded_length // 2, LANES, 2)
 
 
+def _columns(tiling: Tiling, child: Array, component: Array) -> tuple[Array, Array]:
+    """Return indices along an axis I·P, and which exist; all others are past its end."""
+    exists = (child < tiling.capsules) & (component < tiling.length)
+    end = tiling.capsules * tiling.length
+    return jnp.where(exists, child * tiling.length + component, end), exists
+
+
 def _place(tiling: Tiling, column: Array) -> tuple[Array, Array, Array, Array]:
     """Return the coordinates (h, q, t, e) of columns."""
     pairs = jnp.int32(tiling.padded_length // 2)
@@ -331,17 +344,14 @@ class Group:
         column = jnp.arange(tiling.k, dtype=jnp.int32)
         length = jnp.int32(tiling.padded_length)
         child, component = index * tiling.n + lax.div(column, length), lax.rem(column, length)
+        self.columns, exists = _columns(tiling, child, component)
         if tiling.length == tiling.padded_length:  # visibly contiguous to the compiler
             self.columns = index * tiling.k + column
-        else:
-            self.columns = child * tiling.length + component
-        exists = (child < tiling.capsules) & (component < tiling.length)
         self.inside = (self.rows < tiling.batch)[:, None] & exists[None, :]
         # The rows of weights [I·P, J·D], in the order of columns.
         h, q, t, e = _place(tiling, column)
         child, component = index * tiling.n + LANES * h + t, 2 * q + e
-        self.weight_rows = child * tiling.length + component
-        self.weights_exist = (child < tiling.capsules) & (component < tiling.length)
+        self.weight_rows, self.weights_exist = _columns(tiling, child, component)
         children = index * tiling.n + jnp.arange(tiling.n, dtype=jnp.int32)
         self.children = jnp.broadcast_to(children[None, :], (tiling.examples, tiling.n))
         self.pairs = (self.rows < tiling.batch)[:, None] & (self.children < tiling.capsules)
@@ -368,7 +378,7 @@ class Group:
             return pltriton.load(place, mask=inside, other=0.0)
 
         if ref.dtype == jnp.float32:
-            return split(self.tiling, load(ref.at[(0, *at)]))
+            return split(self.tiling, load(ref.at[(0, *at)]), rounded=False)
         return [load(ref.at[(part, *at)]) for part in range(self.tiling.parts)]
 
     def weights_block(self, parent: Array) -> tuple[tuple[Array, Array], Array | None]:
