@@ -144,7 +144,11 @@ TRITON_ENOUGH_WARPS = 8
 # Programs of 4 warps whose registers fit into a multiprocessor.
 TRITON_BLOCKS = 2
 # Programs for each multiprocessor, at most, if the work can be divided further.
-TRITON_WAVES = 8
+TRITON_WAVES = 16
+# Most parents whose logits, and gradients of couplings, stay in registers in a program of one step,
+# and how much longer a step takes that computes them twice.
+TRITON_UNROLLED = 10
+TRITON_TWICE = 1.35
 # Bytes of partial sums of a pass, at most.
 TRITON_PARTIAL_SUMS = 64 * 2**20
 
@@ -171,7 +175,8 @@ def triton_config_for(
         if examples <= largest:
             tiles = -(-case.batch // examples)
             size = 4 * case.parents * power_of_two(max(16, case.depth)) * tiles * examples
-            sums.append(_triton_split(groups, tiles, examples, size, processors))
+            twice = TRITON_TWICE if case.parents <= TRITON_UNROLLED else 1.0
+            sums.append(_triton_split(groups, tiles, examples, size, processors, twice))
             size = 4 * case.capsules * case.length * case.parents * case.depth
             gradients.append(_triton_split(tiles, groups, examples, size, processors))
     # The first of equals, which has the largest tiles.
@@ -191,7 +196,12 @@ def triton_config_for(
 
 
 def _triton_split(
-    count: int, others: int, examples: int, size: int, processors: int | None
+    count: int,
+    others: int,
+    examples: int,
+    size: int,
+    processors: int | None,
+    slower_in_steps: float = 1.0,
 ) -> tuple[float, int, int]:
     """Return the best split of `count` units of work, which `others` programs have each.
 
@@ -201,6 +211,7 @@ def _triton_split(
       examples: Of a tile.
       size: Bytes of the partial sums of one part.
       processors: Multiprocessors of the device.
+      slower_in_steps: Factor on the time of a unit in a program of several.
 
     Returns:
       The time of the busiest multiprocessor, `examples`, and the number of parts.
@@ -216,6 +227,7 @@ def _triton_split(
         resident = min(busiest * warps, TRITON_BLOCKS * 4)
         time = busiest * steps * warps / min(1, resident / TRITON_ENOUGH_WARPS)
         time *= 1 + TRITON_ROWS / examples  # each tile of examples loads all weights
+        time *= slower_in_steps if steps > 1 else 1
         found.append((time, examples, -(-count // steps)))
     return min(found)
 

@@ -39,6 +39,9 @@ from capsjax.kernels.vote_passes.triton.tiles import (
     tiling_of,
 )
 
+# Most terms of a gradient of weights that are added in half precision.
+MAX_ROUNDINGS = 4
+
 
 class Iteration(NamedTuple):
     """The pass of one iteration."""
@@ -67,6 +70,17 @@ class _Shape(NamedTuple):
 
     splits: int  # programs along the examples
     tiles: int  # one after the other in a program
+
+
+def _loops(kept: Sequence[Any]) -> list[list[int]]:
+    """Return the iterations of each loop over the parents.
+
+    The registers suffice for the softmax of one iteration. The first, if it has none, joins the
+    second.
+    """
+    indices = list(range(len(kept)))
+    joined = 2 if kept[0] is None else 1
+    return [indices[:joined], *([t] for t in indices[joined:])]
 
 
 class _Arrays:
@@ -116,12 +130,16 @@ def gradients_of_inputs(
         before = (shape.splits,) if prior.ndim == 2 else ()
         after = () if prior.ndim == 2 else (tiling.batch,)
         d_prior = ShapedArray((*before, tiling.parents, *after, tiling.capsules), jnp.float32)
+    # Gradients in half precision grow in memory only if few roundings add up.
+    roundings = shape.tiles * len(_loops([iteration.kept for iteration in iterations]))
+    exact = shape.splits > 1 or roundings > MAX_ROUNDINGS
+    dtype = jnp.float32 if exact else operands.weights.dtype
     d_poses, d_weights, *all_d_prior = pl.pallas_call(
         partial(_kernel, tiling, shape, places, constant_couplings),
         grid=(tiling.groups, shape.splits),
         out_shape=_Results(
             ShapedArray((tiling.batch, tiling.capsules * tiling.length), operands.poses.dtype),
-            ShapedArray((shape.splits, *flat_weights), jnp.float32),
+            ShapedArray((shape.splits, *flat_weights), dtype),
             d_prior,
         ),
         interpret=interpret,
@@ -141,9 +159,14 @@ def gradients_of_inputs(
     )
     return (
         d_poses.reshape(operands.poses.shape),
-        jnp.sum(d_weights, 0).reshape(operands.weights.shape).astype(operands.weights.dtype),
+        _finish_weights(d_weights, operands.weights),
         _finish_prior(prior, *all_d_prior),
     )
+
+
+def _finish_weights(d_weights: Array, weights: Array) -> Array:
+    total = d_weights[0] if len(d_weights) == 1 else jnp.sum(d_weights, 0)
+    return total.reshape(weights.shape).astype(weights.dtype)
 
 
 def _finish_prior(prior: Array | None, d_prior: Array | None = None) -> Array | None:
@@ -171,19 +194,13 @@ def _kernel(
         poses = placed_like(tiling, group.load_poses(refs.poses), y)
         parts = split(tiling, poses)
         d_poses = jnp.zeros((tiling.examples, tiling.k), jnp.float32)
-        # The registers suffice for the softmax of one iteration, so each has a loop of its own.
-        for k, iterations in enumerate(loops):
+        for k, iterations in enumerate(_loops(refs.kept)):
             grows = True if k else shape.tiles > 1 and step > 0
             one_parent = partial(add_parent, iterations, group, grows, poses, parts)
             kept = [load_kept(group, t) for t in iterations]
             d_poses = loop(tiling.parents, partial(one_parent, kept), d_poses)
         group.store_poses(results.d_poses, d_poses)
         return carry
-
-    # Iterations by loop: one of equal couplings, which has no softmax, joins the next.
-    loops = [[t] for t in range(len(places))]
-    if refs.kept[0] is None and len(loops) > 1:
-        loops = [[0, 1], *loops[2:]]
 
     def load_kept(group: Group, t: int) -> tuple[Array, Array] | None:
         ref = refs.kept[t]

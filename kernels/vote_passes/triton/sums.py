@@ -15,7 +15,7 @@ from jax.core import ShapedArray
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from capsjax.kernels.vote_passes.config import TritonConfig
+from capsjax.kernels.vote_passes.config import TRITON_UNROLLED, TritonConfig
 from capsjax.kernels.vote_passes.linear import Operands
 from capsjax.kernels.vote_passes.triton.tiles import (
     LOG2_E,
@@ -42,8 +42,6 @@ from capsjax.kernels.vote_passes.triton.tiles import (
 
 # Initial largest logit: finite, so that differences are, even if all logits are masked.
 LEAST = float(jnp.finfo(jnp.float32).min)
-# Most parents whose logits, and gradients of couplings, stay in registers.
-MAX_UNROLLED = 10
 
 
 class Parents(NamedTuple):
@@ -177,7 +175,7 @@ def _kernel(
             return couple(group, poses, j)
 
         by_parent: list[tuple[Array, Array | None]] = []
-        if tiling.parents <= MAX_UNROLLED:
+        if tiling.parents <= TRITON_UNROLLED and shape.steps == 1:
             by_parent = [logits_of(jnp.int32(j)) for j in range(tiling.parents)]
             found = softmax_of(by_parent)
         else:

@@ -327,8 +327,8 @@ def grow(at: Any, term: Array, grows: Any, inside: Array | None = None) -> None:
     if grows is not False:
         mask = jnp.broadcast_to(jnp.asarray(grows), term.shape)
         mask = mask if inside is None else mask & inside
-        term = term + pltriton.load(at, mask=mask, other=0.0)
-    pltriton.store(at, term, mask=inside)
+        term = term + pltriton.load(at, mask=mask, other=0.0).astype(jnp.float32)
+    pltriton.store(at, term.astype(at.dtype), mask=inside)
 
 
 class Group:
