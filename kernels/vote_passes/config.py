@@ -93,16 +93,14 @@ def mosaic_tpu_config_for(case: Case, device_kind: str | None = None) -> MosaicT
 
 
 def mosaic_tpu_fuses(case: Case) -> bool:
-    """Return whether TPUs compute `chain` and the input gradients of an iteration at once.
-
-    Earlier gradients are read and written in each iteration, in float32: with inputs of half
-    precision that would take as much memory as float32 weights.
-    """
-    return case.dtype == "float32" and _tpu_tile(case, "fused", FUSED_TPU_MEMORY) is not None
+    """Return whether TPUs compute `chain` and the input gradients of an iteration at once."""
+    return _tpu_tile(case, "fused", FUSED_TPU_MEMORY) is not None
 
 
 def _tpu_tile(case: Case, kind: str, mebibytes: int) -> TpuTile | None:
     """Return the tile of a kernel: most examples first, then kept products, then two buffers."""
+    if kind == "fused" and case.dtype != "float32":
+        return None  # it adds to float32 gradients, which would need more memory than the inputs
     memory = int(TPU_MEMORY_FRACTION * 2**20 * mebibytes)
     keeps = (False,) if kind == "sums" else (True, False)
     for examples, kept, buffers in itertools.product(TPU_EXAMPLES, keeps, (2, 1)):

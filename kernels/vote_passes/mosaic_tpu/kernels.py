@@ -21,14 +21,8 @@ from capsjax.kernels.vote_passes.config import (
     mosaic_tpu_config_for,
 )
 from capsjax.kernels.vote_passes.linear import Operands
-from capsjax.kernels.vote_passes.mosaic_tpu import uniform
-from capsjax.kernels.vote_passes.mosaic_tpu.routing_pass import (
-    Arrays,
-    Parents,
-    Problem,
-    Sums,
-    routing_pass,
-)
+from capsjax.kernels.vote_passes.mosaic_tpu.problem import Arrays, Parents, Problem, Sums
+from capsjax.kernels.vote_passes.mosaic_tpu.routing_pass import routing_pass
 from capsjax.kernels.vote_passes.passes import (
     Device,
     Inputs,
@@ -37,11 +31,12 @@ from capsjax.kernels.vote_passes.passes import (
     State,
     Term,
     case_of,
-    is_uniform,
     nothing_kept,
     one_after_the_other,
 )
 from capsjax.kernels.vote_passes.precision import parts
+
+NO_SUMS = Sums(first=False, mass=False)
 
 
 def config_for(spec: Spec, inputs: Inputs, *others: Any, device: Device) -> MosaicTpuConfig:
@@ -72,29 +67,19 @@ def moments(
     spec: Spec, inputs: Inputs, state: State, *, config: MosaicTpuConfig, interpret: Any
 ) -> Moments:
     """Compute the moments: sums over children of couplings times votes."""
-    operands = linear.operands(inputs)
-    if is_uniform(inputs, state):
-        mass, first = uniform.sums(spec, operands)
-        return Moments(mass if spec.mass else None, first)
+    term = Term(state, None, Moments(None, None))
     wanted = Sums(first=True, mass=spec.mass)
-    problem = _problem(spec, inputs, operands, config, config.sums, sums=wanted)
-    parents = _parents(problem, inputs, state, Moments(None, None))
-    sums, _ = routing_pass(problem, _arrays(operands), [parents], interpret=interpret)
-    first, mass = _of_examples(problem, sums)
-    return Moments(mass, first)
+    sums, _ = _run(spec, inputs, [term], config, config.sums, interpret, sums=wanted)
+    return Moments(sums.mass, sums.first)
 
 
 def chain(
     spec: Spec, inputs: Inputs, term: Term, *, config: MosaicTpuConfig, interpret: Any
 ) -> tuple[State, Array]:
     """Compute the cotangent of the state from that of the moments."""
-    operands = linear.operands(inputs)
     wanted = Sums(first=term.state.b is not None, mass=term.state.k is not None)
-    problem = _problem(spec, inputs, operands, config, config.sums, sums=wanted)
-    parents = _parents(problem, inputs, term.state, term.cotangent)
-    sums, _ = routing_pass(problem, _arrays(operands), [parents], interpret=interpret)
-    b, k = _of_examples(problem, sums)
-    return State(k, b), nothing_kept(inputs)
+    sums, _ = _run(spec, inputs, [term], config, config.sums, interpret, sums=wanted)
+    return State(sums.mass, sums.first), nothing_kept(inputs)
 
 
 def input_gradients(
@@ -107,29 +92,16 @@ def input_gradients(
     interpret: Any,
 ) -> Inputs:
     """Compute the gradients of the inputs, summed over `terms`."""
-    operands = linear.operands(inputs)
-    uniform_terms = [term for term in terms if is_uniform(inputs, term.state)]
-    found = None
-    if len(uniform_terms) < len(terms):
-        problem = _problem(
-            spec,
-            inputs,
-            operands,
-            config,
-            config.gradients,
-            gradients=True,
-            constant_couplings=constant_couplings,
-        )
-        parents = [
-            _parents(problem, inputs, term.state, term.cotangent)
-            for term in terms
-            if not is_uniform(inputs, term.state)
-        ]
-        _, gradients = routing_pass(problem, _arrays(operands), parents, interpret=interpret)
-        found = _inputs(inputs, gradients)
-    for term in uniform_terms:
-        more = _uniform_gradients(spec, inputs, operands, term)
-        found = more if found is None else jax.tree.map(jnp.add, found, more)
+    _, found = _run(
+        spec,
+        inputs,
+        terms,
+        config,
+        config.gradients,
+        interpret,
+        gradients=True,
+        constant_couplings=constant_couplings,
+    )
     return jax.tree.map(lambda d, x: d.astype(x.dtype), found, inputs._replace(parent_mask=None))
 
 
@@ -143,46 +115,49 @@ def chain_and_input_gradients(
     interpret: Any,
 ) -> tuple[State, Inputs]:
     """Compute the cotangent of the state, and add the term's input gradients to those `so_far`."""
-    operands = linear.operands(inputs)
-    if is_uniform(inputs, term.state):
-        found = _uniform_gradients(spec, inputs, operands, term)
-        total = found if so_far is None else jax.tree.map(jnp.add, so_far, found)
-        return term.state, total
     if config.fused is None:
         this = sys.modules[__name__]
         settings = {"config": config, "interpret": interpret}
         return one_after_the_other(this, spec, inputs, term, so_far, **settings)
     wanted = Sums(first=term.state.b is not None, mass=term.state.k is not None)
-    problem = _problem(spec, inputs, operands, config, config.fused, sums=wanted, gradients=True)
-    start = None if so_far is None else _start(so_far)
-    parents = _parents(problem, inputs, term.state, term.cotangent)
-    sums, gradients = routing_pass(
-        problem, _arrays(operands), [parents], start, interpret=interpret
+    sums, found = _run(
+        spec,
+        inputs,
+        [term],
+        config,
+        config.fused,
+        interpret,
+        sums=wanted,
+        gradients=True,
+        so_far=so_far,
     )
-    b, k = _of_examples(problem, sums)
-    return State(k, b), _inputs(inputs, gradients)
+    return State(sums.mass, sums.first), found
 
 
-def _problem(
+def _run(
     spec: Spec,
     inputs: Inputs,
-    operands: Operands,
+    terms: Sequence[Term],
     config: MosaicTpuConfig,
     tile: TpuTile | None,
+    interpret: Any,
     *,
-    sums: Sums = Sums(False, False),
+    sums: Sums = NO_SUMS,
     gradients: bool = False,
     constant_couplings: bool = False,
-) -> Problem:
+    so_far: Inputs | None = None,
+) -> tuple[Sums, Any]:
+    """Run a pass; return the sums `[B, J, D]` and `[B, J]`, and the gradients in float32."""
     assert tile is not None  # else `config_for` raises
+    operands = linear.operands(inputs)
     capsules, length, parents, depth = operands.weights.shape
-    d_arrays = Arrays(
-        gradients,
-        gradients,
-        gradients and operands.prior is not None and not constant_couplings,
-        gradients and inputs.gates is not None,
+    wanted = Arrays(
+        poses=gradients,
+        weights=gradients,
+        prior=gradients and operands.prior is not None and not constant_couplings,
+        gates=gradients and inputs.gates is not None,
     )
-    return Problem(
+    problem = Problem(
         tile=tile,
         B=operands.poses.shape[0],
         P=length,
@@ -192,10 +167,15 @@ def _problem(
         halves=min(config.cores, -(-capsules // TPU_LANES)),
         leaky=spec.leaky,
         parts=parts("tpu"),
+        interpret=interpret,
         sums=sums,
-        gradients=d_arrays,
+        gradients=wanted,
         constant_couplings=constant_couplings,
     )
+    of_parents = [_parents(problem, inputs, term.state, term.cotangent) for term in terms]
+    start = None if so_far is None else _start(so_far)
+    found, d_arrays = routing_pass(problem, _arrays(operands), of_parents, start)
+    return _of_examples(problem, found), _inputs(inputs, d_arrays) if gradients else None
 
 
 def _arrays(operands: Operands) -> Arrays:
@@ -244,21 +224,19 @@ def _parents(problem: Problem, inputs: Inputs, state: State, cotangent: Moments)
     )
 
 
-def _of_examples(problem: Problem, sums: Sums) -> tuple[Array | None, Array | None]:
+def _of_examples(problem: Problem, sums: Sums) -> Sums:
     """Return the sums `[B, J, D]` and the mass `[B, J]`, each added over the halves."""
 
-    def join(x: Array | None) -> Array | None:
-        if x is None:
-            return None
+    def join(x: Array) -> Array:
         x = x.sum(0).transpose(0, 3, 1, 2)
         return x.reshape(-1, *x.shape[2:])[: problem.B]
 
-    mass = join(sums.mass)
-    return join(sums.first), None if mass is None else mass[..., 0]
+    first, mass = jax.tree.map(join, sums)
+    return Sums(first, None if mass is None else mass[..., 0])
 
 
 def _inputs(inputs: Inputs, gradients: Arrays) -> Inputs:
-    """Convert the gradients of `_arrays` to those of the inputs."""
+    """Convert the gradients of `_arrays` to those of the inputs, in float32."""
     prior = gradients.prior
     if inputs.prior is not None:
         if prior is None:  # constant couplings
@@ -266,10 +244,13 @@ def _inputs(inputs: Inputs, gradients: Arrays) -> Inputs:
         else:
             prior = prior[:, 0].T if inputs.prior.ndim == 2 else prior.transpose(1, 2, 0)
     poses, weights = gradients.poses.transpose(1, 2, 0), gradients.weights.transpose(3, 0, 1, 2)
-    return linear.input_gradients(inputs, poses, weights, prior, gradients.gates)
+    return linear.input_gradients(_float32(inputs), poses, weights, prior, gradients.gates)
 
 
-def _uniform_gradients(spec: Spec, inputs: Inputs, operands: Operands, term: Term) -> Inputs:
-    """Compute the input gradients of a pass with equal couplings, in float32."""
-    poses, weights, gates = uniform.gradients(spec, operands, term)
-    return linear.input_gradients(inputs, poses, weights, None, gates)
+def _float32(inputs: Inputs) -> Inputs:
+    """Return inputs whose prior and gates are float32, as their gradients shall be."""
+    prior, gates = inputs.prior, inputs.gates
+    return inputs._replace(
+        prior=None if prior is None else prior.astype(jnp.float32),
+        gates=None if gates is None else gates.astype(jnp.float32),
+    )
