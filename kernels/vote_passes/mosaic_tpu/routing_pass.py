@@ -36,8 +36,10 @@ from capsjax.kernels.vote_passes.mosaic_tpu.problem import (
     Parents,
     Problem,
     Sums,
+    is_uniform,
     states,
 )
+from capsjax.kernels.vote_passes.mosaic_tpu.scratch import scratch_shapes
 
 
 def routing_pass(
@@ -74,10 +76,15 @@ def routing_pass(
         result(arrays.prior.shape) if wanted.prior else None,
         result(arrays.gates.shape) if wanted.gates else None,
     )
+    if not problem.interpret and not all(is_uniform(arrays, term) for term in terms):
+        # In vector memory, where XLA may put them, a block would be copied by vector instructions;
+        # from HBM it is copied during the work on another one.
+        in_hbm = partial(pltpu.with_memory_space_constraint, memory_space=pltpu.HBM)
+        arrays = arrays._replace(poses=in_hbm(arrays.poses), weights=in_hbm(arrays.weights))
     operands, results = (arrays, tuple(terms), start), (out_sums, out_arrays)
     in_leaves, in_tree = jax.tree.flatten(operands)
     out_leaves, out_tree = jax.tree.flatten(results)
-    scratch = tile_pass.scratch_shapes(problem, arrays, terms)
+    scratch = scratch_shapes(problem, arrays, terms)
     scratch_leaves, scratch_tree = jax.tree.flatten(scratch)
 
     specs = _specs(problem, arrays, terms, start, out_sums)
@@ -98,7 +105,8 @@ def routing_pass(
         tile = pl.program_id(0) * problem.capsule_steps + i
 
         def run() -> None:
-            tile_pass.run(problem, *in_refs, *out_refs, scratch_refs, i=i, s=s, tile=tile)
+            step = (*in_refs, *out_refs, scratch_refs, i, s, tile)
+            tile_pass.run(tile_pass.Step(problem, *step))
 
         if problem.halves * problem.capsule_steps == problem.capsule_tiles:
             run()

@@ -11,9 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from capsjax.kernels.vote_passes.config import TPU_LANES
 from capsjax.kernels.vote_passes.mosaic_tpu.problem import (
     Arrays,
     Parents,
@@ -26,119 +24,67 @@ from capsjax.kernels.vote_passes.mosaic_tpu.problem import (
     uniform_parents,
 )
 from capsjax.kernels.vote_passes.mosaic_tpu.products import stacks
+from capsjax.kernels.vote_passes.mosaic_tpu.scratch import Scratch, has_strided_poses
 
-# Sublanes of a register of float32.
-SUBLANES = 8
 # Most steps of a loop to write out side by side, so that the latency of one hides behind another:
 # components of the poses or exponentials, products of agreements, and parents of sums.
 UNROLLED, UNROLLED_PRODUCTS, UNROLLED_SUMS = 16, 40, 2
 
 
-class Scratch(NamedTuple):
-    """Arrays in vector memory that only the kernel uses; None for an absent one."""
+class Step(NamedTuple):
+    """A step of the grid: references to blocks, and indices."""
 
-    poses: Any  # [P, m, n]
-    lefts: Any  # bfloat16 [states, groups, J, m, depth], parts of the states
-    uniform_lefts: Any  # bfloat16 [parts, J / k, m, k D], of the cotangent, k parents together
-    logits: Any  # [J, m, n]; later their exponentials
-    d_couplings: Any  # [J, m, n], gradients of the couplings
-    products: Any  # [states, P, J, m, n]
-    d_poses: Any  # [P, m, n], if the result is not float32
-    d_weights: Any  # [P, J, D, n], if the result is not float32
-
-
-def scratch_shapes(problem: Problem, arrays: Arrays, terms: Sequence[Parents]) -> Scratch:
-    """Return the shapes of the arrays that only the kernel uses."""
-    m, n, P, J, D = problem.tile.examples, problem.n, problem.P, problem.J, problem.D
-    uniform = [term for term in terms if is_uniform(arrays, term)]
-    others = [term for term in terms if not is_uniform(arrays, term)]
-    most = max((len(states(term)) for term in others), default=0)
-    groups, depth = problem.products.parts, D
-    if stacks(D):
-        groups, depth = 1, D * len(problem.products.terms(arrays.weights.dtype))
-    has_gradients, together = problem.gradients.poses, uniform_parents(problem)
-    casts = has_gradients and arrays.weights.dtype != jnp.float32
-    keeps = has_gradients and problem.tile.keeps_products and most
-    softened = any(needs_agreements(problem, term) for term in others)
-
-    def memory(*shape: int, dtype: Any = jnp.float32, when: Any = True) -> Any:
-        return pltpu.VMEM(shape, dtype) if when else None
-
-    bfloat16 = partial(memory, dtype=jnp.bfloat16)
-    left = problem.products.parts, J // together, m, together * D
-    return Scratch(
-        poses=memory(P, m, n),
-        lefts=bfloat16(most, groups, J, m, depth, when=most),
-        uniform_lefts=bfloat16(*left, when=has_gradients and uniform),
-        logits=memory(J, m, n, when=others),
-        d_couplings=memory(J, m, n, when=softened),
-        products=memory(most, P, J, m, n, when=keeps),
-        d_poses=memory(P, m, n, when=casts),
-        d_weights=memory(P, J, D, n, when=casts),
-    )
+    problem: Problem
+    arrays: Arrays
+    terms: Sequence[Parents]
+    start: Arrays | None
+    sums: Sums
+    gradients: Arrays
+    scratch: Scratch
+    i: Array  # of the tile of capsules in its half
+    s: Array  # of the tile of examples
+    tile: Array  # of the tile of capsules
 
 
-def run(
-    problem: Problem,
-    arrays: Arrays,
-    terms: Sequence[Parents],
-    start: Arrays | None,
-    sums: Sums,
-    gradients: Arrays,
-    scratch: Scratch,
-    *,
-    i: Array,
-    s: Array,
-    tile: Array,
-) -> None:
-    """Compute one step of the grid.
-
-    Args:
-      problem: The sizes, and the results to compute.
-      arrays: Blocks of the inputs, and so on as `routing_pass` describes them.
-      terms: Blocks of states and cotangents.
-      start: Blocks of gradients to add to.
-      sums: Blocks of the sums, written or added to.
-      gradients: Blocks of the gradients, written or added to.
-      scratch: Memory of the kernel.
-      i: Index of the tile of capsules in its half.
-      s: Index of the tile of examples.
-      tile: Index of the tile of capsules.
-    """
-    inputs = _Inputs(problem, arrays, s, tile)
-    inputs.write_poses(scratch.poses)
+def run(step: Step) -> None:
+    """Compute one step of the grid."""
+    problem, arrays, scratch = step.problem, step.arrays, step.scratch
+    inputs = _Inputs(problem, arrays, step.s, step.tile)
+    if scratch.poses is not None:
+        inputs.write_poses(scratch.poses)
     has_gradients = problem.gradients.poses
-    row = s if has_gradients else 0
-    sums = jax.tree.map(lambda ref: ref.at[0, row], sums)
+    row = step.s if has_gradients else 0
+    sums = jax.tree.map(lambda ref: ref.at[0, row], step.sums)
 
-    @pl.when(i == 0)
+    @pl.when(step.i == 0)
     def _() -> None:
         for ref in jax.tree.leaves(sums):
             ref[...] = jnp.zeros(ref.shape, ref.dtype)
 
     # Gradients of half precision are added up in scratch.
-    totals = gradients
+    gradients = step.gradients
     if scratch.d_poses is not None:
-        totals = gradients._replace(poses=scratch.d_poses, weights=scratch.d_weights)
+        gradients = gradients._replace(poses=scratch.d_poses, weights=scratch.d_weights)
     # States that stay in vector memory for all tiles of capsules are split in the first one.
-    stay = len(terms) == 1 and (not has_gradients or problem.example_tiles == 1)
-    for number, term in enumerate(terms):
+    stay = len(step.terms) == 1 and (not has_gradients or problem.example_tiles == 1)
+    for number, term in enumerate(step.terms):
         parents = jax.tree.map(lambda ref: ref.at[0], term)
         if is_uniform(arrays, term):
             write = partial(_write_uniform_lefts, inputs, parents, scratch.uniform_lefts)
         else:
             write = partial(_write_lefts, inputs, parents, scratch.lefts)
         if stay:
-            pl.when(i == 0)(write)
+            pl.when(step.i == 0)(write)
         else:
             write()
-        _Term(inputs, parents, start, sums, totals, scratch, is_first=number == 0).run()
+        _Term(inputs, parents, step.start, sums, gradients, scratch, is_first=number == 0).run()
     if scratch.d_poses is not None:
-        gradients.poses[...] = scratch.d_poses[...].astype(gradients.poses.dtype)
+        step.gradients.poses[...] = scratch.d_poses[...].astype(step.gradients.poses.dtype)
 
-        @pl.when(s == problem.example_tiles - 1)
+        @pl.when(step.s == problem.example_tiles - 1)
         def _() -> None:
-            gradients.weights[...] = scratch.d_weights[...].astype(gradients.weights.dtype)
+            d_weights = scratch.d_weights[...].astype(step.gradients.weights.dtype)
+            step.gradients.weights[...] = d_weights
 
 
 class _Inputs(NamedTuple):
@@ -151,15 +97,19 @@ class _Inputs(NamedTuple):
 
     def write_poses(self, ref: Any) -> None:
         """Write the poses [m, P, n] as [P, m, n], so that a component is a contiguous matrix."""
-        m, P, n = self.arrays.poses.shape
-        if self.arrays.poses.dtype == jnp.float32 and P % SUBLANES == 0 and n == TPU_LANES:
-            rows = self.arrays.poses.reshape(m * P, n)
-            for p in range(P):
-                ref[p] = self.existing(rows[pl.ds(p, m, stride=P), :])
+        if has_strided_poses(self.problem, self.arrays):
+            for p in range(self.problem.P):
+                ref[p] = self.component(p)
             return
         poses = jnp.swapaxes(self.arrays.poses[...].astype(jnp.float32), 0, 1)
-        for p in range(P):
+        for p in range(self.problem.P):
             ref[p] = self.existing(poses[p])
+
+    def component(self, p: Any) -> Array:
+        """Return component p of the poses, [m, n], by strided loads."""
+        m, P, n = self.arrays.poses.shape
+        rows = self.arrays.poses.reshape(m * P, n)
+        return self.existing(rows[pl.ds(p, m, stride=P), :])
 
     def weights(self, p: Any, j: Any) -> list[Array]:
         """Return the parts of the weights of component p for parent j, [D, n]."""
@@ -251,7 +201,7 @@ class _Term(NamedTuple):
 
     @property
     def _zeros(self) -> Array:
-        return jnp.zeros(self.scratch.poses.shape[1:], jnp.float32)
+        return jnp.zeros((self.problem.tile.examples, self.problem.n), jnp.float32)
 
     @property
     def _agreeing(self) -> list[int]:
@@ -454,7 +404,7 @@ class _Term(NamedTuple):
             return pl.ds(block * together, together)
 
         def add_component(p: Any, d_gates: Array) -> Array:
-            u = self.scratch.poses[p]
+            u = inputs.component(p) if self.scratch.poses is None else self.scratch.poses[p]
             x = products.split(factor * u)
 
             def add(block: Any, d_poses: Array) -> Array:
