@@ -43,69 +43,104 @@ def xla_config_for(case: Case, *, devices: int = 1) -> XlaConfig:
     return XlaConfig(children=min(case.capsules, fitting), examples=examples if is_tiled else batch)
 
 
+class TpuTile(NamedTuple):
+    """Tile size and vector memory of a Pallas-Mosaic kernel."""
+
+    examples: int  # rows of its logits, a multiple of 8
+    buffers: int  # 2: weights of the next tile are copied during the work on this one
+    keeps_products: bool  # of states and weights, from the logits to the gradients
+    memory: int  # bytes, the kernel's limit of vector memory
+
+
 @dataclasses.dataclass(frozen=True)
 class MosaicTpuConfig:
-    """Tile sizes and memory of the Pallas-Mosaic kernels for TPUs."""
+    """Tiles of the Pallas-Mosaic kernels for TPUs; None where no tile fits."""
 
-    examples: int  # of a tile: the rows of its logits, a multiple of 8
-    panel: int  # most tiles of examples with their states in vector memory at once
-    weight_buffers: int  # 2: weights of the next tile are copied during the work on this one
-    memory: int  # bytes, the kernel's limit of vector memory
+    sums: TpuTile | None  # the passes that return sums over capsules
+    gradients: TpuTile | None  # the input gradients of all iterations
+    fused: TpuTile | None  # sums and input gradients of one iteration
+    cores: int  # that a device has; each takes half of the input capsules
 
 
 # Lanes of a vector register.
 TPU_LANES = 128
 # Candidate rows of a tile: those of a matrix unit, or fewer to fit into vector memory.
 TPU_EXAMPLES = (128, 64, 32, 16, 8)
-# MiB of vector memory by JAX's `device_kind`; any other kind counts as LEAST_TPU_MEMORY.
+# MiB of vector memory of a core by JAX's `device_kind`; any other kind counts as LEAST_TPU_MEMORY.
 TPU_MEMORY = {
     **dict.fromkeys(("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e"), 128),
     **dict.fromkeys(("TPU v5", "TPU v5p", "TPU7x"), 64),
 }
 LEAST_TPU_MEMORY = 16
+# Kinds whose two cores are one device, which splits the parallel axes of a kernel's grid.
+TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")
 # Fraction of vector memory for a kernel's arrays; XLA uses the rest.
 TPU_MEMORY_FRACTION = 0.75
+# MiB of the generations whose kernels fuse sums and gradients: the choice is one of the case, so
+# that a program is the same for all of them.
+FUSED_TPU_MEMORY = 64
 # Bytes of vector memory that the compiler adds to a kernel's arrays, at most.
 TPU_SPILLS = 8 * 2**20
 
 
-def mosaic_tpu_config_for(case: Case, device_kind: str | None = None) -> MosaicTpuConfig | None:
-    """Return the configuration for a case; None if not even tiles of 8 examples fit."""
-    memory = int(TPU_MEMORY_FRACTION * 2**20 * TPU_MEMORY.get(device_kind or "", LEAST_TPU_MEMORY))
-    for examples, buffers in itertools.product(TPU_EXAMPLES, (2, 1)):
-        if examples > TPU_EXAMPLES[-1] and examples >= 2 * case.batch:
-            continue  # more than half of the tile would be padding
-        tiles, states = _tpu_memory(case, examples, buffers)
-        panel = min(-(-case.batch // examples), (memory - tiles) // states)
-        if panel > 0:
-            return MosaicTpuConfig(examples, panel, buffers, tiles + panel * states + TPU_SPILLS)
-    return None
+def mosaic_tpu_config_for(case: Case, device_kind: str | None = None) -> MosaicTpuConfig:
+    """Return the tiles for a case."""
+    mebibytes = TPU_MEMORY.get(device_kind or "", LEAST_TPU_MEMORY)
+    return MosaicTpuConfig(
+        *(_tpu_tile(case, kind, mebibytes) for kind in ("sums", "gradients", "fused")),
+        cores=2 if device_kind in TWO_CORES else 1,
+    )
 
 
 def mosaic_tpu_fuses(case: Case) -> bool:
-    """Return whether one TPU kernel runs the chain pass and the input gradients of an iteration."""
-    del case
-    return False
+    """Return whether TPUs compute `chain` and the input gradients of an iteration at once."""
+    return _tpu_tile(case, "fused", FUSED_TPU_MEMORY) is not None
 
 
-def _tpu_memory(case: Case, examples: int, weight_buffers: int) -> tuple[int, int]:
-    """Return the bytes of a kernel's tiles, and of the states of one tile of examples.
+def _tpu_tile(case: Case, kind: str, mebibytes: int) -> TpuTile | None:
+    """Return the tile of a kernel: most examples first, then kept products, then two buffers."""
+    if kind == "fused" and case.dtype != "float32":
+        return None  # it adds to float32 gradients, which would need more memory than the inputs
+    memory = int(TPU_MEMORY_FRACTION * 2**20 * mebibytes)
+    keeps = (False,) if kind == "sums" else (True, False)
+    for examples, kept, buffers in itertools.product(TPU_EXAMPLES, keeps, (2, 1)):
+        if examples > TPU_EXAMPLES[-1] and examples >= 2 * case.batch:
+            continue  # more than half of the tile would be padding
+        needed = _tpu_memory(case, kind, TpuTile(examples, buffers, kept, 0))
+        if needed <= memory:
+            return TpuTile(examples, buffers, kept, needed + TPU_SPILLS)
+    return None
 
-    Both are for the input gradients, the pass that needs most memory. The TPU pads the last two
-    axes of an array to multiples of 8 sublanes (16 in half precision) and 128 lanes.
+
+def _tpu_memory(case: Case, kind: str, tile: TpuTile) -> int:
+    """Return the bytes of a kernel's blocks and scratch.
+
+    The TPU pads the last two axes of an array to multiples of 8 sublanes (16 in half precision) and
+    128 lanes. Every pass is taken to have gates and a prior for each example.
     """
     size = jnp.dtype(case.dtype).itemsize
-    sublanes, lanes = 32 // size, TPU_LANES * 4
-    weights = case.length * case.parents * lanes
-    weights_tile = weights * _round_up(case.depth, sublanes) * size // 4
-    weights_sums = weights * _round_up(case.depth, 8) if size < 4 else 0
-    poses_tile = examples * _round_up(case.length, sublanes) * lanes * size // 4
-    transposed_poses = examples * case.length * lanes
-    factors = 2 * case.num_iterations * case.parents * examples * lanes
-    buffered = 2 * (weight_buffers * weights_tile + 2 * poses_tile)
-    tiles = buffered + weights_sums + 2 * transposed_poses + factors
-    state = case.parents * _round_up(case.depth, 8) * _round_up(examples, TPU_LANES) * 4
-    return tiles, 2 * 2 * case.num_iterations * state
+    rows, sublanes, lanes = _round_up(tile.examples, 16), 32 // size, TPU_LANES * 4
+    weights = case.length * case.parents * _round_up(case.depth, 8) * lanes
+    poses = case.length * rows * lanes
+    couplings = case.parents * rows * lanes
+    state = case.parents * _round_up(case.depth, 8) * 4 * _round_up(tile.examples, TPU_LANES)
+    states = 2 * case.num_iterations if kind == "gradients" else 2
+    blocks = tile.buffers * case.length * case.parents * _round_up(case.depth, sublanes) * lanes
+    blocks = blocks * size // 4 + 2 * rows * _round_up(case.length, sublanes) * lanes * size // 4
+    blocks += 2 * states * state + 2 * (couplings + rows * lanes)
+    # Parts of the states: in the longest form, six terms of a product or three parts.
+    lefts = 2 * couplings // 2 * -(-6 * case.depth // TPU_LANES)
+    scratch = poses + lefts + 2 * couplings
+    if kind != "gradients":
+        tiles = -(-case.batch // tile.examples) if kind == "fused" else 1
+        blocks += 2 * tiles * state
+    if kind != "sums":
+        copies = 2 if kind == "fused" else 1  # earlier gradients, and their sums
+        blocks += copies * (tile.buffers * weights * size // 4 + 2 * poses)
+        blocks += copies * 2 * (couplings + rows * lanes)
+        scratch += poses + (weights if size < 4 else 0)
+        scratch += 2 * case.length * couplings if tile.keeps_products else 0
+    return blocks + scratch
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -1,28 +1,28 @@
-"""Kernels for TPUs that compute no votes, not even in a tile.
+"""The passes of the TPU backend, on top of `routing_pass`.
 
-With states V, logits are `Σ_p u[b,p,i] (V[b,j,:] · W[p,j,:,i])`, and weighted sums are
-`Σ_{p,i} (c u)[b,p,i] W[p,j,:,i]`: a product for the matrix unit and elementwise work for each p.
-Input capsules lie along the lanes: poses are `[B, P, I]`, weights `[P, J, D, I]`. XLA's own layouts
-on a TPU are the same, so the transpositions below copy nothing, and no axis needs padding in HBM.
-
-A tile has n input capsules and m examples. A panel is several tiles of examples whose states are in
-vector memory together. Grid indices: q of the panel, s of the tile within it, i of the capsules'
-tile.
+Poses enter the kernels as `[B, P, I]` and weights as `[P, J, D, I]`, XLA's own layouts of these
+arrays on a TPU, so the transpositions below copy nothing.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jax import Array, lax
-from jax.core import ShapedArray
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
+from jax import Array
 
 from capsjax.kernels.dispatch import Unsupported
 from capsjax.kernels.vote_passes import linear
-from capsjax.kernels.vote_passes.config import MosaicTpuConfig, mosaic_tpu_config_for
-from capsjax.kernels.vote_passes.mosaic_tpu import tiles
+from capsjax.kernels.vote_passes.config import (
+    TPU_LANES,
+    MosaicTpuConfig,
+    TpuTile,
+    mosaic_tpu_config_for,
+)
+from capsjax.kernels.vote_passes.linear import Operands
+from capsjax.kernels.vote_passes.mosaic_tpu.problem import Arrays, Parents, Problem, Sums
+from capsjax.kernels.vote_passes.mosaic_tpu.routing_pass import routing_pass
 from capsjax.kernels.vote_passes.passes import (
     Device,
     Inputs,
@@ -31,20 +31,31 @@ from capsjax.kernels.vote_passes.passes import (
     State,
     Term,
     case_of,
+    nothing_kept,
+    one_after_the_other,
 )
+from capsjax.kernels.vote_passes.precision import parts
+
+NO_SUMS = Sums(first=False, mass=False)
 
 
-def config_for(spec: Spec, inputs: Inputs, others: Any, *, device: Device) -> MosaicTpuConfig:
+def config_for(spec: Spec, inputs: Inputs, *others: Any, device: Device) -> MosaicTpuConfig:
     """Return the configuration for a pass.
 
     Raises:
-      Unsupported: `linear.check` refuses the pass, or the weights of 128 input capsules do not fit
-        into the vector memory of the device.
+      Unsupported: `linear.check` refuses the pass, or no tile fits into the vector memory of the
+        device.
     """
-    linear.check(spec, inputs, others, device)
-    terms = others if isinstance(others, tuple) and not isinstance(others, State | Term) else (1,)
-    config = mosaic_tpu_config_for(case_of(spec, inputs, len(terms)), device.kind)
-    if config is None:
+    linear.check(spec, inputs, device, platform="tpu")
+    first = others[0]
+    is_gradients = isinstance(first, tuple) and not isinstance(first, State | Term)
+    terms = len(first) if is_gradients else 1
+    config = mosaic_tpu_config_for(case_of(spec, inputs, terms), device.kind)
+    is_fused = len(others) > 1
+    fits = config.gradients if is_gradients else config.sums
+    if is_fused and config.fused is None:
+        fits = config.gradients and config.sums
+    if fits is None:
         raise Unsupported(
             f"routing: tiles of weights [I, P, J, D] = {inputs.weights.shape} exceed the TPU's "
             "vector memory"
@@ -56,18 +67,19 @@ def moments(
     spec: Spec, inputs: Inputs, state: State, *, config: MosaicTpuConfig, interpret: Any
 ) -> Moments:
     """Compute the moments: sums over children of couplings times votes."""
-    del spec
-    states = () if state.b is None else (state.b,)
-    return Moments(None, _weighted_sums(config, interpret, *linear.arrays(inputs), states))
+    term = Term(state, None, Moments(None, None))
+    wanted = Sums(first=True, mass=spec.mass)
+    sums, _ = _run(spec, inputs, [term], config, config.sums, interpret, sums=wanted)
+    return Moments(sums.mass, sums.first)
 
 
 def chain(
     spec: Spec, inputs: Inputs, term: Term, *, config: MosaicTpuConfig, interpret: Any
-) -> State:
+) -> tuple[State, Array]:
     """Compute the cotangent of the state from that of the moments."""
-    del spec
-    states = term.state.b, term.cotangent.first
-    return State(b=_weighted_sums(config, interpret, *linear.arrays(inputs), states))
+    wanted = Sums(first=term.state.b is not None, mass=term.state.k is not None)
+    sums, _ = _run(spec, inputs, [term], config, config.sums, interpret, sums=wanted)
+    return State(sums.mass, sums.first), nothing_kept(inputs)
 
 
 def input_gradients(
@@ -80,209 +92,165 @@ def input_gradients(
     interpret: Any,
 ) -> Inputs:
     """Compute the gradients of the inputs, summed over `terms`."""
-    del spec
-    full, arrays = not constant_couplings, linear.arrays(inputs)
-    found = _input_gradients(config, interpret, *arrays, linear.states(terms), full)
-    return linear.gradients(inputs, *found)
+    _, found = _run(
+        spec,
+        inputs,
+        terms,
+        config,
+        config.gradients,
+        interpret,
+        gradients=True,
+        constant_couplings=constant_couplings,
+    )
+    return jax.tree.map(lambda d, x: d.astype(x.dtype), found, inputs._replace(parent_mask=None))
 
 
-def _weighted_sums(
+def chain_and_input_gradients(
+    spec: Spec,
+    inputs: Inputs,
+    term: Term,
+    so_far: Inputs | None,
+    *,
     config: MosaicTpuConfig,
     interpret: Any,
-    poses: Array,
-    weights: Array,
-    prior: Array | None,
-    states: tuple[Array, ...],  # V; or V and the cotangent of the sums
-) -> Array:
-    """Sum votes over I, times couplings, or with two states times gradients of logits."""
-    problem = tiles.Problem(config, *poses.shape, *weights.shape[2:])
-    m, n, panel = config.examples, problem.n, problem.panel
-    uniform = prior is None and not states
-    operands, specs = tiles.tile_operands(problem, ("q", "i", "s"), poses, weights, prior, states)
-
-    def kernel(*all_refs: Any) -> None:
-        q, i, s = (pl.program_id(axis) for axis in range(3))
-        inputs, refs = tiles.split_refs(
-            problem, all_refs, capsule_tile=i, has_prior=prior is not None
-        )
-        *state_refs, sums_ref, poses_ref, couplings_ref, d_logits_ref = refs
-
-        @pl.when(i == 0)
-        def _() -> None:
-            sums_ref[s] = jnp.zeros(sums_ref.shape[1:], jnp.float32)
-
-        inputs.transpose_poses(poses_ref, q * panel + s)
-        total, d_sums = (*(ref.at[s] for ref in state_refs), None, None)[:2]
-        if not uniform:
-            tiles.write_factors(inputs, poses_ref, total, d_sums, couplings_ref, d_logits_ref)
-        factors_ref = couplings_ref if d_sums is None else d_logits_ref
-
-        def add(j: Array, _: None) -> None:
-            factors = 1 / problem.J if uniform else factors_ref[j]
-
-            def add_component(p: Array, sums: Array) -> Array:
-                return sums + tiles.dot(inputs.weights(p, j), factors * poses_ref[p], 1, 1)
-
-            zeros = jnp.zeros(sums_ref.shape[2:], jnp.float32)
-            sums_ref[s, j] += tiles.loop(problem.P, add_component, zeros)
-
-        lax.fori_loop(0, problem.J, add, None)
-
-    sums = pl.pallas_call(
-        kernel,
-        grid=(problem.panels, problem.capsule_tiles, panel),
-        in_specs=specs,
-        out_specs=pl.BlockSpec((panel, problem.J, problem.D, m), lambda q, i, s: (q, 0, 0, 0)),
-        out_shape=ShapedArray((problem.example_tiles, problem.J, problem.D, m), jnp.float32),
-        scratch_shapes=[
-            pltpu.VMEM((problem.P, m, n), jnp.float32),
-            *(pltpu.VMEM((problem.J, m, n), jnp.float32) for _ in range(2)),
-        ],
-        cost_estimate=tiles.cost(
-            problem,
-            products=1 + len(states),
-            softmaxes=1 - uniform,
-            hbm_bytes=tiles.nbytes(poses)
-            + problem.panels * (tiles.nbytes(weights) + tiles.nbytes(prior))
-            + 4 * (1 + len(states)) * problem.example_tiles * problem.J * problem.D * m,
-        ),
-        compiler_params=tiles.compiler_params(problem),
-        name="dynamic_routing_sums",
-        interpret=interpret,
-    )(*operands)
-    return sums.transpose(0, 3, 1, 2).reshape(-1, problem.J, problem.D)[: problem.B]
+) -> tuple[State, Inputs]:
+    """Compute the cotangent of the state, and add the term's input gradients to those `so_far`."""
+    if config.fused is None:
+        this = sys.modules[__name__]
+        settings = {"config": config, "interpret": interpret}
+        return one_after_the_other(this, spec, inputs, term, so_far, **settings)
+    wanted = Sums(first=term.state.b is not None, mass=term.state.k is not None)
+    sums, found = _run(
+        spec,
+        inputs,
+        [term],
+        config,
+        config.fused,
+        interpret,
+        sums=wanted,
+        gradients=True,
+        so_far=so_far,
+    )
+    return State(sums.mass, sums.first), found
 
 
-def _input_gradients(
+def _run(
+    spec: Spec,
+    inputs: Inputs,
+    terms: Sequence[Term],
     config: MosaicTpuConfig,
+    tile: TpuTile | None,
     interpret: Any,
-    poses: Array,
-    weights: Array,
-    prior: Array | None,
-    iterations: Sequence[tuple[Array | None, Array]],  # V, cotangent of the sums
-    full: bool,  # False: at constant couplings
-) -> tuple[Array, Array, Array | None]:
-    """Compute the gradients of poses, weights and prior.
-
-    The gradient of a vote is, summed over iterations, its coupling times the cotangent of the sums,
-    plus the gradient of its logit times V: terms of a factor `[b, i, j]` and a state `[b, j, :]`.
-    """
-    problem = tiles.Problem(config, *poses.shape, *weights.shape[2:])
-    m, n, panel = config.examples, problem.n, problem.panel
-    has_prior = prior is not None
-    states = [state for pair in iterations for state in pair if state is not None]
-    softmaxes = sum(has_prior or total is not None for total, _ in iterations)
-    operands, specs = tiles.tile_operands(problem, ("i", "q", "s"), poses, weights, prior, states)
-
-    def kernel(*all_refs: Any) -> None:
-        i, q, s = (pl.program_id(axis) for axis in range(3))
-        inputs, refs = tiles.split_refs(problem, all_refs, capsule_tile=i, has_prior=has_prior)
-        state_refs = iter(ref.at[s] for ref in refs[: len(states)])
-        d_poses_ref, d_weights_ref, *refs = refs[len(states) :]
-        d_prior_ref = refs.pop(0) if has_prior else None
-        poses_ref, d_poses_sums_ref, *factor_refs = refs
-        d_weights_sums_ref = d_weights_ref if weights.dtype == jnp.float32 else factor_refs.pop(0)
-
-        @pl.when((q == 0) & (s == 0))
-        def _() -> None:
-            d_weights_sums_ref[...] = jnp.zeros(d_weights_sums_ref.shape, jnp.float32)
-            if d_prior_ref is not None:
-                d_prior_ref[...] = jnp.zeros(d_prior_ref.shape, jnp.float32)
-
-        inputs.transpose_poses(poses_ref, q * panel + s)
-        d_poses_sums_ref[...] = jnp.zeros(d_poses_sums_ref.shape, jnp.float32)
-
-        terms: list[tuple[Any, Any]] = []  # (factor, state); None: uniform couplings
-        d_logits_refs = []
-        for has_total in [total is not None for total, _ in iterations]:
-            total: Any = None if not has_total else next(state_refs)
-            d_sums: Any = next(state_refs)
-            if total is None and not has_prior:
-                terms.append((None, d_sums))
-                continue
-            couplings_ref = factor_refs.pop(0)
-            d_logits_ref = factor_refs.pop(0) if full else None
-            tiles.write_factors(
-                inputs, poses_ref, total, d_sums if full else None, couplings_ref, d_logits_ref
-            )
-            terms.append((couplings_ref, d_sums))
-            if full and total is not None:
-                terms.append((d_logits_ref, total))
-            if full and has_prior:
-                d_logits_refs.append(d_logits_ref)
-        if d_logits_refs:
-            _add_over_examples(d_prior_ref, d_logits_refs)
-
-        def add(j: Array, _: None) -> None:
-            factors = [1 / problem.J if ref is None else ref[j] for ref, _ in terms]
-            columns = [state[j] for _, state in terms]  # [D, m]
-            rows = [state.T for state in columns]
-
-            def add_component(p: Array, _: None) -> None:
-                weights, poses = inputs.weights(p, j), poses_ref[p]
-                d_poses, d_weights = [], []
-                for factor, column, row in zip(factors, columns, rows, strict=True):
-                    d_poses.append(factor * tiles.dot(row, weights, 1, 0))
-                    d_weights.append(tiles.dot(column, factor * poses, 1, 0))
-                # Terms of one vote are added first, because they partly cancel.
-                d_poses_sums_ref[p] += sum(d_poses[1:], d_poses[0])
-                d_weights_sums_ref[p, j] += sum(d_weights[1:], d_weights[0])
-
-            tiles.loop(problem.P, add_component, None)
-
-        lax.fori_loop(0, problem.J, add, None)
-        d_poses_ref[...] = jnp.swapaxes(d_poses_sums_ref[...], 0, 1).astype(poses.dtype)
-        if d_weights_sums_ref is not d_weights_ref:
-
-            @pl.when((q == problem.panels - 1) & (s == panel - 1))
-            def _() -> None:
-                d_weights_ref[...] = d_weights_sums_ref[...].astype(weights.dtype)
-
-    prior_specs = specs[2:3] if has_prior else []
-    prior_shapes = [ShapedArray((problem.J, 1, problem.I), jnp.float32)] * has_prior
-    d_poses, d_weights, *d_prior = pl.pallas_call(
-        kernel,
-        grid=(problem.capsule_tiles, problem.panels, panel),
-        in_specs=specs,
-        out_specs=[*specs[:2], *prior_specs],
-        out_shape=[*(ShapedArray(x.shape, x.dtype) for x in operands[:2]), *prior_shapes],
-        scratch_shapes=[
-            *(pltpu.VMEM((problem.P, m, n), jnp.float32) for _ in range(2)),
-            *(
-                pltpu.VMEM((problem.P, problem.J, problem.D, n), jnp.float32)
-                for _ in range(weights.dtype != jnp.float32)
-            ),
-            *(pltpu.VMEM((problem.J, m, n), jnp.float32) for _ in range(softmaxes * (1 + full))),
-        ],
-        cost_estimate=tiles.cost(
-            problem,
-            products=softmaxes * (1 + full) + 2 * len(states),
-            softmaxes=softmaxes,
-            hbm_bytes=2 * (tiles.nbytes(poses) + tiles.nbytes(weights))
-            + 2 * tiles.nbytes(prior)
-            + 4
-            * len(states)
-            * (problem.capsule_tiles if problem.panels > 1 else 1)
-            * problem.example_tiles
-            * problem.J
-            * problem.D
-            * m,
-        ),
-        compiler_params=tiles.compiler_params(problem),
-        name="dynamic_routing_input_gradients",
+    *,
+    sums: Sums = NO_SUMS,
+    gradients: bool = False,
+    constant_couplings: bool = False,
+    so_far: Inputs | None = None,
+) -> tuple[Sums, Any]:
+    """Run a pass; return the sums `[B, J, D]` and `[B, J]`, and the gradients in float32."""
+    assert tile is not None  # else `config_for` raises
+    operands = linear.operands(inputs)
+    capsules, length, parents, depth = operands.weights.shape
+    wanted = Arrays(
+        poses=gradients,
+        weights=gradients,
+        prior=gradients and operands.prior is not None and not constant_couplings,
+        gates=gradients and inputs.gates is not None,
+    )
+    problem = Problem(
+        tile=tile,
+        B=operands.poses.shape[0],
+        P=length,
+        J=parents,
+        D=depth,
+        I=capsules,
+        halves=min(config.cores, -(-capsules // TPU_LANES)),
+        leaky=spec.leaky,
+        parts=parts("tpu"),
         interpret=interpret,
-    )(*operands)
-    return (
-        d_poses.transpose(0, 2, 1),
-        d_weights.transpose(3, 0, 1, 2),
-        None if prior is None else d_prior[0][:, 0].T.astype(prior.dtype),
+        sums=sums,
+        gradients=wanted,
+        constant_couplings=constant_couplings,
+    )
+    of_parents = [_parents(problem, inputs, term.state, term.cotangent) for term in terms]
+    start = None if so_far is None else _start(so_far)
+    found, d_arrays = routing_pass(problem, _arrays(operands), of_parents, start)
+    return _of_examples(problem, found), _inputs(inputs, d_arrays) if gradients else None
+
+
+def _arrays(operands: Operands) -> Arrays:
+    """Move the capsules of the operands to the last axis."""
+    prior = operands.prior
+    if prior is not None:
+        prior = prior.T[:, None] if prior.ndim == 2 else prior.transpose(2, 0, 1)
+    return Arrays(
+        operands.poses.transpose(0, 2, 1),
+        operands.weights.transpose(1, 2, 3, 0),
+        prior,
+        operands.gates,
     )
 
 
-def _add_over_examples(sums_ref: Any, terms_refs: Sequence[Any]) -> None:
-    def add(j: Array, _: None) -> None:
-        # Terms of one vote are added first, because they partly cancel.
-        terms = sum((ref[j] for ref in terms_refs[1:]), terms_refs[0][j])
-        sums_ref[j] += jnp.sum(terms, axis=0, keepdims=True)
+def _start(so_far: Inputs) -> Arrays:
+    """Convert gradients of the inputs to those of `_arrays`."""
+    prior = so_far.prior
+    if prior is not None:
+        prior = prior.T[:, None] if prior.ndim == 2 else prior.transpose(2, 0, 1)
+    return Arrays(
+        so_far.poses[:, :, 0].transpose(2, 0, 1),
+        so_far.weights.transpose(1, 2, 3, 0),
+        prior,
+        so_far.gates,
+    )
 
-    lax.fori_loop(0, sums_ref.shape[0], add, None)
+
+def _parents(problem: Problem, inputs: Inputs, state: State, cotangent: Moments) -> Parents:
+    """Split states and cotangents `[B, J, …]` into tiles `[tiles, J, …, m]`."""
+    k, b = linear.state(inputs, state)
+    m = problem.tile.examples
+    padding = (0, problem.example_tiles * m - problem.B)
+
+    def tiles(x: Array | None) -> Array | None:
+        if x is None:
+            return None
+        x = jnp.pad(x, (padding, (0, 0), (0, 0)))
+        return x.reshape(-1, m, *x.shape[1:]).transpose(0, 2, 3, 1)
+
+    def column(x: Array | None) -> Array | None:
+        return None if x is None else x[..., None]
+
+    return Parents(
+        tiles(b), tiles(column(k)), tiles(cotangent.first), tiles(column(cotangent.mass))
+    )
+
+
+def _of_examples(problem: Problem, sums: Sums) -> Sums:
+    """Return the sums `[B, J, D]` and the mass `[B, J]`, each added over the halves."""
+
+    def join(x: Array) -> Array:
+        x = x.sum(0).transpose(0, 3, 1, 2)
+        return x.reshape(-1, *x.shape[2:])[: problem.B]
+
+    first, mass = jax.tree.map(join, sums)
+    return Sums(first, None if mass is None else mass[..., 0])
+
+
+def _inputs(inputs: Inputs, gradients: Arrays) -> Inputs:
+    """Convert the gradients of `_arrays` to those of the inputs, in float32."""
+    prior = gradients.prior
+    if inputs.prior is not None:
+        if prior is None:  # constant couplings
+            prior = jnp.zeros(inputs.prior.shape, jnp.float32)
+        else:
+            prior = prior[:, 0].T if inputs.prior.ndim == 2 else prior.transpose(1, 2, 0)
+    poses, weights = gradients.poses.transpose(1, 2, 0), gradients.weights.transpose(3, 0, 1, 2)
+    return linear.input_gradients(_float32(inputs), poses, weights, prior, gradients.gates)
+
+
+def _float32(inputs: Inputs) -> Inputs:
+    """Return inputs whose prior and gates are float32, as their gradients shall be."""
+    prior, gates = inputs.prior, inputs.gates
+    return inputs._replace(
+        prior=None if prior is None else prior.astype(jnp.float32),
+        gates=None if gates is None else gates.astype(jnp.float32),
+    )
