@@ -7,7 +7,6 @@ option, and `test_routing_options.py` the procedure on top of them.
 import math
 import warnings
 from functools import cache, partial
-from itertools import product
 from typing import NamedTuple
 
 import jax

@@ -175,7 +175,8 @@ def _backward_passes(
         central = vary(moments) if routing.spec.moments == "central" else None
         term = Term(vary(state), central, d_moments)
         if last:  # earlier iterations only affect the couplings, here constants
-            terms, d_carry, d_state = [term], *_zeros((start.carry, start.state))
+            terms.append(term)
+            d_carry, d_state = _zeros((start.carry, start.state))
             break
         if fused:
             d_state, d_inputs = passes.chain_and_input_gradients(

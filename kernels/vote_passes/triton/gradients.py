@@ -220,7 +220,7 @@ def _kernel(
     ) -> Array:
         """Return the poses' gradients with those of a parent added; store those of its weights."""
         weights = group.load_weights(refs.weights, j)
-        d_weights = None
+        d_weights: Any = None
         for t, statistics in zip(iterations, kept, strict=True):
             place = places[t]
             d_sums = group.load_state(refs.states, place.d_sums, j)

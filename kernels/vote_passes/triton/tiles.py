@@ -226,8 +226,9 @@ def _pair_fma(
 ) -> Array:
     """Compute `a * b + c`, or `- c` if negated, on pairs of bfloat16, with one rounding."""
     if tiling.interpret:
-        a, b, c = (0.0 if x is None else x.astype(jnp.float32) for x in (a, b, c))
-        return (a * b + (-c if negated else c)).astype(jnp.bfloat16)
+        product = a.astype(jnp.float32) * b.astype(jnp.float32)
+        more = jnp.float32(0) if c is None else c.astype(jnp.float32)
+        return (product + (-more if negated else more)).astype(jnp.bfloat16)
     if c is None:
         text = "{.reg .b32 c; mov.b32 c,0x80008000; fma.rn.bf16x2 $0,$1,$2,c;}"
     elif negated:
