@@ -87,7 +87,9 @@ def mosaic_tpu_config_for(case: Case, device_kind: str | None = None) -> MosaicT
     """Return the tiles for a case."""
     mebibytes = TPU_MEMORY.get(device_kind or "", LEAST_TPU_MEMORY)
     return MosaicTpuConfig(
-        *(_tpu_tile(case, kind, mebibytes) for kind in ("sums", "gradients", "fused")),
+        sums=_tpu_tile(case, "sums", mebibytes),
+        gradients=_tpu_tile(case, "gradients", mebibytes),
+        fused=_tpu_tile(case, "fused", mebibytes),
         cores=2 if device_kind in TWO_CORES else 1,
     )
 
