@@ -23,7 +23,6 @@ ROW = {
     "sizes": CASE._asdict(),
     "config": {"children": 2, "examples": 1},
     "seconds": 1e-3,
-    "default_seconds": 2e-3,
     "jax": "0.10.2",
     "date": "2026-11-29",
 }

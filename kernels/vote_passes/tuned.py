@@ -30,8 +30,7 @@ class Measured:
     implementation: str  # one that has a config
     sizes: Case
     config: dict[str, Any]  # the fields of the implementation's config
-    seconds: float  # of the outputs and all gradients, with this config
-    default_seconds: float  # the same, with the default config
+    seconds: float  # of the outputs and all gradients
     jax: str  # version
     date: str  # YYYY-MM-DD
 
