@@ -2,8 +2,10 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
+
+import jax
 
 from capsjax.kernels.vote_passes import passes, tuned
 from capsjax.kernels.vote_passes.cases import CASES, Case
@@ -16,7 +18,7 @@ from experiments.benchmarks.routing_rows import (
     Variant,
     check_torch,
     measure_case,
-    neighbouring_configs,
+    title,
 )
 from experiments.cli import flag
 from experiments.errors import InputError
@@ -122,6 +124,23 @@ def select(flag_name: str, text: str, known: Collection[str]) -> list[str]:
     return [name for name in known if name in names]
 
 
+def neighbouring_configs(implementation: str, case: Case) -> list[Any]:
+    """List the default config of an implementation, then those with one field changed.
+
+    A size is halved or doubled, a switch turned over.
+    """
+    config_for: Any = CONFIGS[implementation]
+    # Configs of TPU kernels depend on the generation of the TPU.
+    kind = (jax.devices()[0].device_kind,) if PLATFORMS.get(implementation) == "tpu" else ()
+    config = config_for(case, *kind)
+    if config is None:
+        return [None]
+    changed = [
+        tuned.decode(implementation, x, type(config)) for x in _changed(tuned.encode(config))
+    ]
+    return [config, *changed]
+
+
 def report(name: str, case: Case, rows: Sequence[dict[str, Any]], *, sweep: bool) -> list[str]:
     """Return the printed lines of a case: its sizes, the device's peaks, and a table of rows."""
     timed = [row for row in rows if "reason" not in row]
@@ -138,8 +157,8 @@ def report(name: str, case: Case, rows: Sequence[dict[str, Any]], *, sweep: bool
     lines += cli.table(cells) if timed else []
     for row in rows:
         if "reason" in row:
-            title = f"{_title(row)}, {row['mode']}, {row['dtype']}"
-            lines.append(f"{title}: not measured: {row['reason']}")
+            settings = f"{_title(row)}, {row['mode']}, {row['dtype']}"
+            lines.append(f"{settings}: not measured: {row['reason']}")
     if sweep:
         lines += best(timed)
     return lines
@@ -214,9 +233,19 @@ def draw(rows: Sequence[dict[str, Any]], folder: str, scaled: str) -> None:
             print(f"{path} is not drawn: none of its rows could be measured")
 
 
+def _changed(value: Any) -> Iterator[Any]:
+    """Yield an encoded config with each of its fields changed in turn."""
+    if isinstance(value, dict):
+        for name, field in value.items():
+            yield from ({**value, name: new} for new in _changed(field))
+    elif isinstance(value, bool):
+        yield not value
+    elif isinstance(value, int):
+        yield from (size for size in (value // 2, 2 * value) if size)
+
+
 def _title(row: dict[str, Any]) -> str:
-    sizes = row["config"] or {}
-    return " ".join([row["implementation"], *(f"{key}={size}" for key, size in sizes.items())])
+    return title(row["implementation"], row["config"])
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

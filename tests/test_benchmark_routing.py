@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import test_figures
+import test_tuned
 
 import capsjax
 from capsjax.kernels.dispatch import Unsupported
@@ -275,18 +276,19 @@ def test_config_that_does_not_compile_is_a_row_with_its_reason(monkeypatch):
 
 
 def test_neighbours_change_one_size_or_switch(monkeypatch):
-    @dataclasses.dataclass(frozen=True)
-    class Sizes:
-        rows: int = 1
-        is_fused: bool = True
-        layout: str = "rows"
-
-    monkeypatch.setitem(CONFIGS, "xla", lambda case: Sizes())
-    assert routing_rows.neighbouring_configs("xla", TINY) == [
-        Sizes(),
-        Sizes(rows=2),
-        Sizes(is_fused=False),
+    monkeypatch.setitem(CONFIGS, "xla", lambda case: test_tuned.NESTED)
+    tile, _, other = dataclasses.astuple(test_tuned.NESTED)
+    assert benchmark_routing.neighbouring_configs("xla", TINY) == [
+        test_tuned.NESTED,
+        *(
+            test_tuned.Nested(test_tuned.Tile(*changed), None, other)
+            for changed in ((4, True), (16, True), (8, False))
+        ),
+        test_tuned.Nested(tile, None, 2),
     ]
+    assert routing_rows.title("xla", tuned.encode(test_tuned.NESTED)) == (
+        "xla sums.rows=8 sums.is_fused=True gradients=None cores=1"
+    )
 
 
 def test_given_config_is_used():
@@ -312,7 +314,7 @@ def test_sweep_starts_from_the_default_config_of_every_implementation():
         assert hasattr(module, "config_for") == (name in CONFIGS), name
         if name in CONFIGS:
             own = module.config_for(Spec(case.parents), inputs, State(), device=device)
-            assert routing_rows.neighbouring_configs(name, case)[0] == own
+            assert benchmark_routing.neighbouring_configs(name, case)[0] == own
 
 
 def test_least_work_equals_a_count_by_hand():

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,25 @@ ROW = {
     "date": "2026-11-29",
 }
 KIND = "NVIDIA H200"
+
+
+class Tile(NamedTuple):
+    """A part of a config."""
+
+    rows: int
+    is_fused: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Nested:
+    """A config of parts."""
+
+    sums: Tile | None
+    gradients: Tile | None
+    cores: int
+
+
+NESTED = Nested(Tile(8, True), None, 1)
 
 
 @pytest.fixture
@@ -112,7 +132,7 @@ def changed(path, value):
         ("seconds", -1.0, "row 1: seconds must be a positive number, got -1.0"),
         ("seconds", float("nan"), "row 1: seconds must be a positive number, got nan"),
         ("seconds", "1", "row 1: seconds must be of type float, got '1'"),
-        ("sizes", [1], r"row 1: sizes must be of type dict, got \[1\]"),
+        ("sizes", [1], r"row 1: sizes must have the fields .*, got \[1\]"),
         ("sizes.batch", None, "row 1: sizes must have the fields"),
         ("sizes.batch", 0, "row 1: sizes: batch must be at least 1, got 0"),
         ("sizes.batch", True, "row 1: sizes: batch must be of type int, got True"),
@@ -150,6 +170,18 @@ def test_an_invalid_file_is_an_error_that_names_it(write):
     path.write_text("{")
     with pytest.raises(ValueError, match=f"{path} is not a JSON file: "):
         find()
+
+
+def test_a_config_of_parts_is_what_was_encoded():
+    encoded = json.loads(json.dumps(tuned.encode(NESTED)))
+    assert encoded == {"sums": {"rows": 8, "is_fused": True}, "gradients": None, "cores": 1}
+    assert tuned.decode("here", encoded, Nested) == NESTED
+    with pytest.raises(
+        ValueError, match=r"^here: sums must have the fields is_fused, rows, got 8$"
+    ):
+        tuned.decode("here", {**encoded, "sums": 8}, Nested)
+    with pytest.raises(ValueError, match=r"^here: cores must be of type int, got None$"):
+        tuned.decode("here", {**encoded, "cores": None}, Nested)
 
 
 def test_a_config_refused_by_its_own_class_is_an_error_that_names_the_file(write):
@@ -237,7 +269,7 @@ def test_files_of_the_package_are_valid():
             config = selected(
                 case=row.sizes, implementation=row.implementation, device=Device(kind)
             )
-            assert dataclasses.asdict(config) == row.config
+            assert tuned.encode(config) == row.config
 
 
 def test_the_wheel_has_every_file_of_the_folder():

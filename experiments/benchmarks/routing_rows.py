@@ -4,7 +4,6 @@ Shape letters are those of `capsjax.shapes`.
 """
 
 import contextlib
-import dataclasses
 import math
 import pathlib
 import time
@@ -19,8 +18,8 @@ from jax import Array
 
 import capsjax
 from capsjax.kernels.dispatch import Unsupported
+from capsjax.kernels.vote_passes import tuned
 from capsjax.kernels.vote_passes.cases import Case
-from capsjax.kernels.vote_passes.config import CONFIGS
 from capsjax.kernels.vote_passes.passes import PLATFORMS, Implementation
 from experiments.benchmarks import roofline, timing, torch_routing
 from experiments.benchmarks.timing import AsyncCall
@@ -38,8 +37,7 @@ class Variant(NamedTuple):
     config: Any = None  # None: the default of the implementation for the case
 
     def __str__(self) -> str:
-        sizes = {} if self.config is None else dataclasses.asdict(self.config)
-        return " ".join([self.implementation, *(f"{k}={v}" for k, v in sizes.items())])
+        return title(self.implementation, tuned.encode(self.config))
 
 
 class NotMeasured(Exception):
@@ -221,31 +219,21 @@ def check_torch(case: Case) -> None:
             raise RuntimeError(f"PyTorch's {mode} differs by {error:.1e} from ours")
 
 
-def neighbouring_configs(implementation: str, case: Case) -> list[Any]:
-    """List the default config of an implementation, then those with one field changed.
+def title(implementation: str, config: dict[str, Any] | None) -> str:
+    """Return an implementation and the fields of its config as text: "xla children=8"."""
 
-    A size is halved or doubled, a switch turned over.
-    """
-    config_for: Any = CONFIGS[implementation]
-    # Configs of TPU kernels depend on the generation of the TPU.
-    kind = (jax.devices()[0].device_kind,) if PLATFORMS.get(implementation) == "tpu" else ()
-    config = config_for(case, *kind)
-    if config is None:
-        return [None]
+    def fields(config: dict[str, Any], prefix: str = "") -> list[str]:
+        found = []
+        for name, value in config.items():
+            is_record = isinstance(value, dict)
+            found += fields(value, f"{name}.") if is_record else [f"{prefix}{name}={value}"]
+        return found
 
-    def changed(value: Any) -> list[Any]:
-        if isinstance(value, bool):
-            return [not value]
-        return [size for size in (value // 2, 2 * value) if size] if isinstance(value, int) else []
-
-    fields = dataclasses.asdict(config)
-    changes = [{name: new} for name, value in fields.items() for new in changed(value)]
-    return [dataclasses.replace(config, **change) for change in [{}, *changes]]
+    return " ".join([implementation, *fields(config or {})])
 
 
 def _fields(variant: Variant, case: Case) -> dict[str, Any]:
-    config = None if variant.config is None else dataclasses.asdict(variant.config)
-    return {**case._asdict(), **variant._asdict(), "config": config}
+    return {**case._asdict(), **variant._asdict(), "config": tuned.encode(variant.config)}
 
 
 def _compile(

@@ -259,7 +259,7 @@ def _tuned(
 
     They are measured on one device, with linear logits, sums and vectors as poses.
     """
-    inputs, others = trees
+    inputs, others, *_ = trees
     is_measured = spec == Spec(spec.num_parents) and inputs.poses.shape[2] == 1
     if not is_measured or device.num_devices > 1 or device.kind is None:
         return default

@@ -12,6 +12,7 @@ import json
 import math
 import pathlib
 import re
+import types
 import typing
 from typing import Any, TypeVar
 
@@ -59,12 +60,7 @@ def find(
     row = _rows_by_key(path, device_kind).get((implementation, *case._replace(num_iterations=0)))
     if row is None or case.num_iterations > row.sizes.num_iterations:
         return None
-    where = f"{path}: config of {implementation}"
-    _check_fields(where, row.config, config_class)
-    try:
-        return config_class(**row.config)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+    return decode(f"{path}: config of {implementation}", row.config, config_class)
 
 
 def file_name(device_kind: str) -> str:
@@ -98,10 +94,44 @@ def read(path: pathlib.Path, device_kind: str) -> list[Measured]:
 
 def to_json(device_kind: str, rows: list[Measured]) -> dict[str, Any]:
     """Return the content of a device's file, as `json.dumps` takes it."""
-    return {
-        "device": device_kind,
-        "rows": [{**dataclasses.asdict(row), "sizes": row.sizes._asdict()} for row in rows],
-    }
+    return {"device": device_kind, "rows": [encode(row) for row in rows]}
+
+
+def encode(value: Any) -> Any:
+    """Return a config as JSON: an object for a dataclass or NamedTuple, else the value."""
+    if not _is_record(type(value)):
+        return value
+    return {name: encode(getattr(value, name)) for name in typing.get_type_hints(type(value))}
+
+
+def decode(where: str, value: Any, kind: Any) -> Any:
+    """Return the value of a type that `encode` encoded.
+
+    Raises:
+      ValueError: A field is unknown or missing, of another type, or out of range: sizes are at
+        least 1. The message begins with `where`.
+    """
+    if isinstance(kind, types.UnionType):  # X | None
+        if value is None:
+            return None
+        kind = next(x for x in typing.get_args(kind) if x is not types.NoneType)
+    # The size of a batch may be symbolic, and then has no type in its class; not so in a file.
+    expected = int if kind is Any else typing.get_origin(kind) or kind
+    if _is_record(expected):
+        hints = typing.get_type_hints(expected)
+        _check_names(where, value, set(hints))
+        fields = {name: decode(f"{where}: {name}", value[name], hints[name]) for name in hints}
+        try:
+            return expected(**fields)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    if type(value) is not expected and not (expected is float and type(value) is int):
+        raise ValueError(f"{where} must be of type {expected.__name__}, got {value!r}")
+    if expected is int and value < 1:
+        raise ValueError(f"{where} must be at least 1, got {value}")
+    if expected is float and not 0 < value < math.inf:
+        raise ValueError(f"{where} must be a positive number, got {value}")
+    return value
 
 
 @functools.cache
@@ -109,44 +139,27 @@ def _rows_by_key(path: pathlib.Path, device_kind: str) -> dict[tuple[Any, ...], 
     return {row.key: row for row in read(path, device_kind)}
 
 
-def _parse(where: str, row: Any) -> Measured:
-    _check_fields(where, row, Measured, {"sizes": dict})
-    sizes = _check_fields(f"{where}: sizes", row["sizes"], Case)
-    if sizes["dtype"] not in ("float32", "bfloat16"):
-        raise ValueError(f"{where}: dtype must be float32 or bfloat16, got {sizes['dtype']!r}")
-    if row["implementation"] not in CONFIGS:
+def _parse(where: str, value: Any) -> Measured:
+    row = decode(where, value, Measured)
+    if row.sizes.dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"{where}: dtype must be float32 or bfloat16, got {row.sizes.dtype!r}")
+    if row.implementation not in CONFIGS:
         raise ValueError(
             f"{where}: implementation must be one of {', '.join(CONFIGS)}, "
-            f"got {row['implementation']!r}"
+            f"got {row.implementation!r}"
         )
     try:
-        datetime.date.fromisoformat(row["date"])
+        datetime.date.fromisoformat(row.date)
     except ValueError as error:
         raise ValueError(f"{where}: date: {error}") from error
-    return Measured(**{**row, "sizes": Case(**sizes)})
+    return row
+
+
+def _is_record(kind: Any) -> bool:
+    return dataclasses.is_dataclass(kind) or hasattr(kind, "_fields")
 
 
 def _check_names(where: str, value: Any, names: set[str]) -> None:
     if not isinstance(value, dict) or value.keys() != names:
         found = sorted(value) if isinstance(value, dict) else value
         raise ValueError(f"{where} must have the fields {', '.join(sorted(names))}, got {found!r}")
-
-
-def _check_fields(
-    where: str, value: Any, kind: type, replaced: dict[str, type] | None = None
-) -> dict[str, Any]:
-    """Check that a JSON object has the fields of a class, each of its type and in range."""
-    types = typing.get_type_hints(kind) | (replaced or {})
-    _check_names(where, value, set(types))
-    for name, field_type in types.items():
-        found = value[name]
-        # A batch may be symbolic, so some sizes have no type in their class; not so in a file.
-        expected = int if field_type is Any else typing.get_origin(field_type) or field_type
-        right = type(found) is expected or (expected is float and type(found) is int)
-        if not right:
-            raise ValueError(f"{where}: {name} must be of type {expected.__name__}, got {found!r}")
-        if expected is int and found < 1:
-            raise ValueError(f"{where}: {name} must be at least 1, got {found}")
-        if expected is float and not 0 < found < math.inf:
-            raise ValueError(f"{where}: {name} must be a positive number, got {found}")
-    return value
