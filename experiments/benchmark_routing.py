@@ -131,7 +131,7 @@ def neighbouring_configs(implementation: str, case: Case) -> list[Any]:
     """
     config_for: Any = CONFIGS[implementation]
     # Configs of TPU kernels depend on the generation of the TPU.
-    kind = (jax.devices()[0].device_kind,) if PLATFORMS.get(implementation) == "tpu" else ()
+    kind = (jax.devices()[0].device_kind,) if passes.PLATFORMS.get(implementation) == "tpu" else ()
     config = config_for(case, *kind)
     if config is None:
         return [None]
