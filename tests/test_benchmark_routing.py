@@ -259,14 +259,14 @@ def test_sweep_into_a_file_that_is_not_valid_is_an_input_error(sweep, tmp_path):
 
 
 def test_config_that_does_not_compile_is_a_row_with_its_reason(monkeypatch):
-    real = routing_rows._compile
+    real = routing_rows.compile_variant
 
     def refuse(variant, *arguments):
         if variant.config != XlaConfig(4, 1):
             raise jax.errors.JaxRuntimeError("INTERNAL: out of registers\nmore")
         return real(variant, *arguments)
 
-    monkeypatch.setattr(routing_rows, "_compile", refuse)
+    monkeypatch.setattr(routing_rows, "compile_variant", refuse)
     default, other = (Variant("xla", "forward", "float32", XlaConfig(n, 1)) for n in (4, 8))
     rows = routing_rows.measure_case("tiny", TINY, [default, other], repeats=1)
     assert rows[0]["median"] > 0

@@ -139,7 +139,8 @@ def prepare(
         call = torch_routing.routing_call(*inputs, num_iterations=num_iterations, mode=variant.mode)
         costs: dict[str, Any] = {"compile_seconds": None, "temporary_bytes": None}
     else:
-        call, costs = _compile(variant, inputs, num_iterations)
+        compiled, costs = compile_variant(variant, [inputs], num_iterations)
+        call = AsyncCall(lambda: compiled(inputs))
     before = jax.devices()[0].memory_stats()
     with _not_measured():
         result = call.wait(call.start())
@@ -147,9 +148,41 @@ def prepare(
     # The peak is that of the process so far. It belongs to this call only if the call raised it.
     rose = before and after and after["peak_bytes_in_use"] > before["peak_bytes_in_use"]
     peak = after["peak_bytes_in_use"] - before["bytes_in_use"] if rose else None
-    if variant.implementation == TORCH:
-        result = torch_routing.arrays(result)
+    result = torch_routing.arrays(result) if variant.implementation == TORCH else result[0]
     return call, result, {**costs, "peak_bytes": peak}
+
+
+def compile_variant(
+    variant: Variant, sets: Sequence[Inputs], num_iterations: int
+) -> tuple[Any, dict[str, Any]]:
+    """Compile a variant as one program that routes each set of inputs, one after another.
+
+    Returns:
+      The compiled program, a function of the sets, and its costs: seconds of compilation, and bytes
+      of temporary memory.
+
+    Raises:
+      NotMeasured: It does not run on this device, or there is too little memory.
+    """
+    platform = PLATFORMS.get(variant.implementation)
+    if platform is not None and platform not in platforms():
+        raise NotMeasured(f"runs on {platform} only, and this is a {jax.devices()[0].device_kind}")
+    function = timing.one_after_another(function_of(variant, num_iterations))
+    started = time.perf_counter()
+    with _not_measured():
+        compiled = jax.jit(function).lower(*sets).compile()
+    seconds = time.perf_counter() - started
+    memory: Any = compiled.memory_analysis()
+    _check_memory(
+        "results and temporaries need", memory.temp_size_in_bytes + memory.output_size_in_bytes
+    )
+    return compiled, {"compile_seconds": seconds, "temporary_bytes": memory.temp_size_in_bytes}
+
+
+def platforms() -> set[str]:
+    """Return the names of the platform: JAX's "gpu" is "cuda" or "rocm" to an implementation."""
+    device = jax.devices()[0]
+    return {device.platform, *device.client.platform_version.split()[:1]}
 
 
 def function_of(variant: Variant, num_iterations: int) -> Callable[[Array, Array, Array], Any]:
@@ -169,7 +202,7 @@ def function_of(variant: Variant, num_iterations: int) -> Callable[[Array, Array
     return run
 
 
-def make_inputs(case: Case) -> Inputs | NotMeasured:
+def make_inputs(case: Case, seed: int = 0) -> Inputs | NotMeasured:
     """Draw random inputs in the dtype of the case, or return why they do not fit into memory."""
     shapes: tuple[tuple[int, ...], ...] = (
         (case.batch, case.capsules, case.length),
@@ -177,7 +210,7 @@ def make_inputs(case: Case) -> Inputs | NotMeasured:
         (case.batch, case.parents, case.depth),
     )
     # JAX's default generator, threefry, takes minutes on a CPU for the largest case.
-    keys = jax.random.split(jax.random.key(0, impl="rbg"), 3)
+    keys = jax.random.split(jax.random.key(seed, impl="rbg"), 3)
 
     @partial(jax.jit, static_argnums=(1, 2))
     def normal(key: Array, shape: tuple[int, ...], scale: float) -> Array:
@@ -234,27 +267,6 @@ def title(implementation: str, config: dict[str, Any] | None) -> str:
 
 def _fields(variant: Variant, case: Case) -> dict[str, Any]:
     return {**case._asdict(), **variant._asdict(), "config": tuned.encode(variant.config)}
-
-
-def _compile(
-    variant: Variant, inputs: Inputs, num_iterations: int
-) -> tuple[AsyncCall, dict[str, Any]]:
-    device = jax.devices()[0]
-    # JAX's platform "gpu" is "cuda" or "rocm" to an implementation.
-    names = {device.platform, *device.client.platform_version.split()[:1]}
-    platform = PLATFORMS.get(variant.implementation)
-    if platform is not None and platform not in names:
-        raise NotMeasured(f"runs on {platform} only, and this is a {device.device_kind}")
-    started = time.perf_counter()
-    with _not_measured():
-        compiled = jax.jit(function_of(variant, num_iterations)).lower(*inputs).compile()
-    seconds = time.perf_counter() - started
-    memory: Any = compiled.memory_analysis()
-    _check_memory(
-        "results and temporaries need", memory.temp_size_in_bytes + memory.output_size_in_bytes
-    )
-    costs = {"compile_seconds": seconds, "temporary_bytes": memory.temp_size_in_bytes}
-    return AsyncCall(lambda: compiled(*inputs)), costs
 
 
 @contextlib.contextmanager
