@@ -25,8 +25,12 @@ def lines(stage: str, rows: Sequence[Row]) -> list[str]:
         cells = [_time_cells(row) for row in rows if "us" in row]
     if cells:
         found += cli.table([columns, *cells])
-    reasons = [(row, row.get("refused") or row.get("reason")) for row in rows]
-    return found + [f"{title(row)}: {reason}" for row, reason in reasons if reason]
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if reason := row.get("refused") or row.get("reason"):
+            reasons.setdefault(reason, []).append(_program(row))
+    names = {reason: ", ".join(dict.fromkeys(programs)) for reason, programs in reasons.items()}
+    return found + [f"{programs}: {reason}" for reason, programs in names.items()]
 
 
 def outcome(row: Row) -> str:
@@ -42,8 +46,8 @@ def outcome(row: Row) -> str:
 
 def title(row: Row) -> str:
     """Return the words that tell a row from the others."""
-    names = ("stage", "function", "case", "implementation", "mode", "dtype", "precision")
-    return " ".join(str(row[name]) for name in names if row.get(name))
+    others = (row.get("dtype"), row.get("precision"))
+    return " ".join(filter(None, [row["stage"], _program(row), *others]))
 
 
 def failure(row: Row) -> str:
@@ -52,6 +56,11 @@ def failure(row: Row) -> str:
         return row["error"]
     found = [f"{name} has error {_scientific(row['errors'][name])}" for name in row["wrong"]]
     return ", ".join(found + ([] if row["same_bits"] else ["a second run has other bits"]))
+
+
+def _program(row: Row) -> str:
+    names = ("function", "case", "implementation", "mode")
+    return " ".join(row[name] for name in names if row.get(name))
 
 
 def _value_cells(row: Row) -> list[str]:
