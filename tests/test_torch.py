@@ -113,6 +113,7 @@ def test_routing_in_pytorch_with_an_error_is_refused(monkeypatch):
         routing_rows.check_torch(CASES["capsnet_mnist"]._replace(batch=3, capsules=6))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's own compiler
 @pytest.mark.parametrize("way", ["eager", "compile"])
 def test_several_sets_in_turn_have_the_results_of_capsjax(way):
     from experiments.benchmarks import torch_routing
