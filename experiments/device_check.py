@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from absl import logging
 
 from capsjax.kernels.dispatch import Unsupported
 from capsjax.kernels.vote_passes import passes, tuned
@@ -82,28 +81,37 @@ class Recorder:
     def __init__(self, output: str, limit: float) -> None:
         self.rows: list[dict[str, Any]] = []
         self._output, self._limit, self._started = output, limit, time.perf_counter()
-        self._deadline, self._longest, self._row_started = self._started + limit, 0.0, 0.0
+        self.begin("environment")
         if output:
             files.append_lines(output, [])  # fails before the first measurement
 
-    def begin(self, part: float) -> None:
-        """Begin a stage, which ends at a part of the limit."""
-        self._deadline, self._longest = self._started + part * self._limit, 0.0
-        self._row_started = time.perf_counter()
+    def begin(self, stage: str) -> None:
+        """Begin a stage, which ends at its part of the limit."""
+        self._stage, self._longest, self._row_started = stage, 0.0, time.perf_counter()
+        self._deadline = self._started + STAGES[stage] * self._limit
+
+    def left(self) -> float:
+        """Return the seconds until the stage ends, at least 0."""
+        return max(0.0, self._deadline - time.perf_counter())
 
     def has_time(self, name: str) -> bool:
-        """Return whether the longest row of the stage so far would end in time; else log it."""
+        """Return whether the longest row of the stage so far would end in time; else record it."""
         now = time.perf_counter()
         self._longest, self._row_started = max(self._longest, now - self._row_started), now
-        if now + self._longest <= self._deadline:
+        if self._longest <= self.left():
             return True
-        logging.warning("the time of this stage is over: %s and all after it are left out", name)
+        self.leave_out(name)
         return False
 
-    def add(self, stage: str, **row: Any) -> None:
-        """Add a row, and write it."""
+    def leave_out(self, name: str) -> None:
+        """Record that the stage ends before this row."""
+        reason = "not started, nor what comes after it: the time of this stage is over"
+        self.add(case=name, reason=reason)
+
+    def add(self, **row: Any) -> None:
+        """Add a row of the stage, and write it."""
         seconds = round(time.perf_counter() - self._started, 1)
-        self.rows.append({"stage": stage, **row, "at_seconds": seconds})
+        self.rows.append({"stage": self._stage, **row, "at_seconds": seconds})
         if self._output:
             files.append_lines(self._output, self.rows[-1:])
 
@@ -125,10 +133,10 @@ def main(config: Config) -> int:
         "times": lambda: measure(recorder, kernels, floors, dry=config.dry),
         "torch": lambda: measure_torch(recorder, dry=config.dry),
     }
-    for name, part in STAGES.items():
+    for name, run in stages.items():
         if name in names:
-            recorder.begin(part)
-            stages[name]()
+            recorder.begin(name)
+            run()
             rows = [row for row in recorder.rows if row["stage"] == name]
             print("\n".join(device_tables.lines(name, rows)), end="\n\n", flush=True)
     failed = [row for row in recorder.rows if "error" in row or not row.get("ok", True)]
@@ -173,16 +181,12 @@ def shrink(case: Case) -> Case:
     return Case._make([*map(min, case[:6], DRY_SIZES), case.dtype])
 
 
-# Stages
-
-
 def check_environment(recorder: Recorder, kernels: str) -> None:
     """Record the device and versions, and measure the bandwidth of its memory."""
     device = jax.devices()[0]
     call, moved = roofline.triad()
     seconds = timing.time_calls({0: call}, repeats=3)[0].median
     recorder.add(
-        "environment",
         **timing.environment(),
         platform=device.client.platform_version,
         capability=str(getattr(device, "compute_capability", "")),
@@ -208,12 +212,13 @@ def check_values(recorder: Recorder, kernels: str, *, dry: bool) -> None:
             for key, problem in todo.items()
         }
         for (function, name), problem in todo.items():
-            if not recorder.has_time(f"{function} of {name}"):
+            # Popped, so that the memory of a problem is free when it is done.
+            future = compiled.pop((function, name))
+            if not concurrent.futures.wait([future], recorder.left()).done or not recorder.left():
+                recorder.leave_out(f"{function} of {name}")
                 break
             row: dict[str, Any] = {"function": function, "case": name, "implementation": kernels}
             row["options"] = problem._asdict() | {"case": problem.case[:6]}
-            # Popped, so that the memory of a problem is free when it is done.
-            future = compiled.pop((function, name))
             for index, setting in enumerate(SETTINGS):
                 fields = row | {"dtype": setting.dtype, "precision": setting.precision}
                 try:
@@ -222,7 +227,7 @@ def check_values(recorder: Recorder, kernels: str, *, dry: bool) -> None:
                     fields["refused"] = str(refusal)
                 except Exception as error:
                     fields["error"] = one_line(error)
-                recorder.add("values", **fields)
+                recorder.add(**fields)
         pool.shutdown(cancel_futures=True)
 
 
@@ -241,7 +246,7 @@ def measure(
         try:
             sets = routing_times.inputs_in_turn(case, most=2 if dry else 16)
         except NotMeasured as reason:
-            recorder.add("times", case=name, dtype=case.dtype, reason=str(reason))
+            recorder.add(case=name, dtype=case.dtype, reason=str(reason))
             continue
         found = routing_times.time_variants(variants, sets, case.num_iterations)
         for variant in variants:
@@ -251,7 +256,7 @@ def measure(
             stored = found[variant._replace(implementation=exactness.STORED_VOTES)]
             if "us" in stored and "us" in found[variant]:
                 row["speedup"] = stored["us"] / found[variant]["us"]
-            recorder.add("times", **row, **found[variant], floor_us=floors.get(key))
+            recorder.add(**row, **found[variant], floor_us=floors.get(key))
 
 
 def measure_torch(recorder: Recorder, *, dry: bool) -> None:
@@ -262,29 +267,25 @@ def measure_torch(recorder: Recorder, *, dry: bool) -> None:
         device = torch_routing.device()
         import torch
     except InputError as error:
-        recorder.add("torch", **row, implementation="torch", reason=str(error))
+        recorder.add(**row, implementation="torch", reason=str(error))
         return
+    row["torch"] = torch.__version__
     torch.set_float32_matmul_precision("high")  # TF32, as XLA's default
     sets = routing_times.inputs_in_turn(case, most=2 if dry else 16)
     for mode in reversed(MODES):
         for way in TORCH_WAYS:
             if not recorder.has_time(f"PyTorch, {way}, {mode}"):
                 return
-            fields = row | {
-                "implementation": f"torch {way}",
-                "mode": mode,
-                "torch": torch.__version__,
-            }
-            if way == "graph" and device != "cuda":
-                recorder.add("torch", **fields, reason=f"CUDA graphs need CUDA, not a {device}")
-                continue
+            fields = row | {"implementation": f"torch {way}", "mode": mode}
             try:
-                fields |= routing_times.time_torch(
-                    sets, num_iterations=case.num_iterations, mode=mode, way=way
-                )
-                recorder.add("torch", **fields)
+                if way == "graph" and device != "cuda":
+                    fields["reason"] = f"CUDA graphs need CUDA, not a {device}"
+                else:
+                    T = case.num_iterations
+                    fields |= routing_times.time_torch(sets, num_iterations=T, mode=mode, way=way)
             except Exception as error:
-                recorder.add("torch", **fields, error=one_line(error))
+                fields["error"] = one_line(error)
+            recorder.add(**fields)
 
 
 def timed_cases(dry: bool) -> Iterator[tuple[str, Case]]:

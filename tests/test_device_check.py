@@ -191,17 +191,20 @@ def test_torch_that_is_not_installed_is_a_row(run, monkeypatch):
     assert "torch: 1 not measured" in out
 
 
-def test_no_row_is_started_that_would_end_after_the_limit(monkeypatch, caplog):
+def test_no_row_is_started_that_would_end_after_the_limit(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(device_check.time, "perf_counter", lambda: now[0])
     recorder = device_check.Recorder("", limit=100)
-    recorder.begin(0.5)
+    recorder.begin("values")  # half of the limit
     assert recorder.has_time("first")
     now[0] = 20.0
     assert recorder.has_time("second")
     now[0] = 31.0  # the longest row took 20 s, and 19 s are left
     assert not recorder.has_time("third")
-    recorder.begin(1.0)
+    (row,) = recorder.rows
+    assert (row["stage"], row["case"]) == ("values", "third")
+    assert row["reason"].startswith("not started, nor what comes after it")
+    recorder.begin("times")
     assert recorder.has_time("first of the next stage")
 
 
