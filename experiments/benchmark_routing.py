@@ -2,27 +2,31 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from capsjax.kernels.vote_passes import passes
+import jax
+
+from capsjax.kernels.vote_passes import passes, tuned
 from capsjax.kernels.vote_passes.cases import CASES, Case
 from capsjax.kernels.vote_passes.config import CONFIGS
 from experiments import cli, files
-from experiments.benchmarks import torch_routing
+from experiments.benchmarks import timing, torch_routing
 from experiments.benchmarks.routing_rows import (
     MODES,
     TORCH,
     Variant,
     check_torch,
     measure_case,
-    neighbouring_configs,
+    title,
 )
 from experiments.cli import flag
 from experiments.errors import InputError
 from experiments.figures import routing_speed
 
-DTYPES = ("float32", "bfloat16")
+# For each dtype, the largest difference from the baseline that rounding may explain. A config that
+# differs by more is not the best one, however fast.
+MAX_DIFFERENCES = {"float32": 2e-3, "bfloat16": 3e-2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +50,11 @@ class Config:
         "Search for the best config: measure each implementation that has one with its default, "
         "and with each size of the default halved and doubled.",
     )
+    tuned: str = flag(
+        "",
+        "Folder for the best configs of --sweep, one JSON file a kind of device, whose other rows "
+        "are kept; empty: none. The library reads kernels/vote_passes/tuned.",
+    )
     repeats: int = flag(5, "Rounds; each times all rows of a case in turn.", minimum=1)
     output: str = flag("", "File to append a JSON line a row to; empty: none.")
     figures: str = flag("", "Folder for time_over_capsules.png and roofline.png; empty: none.")
@@ -57,13 +66,17 @@ def main(config: Config) -> int:
     known = CONFIGS if config.sweep else passes.IMPLEMENTATIONS
     names = select("implementations", config.implementations, known)
     modes = select("modes", config.modes, MODES)
-    dtypes = select("dtypes", config.dtypes, DTYPES) if config.dtypes else []
+    dtypes = select("dtypes", config.dtypes, MAX_DIFFERENCES) if config.dtypes else []
     if config.torch:
         torch_routing.device()  # raises InputError if it cannot be used
         check_torch(next(iter(problems.values())))
         names.append(TORCH)
     if config.output:
         files.append_lines(config.output, [])  # fails before the first measurement
+    if config.tuned:
+        if not config.sweep or "gradients" not in modes:
+            raise InputError("--tuned needs --sweep, and gradients among --modes")
+        save_tuned(config.tuned, [])  # fails before the first measurement
     rows: list[dict[str, Any]] = []
     for (name, _), case in problems.items():
         variants = [
@@ -81,6 +94,8 @@ def main(config: Config) -> int:
         print("\n".join(report(name, case, new, sweep=config.sweep)), end="\n\n", flush=True)
         if config.output:
             files.append_lines(config.output, new)
+        if config.tuned:
+            save_tuned(config.tuned, new)
         rows += new
     if config.figures:
         draw(rows, config.figures, next(name for name, _ in problems))
@@ -109,6 +124,23 @@ def select(flag_name: str, text: str, known: Collection[str]) -> list[str]:
     return [name for name in known if name in names]
 
 
+def neighbouring_configs(implementation: str, case: Case) -> list[Any]:
+    """List the default config of an implementation, then those with one field changed.
+
+    A size is halved or doubled, a switch turned over.
+    """
+    config_for: Any = CONFIGS[implementation]
+    # Configs of TPU kernels depend on the generation of the TPU.
+    kind = (jax.devices()[0].device_kind,) if passes.PLATFORMS.get(implementation) == "tpu" else ()
+    config = config_for(case, *kind)
+    if config is None:
+        return [None]
+    changed = [
+        tuned.decode(implementation, x, type(config)) for x in _changed(tuned.encode(config))
+    ]
+    return [config, *changed]
+
+
 def report(name: str, case: Case, rows: Sequence[dict[str, Any]], *, sweep: bool) -> list[str]:
     """Return the printed lines of a case: its sizes, the device's peaks, and a table of rows."""
     timed = [row for row in rows if "reason" not in row]
@@ -125,8 +157,8 @@ def report(name: str, case: Case, rows: Sequence[dict[str, Any]], *, sweep: bool
     lines += cli.table(cells) if timed else []
     for row in rows:
         if "reason" in row:
-            title = f"{_title(row)}, {row['mode']}, {row['dtype']}"
-            lines.append(f"{title}: not measured: {row['reason']}")
+            settings = f"{_title(row)}, {row['mode']}, {row['dtype']}"
+            lines.append(f"{settings}: not measured: {row['reason']}")
     if sweep:
         lines += best(timed)
     return lines
@@ -134,17 +166,54 @@ def report(name: str, case: Case, rows: Sequence[dict[str, Any]], *, sweep: bool
 
 def best(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return a line for each implementation, mode and dtype: the config of the shortest median."""
+    lines = []
+    for default, fastest in fastest_configs(rows):
+        gain = default["median"] / fastest["median"]
+        lines.append(
+            f"best, {fastest['mode']}, {fastest['dtype']}: {_title(fastest)}, "
+            f"{gain:.2f} x the default's speed"
+        )
+    return lines
+
+
+def fastest_configs(
+    rows: Sequence[dict[str, Any]],
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return the first and the fastest row of each implementation, mode and dtype."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        if row["config"] is not None:
+        if row["config"] is None or "reason" in row:
+            continue
+        if row["difference"] <= MAX_DIFFERENCES[row["dtype"]]:
             key = row["implementation"], row["mode"], row["dtype"]
             groups.setdefault(key, []).append(row)
-    lines = []
-    for (_, mode, dtype), group in groups.items():
-        fastest = min(group, key=lambda row: row["median"])
-        gain = group[0]["median"] / fastest["median"]
-        lines.append(f"best, {mode}, {dtype}: {_title(fastest)}, {gain:.2f} x the default's speed")
-    return lines
+    return [(group[0], min(group, key=lambda row: row["median"])) for group in groups.values()]
+
+
+def save_tuned(folder: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Write the fastest configs of a case to the device's file; keep its other rows.
+
+    Raises:
+      InputError: The file is there and not valid, or it cannot be written.
+    """
+    kind = timing.environment()["device"]
+    path = pathlib.Path(folder) / tuned.file_name(kind)
+    try:
+        measured = {row.key: row for row in tuned.read(path, kind)}
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    for _, row in fastest_configs(rows):
+        if row["mode"] == "gradients":  # a config is for all passes of a training step
+            new = tuned.Measured(
+                row["implementation"],
+                Case(*(row[field] for field in Case._fields)),
+                row["config"],
+                row["median"],
+                row["jax"],
+                row["date"],
+            )
+            measured[new.key] = new
+    files.write_json(path, tuned.to_json(kind, list(measured.values())))
 
 
 def draw(rows: Sequence[dict[str, Any]], folder: str, scaled: str) -> None:
@@ -164,9 +233,19 @@ def draw(rows: Sequence[dict[str, Any]], folder: str, scaled: str) -> None:
             print(f"{path} is not drawn: none of its rows could be measured")
 
 
+def _changed(value: Any) -> Iterator[Any]:
+    """Yield an encoded config with each of its fields changed in turn."""
+    if isinstance(value, dict):
+        for name, field in value.items():
+            yield from ({**value, name: new} for new in _changed(field))
+    elif isinstance(value, bool):
+        yield not value
+    elif isinstance(value, int):
+        yield from (size for size in (value // 2, 2 * value) if size)
+
+
 def _title(row: dict[str, Any]) -> str:
-    sizes = row["config"] or {}
-    return " ".join([row["implementation"], *(f"{key}={size}" for key, size in sizes.items())])
+    return title(row["implementation"], row["config"])
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -1,5 +1,6 @@
 """Tests of `benchmark_routing`: measured rows, rows with a reason, roofline, timing, figures."""
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -10,14 +11,16 @@ import jax
 import numpy as np
 import pytest
 import test_figures
+import test_tuned
 
 import capsjax
 from capsjax.kernels.dispatch import Unsupported
-from capsjax.kernels.vote_passes import passes, xla
+from capsjax.kernels.vote_passes import passes, tuned, xla
 from capsjax.kernels.vote_passes.cases import CASES, Case
 from capsjax.kernels.vote_passes.config import CONFIGS, XlaConfig
 from capsjax.kernels.vote_passes.passes import Device, Inputs, Spec, State
 from capsjax.routing import _arguments
+from experiments import benchmark_routing
 from experiments.benchmark_routing import Config, main, select_problems
 from experiments.benchmarks import roofline, routing_rows, timing
 from experiments.benchmarks.routing_rows import Variant
@@ -179,20 +182,113 @@ def test_case_too_large_for_memory_is_not_run():
     assert row["reason"].startswith("its inputs need 12288.0 GB, and ")
 
 
-def test_sweep_measures_neighbouring_configs_and_prints_the_best(monkeypatch, tmp_path, capsys):
+def test_sweep_measures_neighbouring_configs_prints_the_best_and_writes_it(
+    monkeypatch, tmp_path, capsys
+):
     monkeypatch.setitem(CONFIGS, "xla", lambda case: XlaConfig(4, 1))
     output = tmp_path / "rows.jsonl"
     main(Config(
-        cases="tiny", implementations="xla", modes="forward", sweep=True, repeats=1,
-        output=str(output),
+        cases="tiny", implementations="xla", modes="gradients", sweep=True, repeats=1,
+        output=str(output), tuned=str(tmp_path / "new"),
     ))  # fmt: skip
     rows = read_rows(output)
     assert [tuple(row["config"].values()) for row in rows] == [(4, 1), (2, 1), (8, 1), (4, 2)]
     assert all(row["difference"] < 1e-5 for row in rows)
-    first = min(rows, key=lambda row: row["median"])["config"]
+    fastest = min(rows, key=lambda row: row["median"])
+    first = fastest["config"]
     printed = capsys.readouterr().out
     title = f"xla children={first['children']} examples={first['examples']}"
-    assert f"best, forward, float32: {title}, " in printed
+    assert f"best, gradients, float32: {title}, " in printed
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path / "new")
+    (row,) = tuned.read(tuned.FOLDER / tuned.file_name(fastest["device"]), fastest["device"])
+    assert (row.seconds, row.jax) == (fastest["median"], jax.__version__)
+    assert tuned.find("xla", TINY, fastest["device"], XlaConfig) == XlaConfig(**first)
+
+
+@pytest.fixture
+def sweep(monkeypatch, tmp_path):
+    """Return a function that sweeps the tiny case into `tmp_path`, with rows that nothing measured.
+
+    Its argument maps the children of a config to median and difference.
+    """
+    monkeypatch.setitem(CONFIGS, "xla", lambda case: XlaConfig(4, 1))
+
+    def sweep(results, **settings):
+        def measure(name, case, variants, *, repeats):
+            rows = []
+            for variant in variants:
+                fields = {"case": name, **routing_rows._fields(variant, case)}
+                median, difference = results[variant.config.children]
+                rows.append(fields | {"median": median, "difference": difference})
+            return [row | timing.environment() for row in rows]
+
+        monkeypatch.setattr(benchmark_routing, "measure_case", measure)
+        monkeypatch.setattr(benchmark_routing, "report", lambda *arguments, **settings: [])
+        main(
+            Config(cases="tiny", implementations="xla", sweep=True, tuned=str(tmp_path), **settings)
+        )
+        kind = jax.devices()[0].device_kind
+        rows = tuned.read(tmp_path / tuned.file_name(kind), kind)
+        return {row.sizes.dtype: (row.config["children"], row.seconds) for row in rows}
+
+    return sweep
+
+
+def test_sweep_replaces_the_rows_of_its_cases_and_keeps_the_others(sweep):
+    first = sweep({4: (2.0, 0), 2: (1.0, 0), 8: (3.0, 0)}, dtypes="float32,bfloat16")
+    assert first == {"float32": (2, 1.0), "bfloat16": (2, 1.0)}
+    second = sweep({4: (2.0, 0), 2: (1.5, 0), 8: (0.5, 0)}, modes="gradients")
+    assert second == {"float32": (8, 0.5), "bfloat16": (2, 1.0)}
+
+
+def test_sweep_takes_no_config_with_wrong_results(sweep):
+    results = {4: (4.0, 0), 2: (3.0, 1e-3), 8: (1.0, 1e-2)}
+    assert sweep(results) == {"float32": (2, 3.0)}
+    assert sweep(results, dtypes="bfloat16")["bfloat16"] == (8, 1.0)
+    assert sweep({4: (1.0, 1.0), 2: (1.0, 1.0), 8: (1.0, 1.0)}) == {
+        "float32": (2, 3.0),
+        "bfloat16": (8, 1.0),
+    }
+
+
+def test_sweep_into_a_file_that_is_not_valid_is_an_input_error(sweep, tmp_path):
+    path = tmp_path / tuned.file_name(jax.devices()[0].device_kind)
+    path.write_text("[]")
+    with pytest.raises(InputError, match=f"^{path} must have the fields device, rows, got"):
+        sweep({})
+
+
+def test_config_that_does_not_compile_is_a_row_with_its_reason(monkeypatch):
+    real = routing_rows.compile_variant
+
+    def refuse(variant, *arguments):
+        if variant.config != XlaConfig(4, 1):
+            raise jax.errors.JaxRuntimeError("INTERNAL: out of registers\nmore")
+        return real(variant, *arguments)
+
+    monkeypatch.setattr(routing_rows, "compile_variant", refuse)
+    default, other = (Variant("xla", "forward", "float32", XlaConfig(n, 1)) for n in (4, 8))
+    rows = routing_rows.measure_case("tiny", TINY, [default, other], repeats=1)
+    assert rows[0]["median"] > 0
+    assert rows[1]["reason"] == "JaxRuntimeError: INTERNAL: out of registers"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="out of registers"):  # the default config
+        routing_rows.measure_case("tiny", TINY, [other, default], repeats=1)
+
+
+def test_neighbours_change_one_size_or_switch(monkeypatch):
+    monkeypatch.setitem(CONFIGS, "xla", lambda case: test_tuned.NESTED)
+    tile, _, other = dataclasses.astuple(test_tuned.NESTED)
+    assert benchmark_routing.neighbouring_configs("xla", TINY) == [
+        test_tuned.NESTED,
+        *(
+            test_tuned.Nested(test_tuned.Tile(*changed), None, other)
+            for changed in ((4, True), (16, True), (8, False))
+        ),
+        test_tuned.Nested(tile, None, 2),
+    ]
+    assert routing_rows.title("xla", tuned.encode(test_tuned.NESTED)) == (
+        "xla sums.rows=8 sums.is_fused=True gradients=None cores=1"
+    )
 
 
 def test_given_config_is_used():
@@ -218,7 +314,7 @@ def test_sweep_starts_from_the_default_config_of_every_implementation():
         assert hasattr(module, "config_for") == (name in CONFIGS), name
         if name in CONFIGS:
             own = module.config_for(Spec(case.parents), inputs, State(), device=device)
-            assert routing_rows.neighbouring_configs(name, case)[0] == own
+            assert benchmark_routing.neighbouring_configs(name, case)[0] == own
 
 
 def test_least_work_equals_a_count_by_hand():
@@ -276,6 +372,9 @@ def test_torch_without_its_package_is_an_input_error(monkeypatch):
         ({"dtypes": "float8"}, "^--dtypes must be among float32, bfloat16, got 'float8'$"),
         ({"scaling": "1,two"}, "^--scaling must be whole numbers from 1 up, .* got 'two'$"),
         ({"scaling": "0"}, "^--scaling must be whole numbers from 1 up, .* got '0'$"),
+        ({"tuned": "folder"}, "^--tuned needs --sweep, and gradients among --modes$"),
+        ({"tuned": "folder", "sweep": True, "modes": "forward"}, "^--tuned needs --sweep, and"),
+        ({"tuned": "/dev/null", "sweep": True}, "^/dev/null/cpu.json cannot be written: "),
         ({"output": "/dev/null/rows"}, "^/dev/null/rows cannot be written: File exists$"),
     ],
 )

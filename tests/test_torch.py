@@ -111,3 +111,21 @@ def test_routing_in_pytorch_with_an_error_is_refused(monkeypatch):
     )
     with pytest.raises(RuntimeError, match=r"^PyTorch's forward differs by 1\.0e-03"):
         routing_rows.check_torch(CASES["capsnet_mnist"]._replace(batch=3, capsules=6))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's own compiler
+@pytest.mark.parametrize("way", ["eager", "compile"])
+def test_several_sets_in_turn_have_the_results_of_capsjax(way):
+    from experiments.benchmarks import torch_routing
+
+    case = CASES["capsnet_mnist"]._replace(batch=2, capsules=6)
+    sets = [routing_rows.make_inputs(case, seed=seed) for seed in range(2)]
+    function = routing_rows.function_of(
+        routing_rows.Variant("reference", "gradients", case.dtype), case.num_iterations
+    )
+    call = torch_routing.calls_in_turn(
+        sets, num_iterations=case.num_iterations, mode="gradients", way=way
+    )
+    for inputs, result in zip(sets, call.wait(call.start()), strict=True):
+        found, wanted = torch_routing.arrays(result), function(*inputs)
+        assert routing_rows.difference(found, wanted) < TOLERANCE

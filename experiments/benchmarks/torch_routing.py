@@ -1,6 +1,7 @@
 """Dynamic routing in PyTorch: einsum over stored votes, the baseline of `benchmark_routing`."""
 
 import importlib.util
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -33,7 +34,12 @@ def device() -> str:
 
 
 def routing_call(
-    poses: jax.Array, weights: jax.Array, cotangent: jax.Array, *, num_iterations: int, mode: str
+    poses: jax.Array,
+    weights: jax.Array,
+    cotangent: jax.Array,
+    *,
+    num_iterations: int,
+    mode: str,
 ) -> AsyncCall:
     """Return a call that routes the same numbers in PyTorch.
 
@@ -45,11 +51,55 @@ def routing_call(
       mode: "forward", whose result is the outputs; or "gradients", whose result is the outputs and
         the gradients of poses and weights.
     """
+    run = _function(mode, _routing(num_iterations), (poses, weights, cotangent))
+    return AsyncCall(run, _wait)
+
+
+def calls_in_turn(
+    sets: Sequence[Sequence[jax.Array]], *, num_iterations: int, mode: str, way: str
+) -> AsyncCall:
+    """Return a call that routes several sets of numbers, one after another.
+
+    Args:
+      sets: Poses, weights and cotangent, as for `routing_call`.
+      num_iterations: Routing iterations.
+      mode: "forward" or "gradients".
+      way: "eager"; "compile", `torch.compile`; or "graph", the same with all kernels of all sets in
+        one CUDA graph, which no time of the host is in.
+    """
     import torch
 
-    def tensor(x: jax.Array) -> Any:
-        values = torch.from_numpy(np.array(x, np.float32))
-        return values.to(device(), getattr(torch, x.dtype.name))
+    route = _routing(num_iterations)
+    if way != "eager":
+        route = torch.compile(route)
+    functions = [_function(mode, route, arguments) for arguments in sets]
+
+    def run() -> list[Any]:
+        return [function() for function in functions]
+
+    if way != "graph":
+        return AsyncCall(run, _wait)
+    # What is captured must have run before, on a stream that is not the default one.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+
+    def replay() -> list[Any]:
+        graph.replay()
+        return results
+
+    return AsyncCall(replay, _wait)
+
+
+def _routing(num_iterations: int) -> Callable[[Any, Any], Any]:
+    """Return the function of poses and weights that routes by einsum over stored votes."""
+    import torch
 
     def squash(x: Any) -> Any:
         squares = torch.sum(x * x, dim=-1, keepdim=True)
@@ -65,24 +115,42 @@ def routing_call(
                 logits = logits + torch.einsum("bijd,bjd->bij", votes, outputs)
         return outputs
 
-    inputs = [tensor(poses), tensor(weights)]
-    seed = tensor(cotangent)
+    return route
 
-    def start() -> Any:
-        if mode == "forward":
-            with torch.no_grad():
-                return route(*inputs)
-        for x in inputs:
-            x.requires_grad_(True)
+
+def _function(
+    mode: str, route: Callable[[Any, Any], Any], arguments: Sequence[jax.Array]
+) -> Callable[[], Any]:
+    """Return the function without arguments that routes these numbers."""
+    import torch
+
+    def tensor(x: jax.Array) -> Any:
+        values = torch.from_numpy(np.array(x, np.float32))
+        return values.to(device(), getattr(torch, x.dtype.name))
+
+    *inputs, seed = map(tensor, arguments)
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return route(*inputs)
+
+    def gradients() -> Any:
         outputs = route(*inputs)
         return outputs.detach(), torch.autograd.grad(outputs, inputs, seed)
 
-    def wait(result: Any) -> Any:
-        if device() == "cuda":
-            torch.cuda.synchronize()
-        return result
+    if mode == "forward":
+        return forward
+    for x in inputs:
+        x.requires_grad_(True)
+    return gradients
 
-    return AsyncCall(start, wait)
+
+def _wait(result: Any) -> Any:
+    import torch
+
+    if device() == "cuda":
+        torch.cuda.synchronize()
+    return result
 
 
 def arrays(result: Any) -> Any:

@@ -39,6 +39,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, Part
 from capsjax.kernels.dispatch import Unsupported
 from capsjax.kernels.dtypes import accumulation_dtype
 from capsjax.kernels.sharding import vary_over, varying_axes
+from capsjax.kernels.vote_passes import tuned
 from capsjax.kernels.vote_passes.cases import Case
 
 # An array or None: the Spec determines which, but type checkers cannot infer it.
@@ -294,12 +295,27 @@ def select(
             if backend == names[-1]:
                 raise
             continue
-        settings["config"] = named.config or config
+        settings["config"] = named.config or _tuned(config, name, backend, spec, trees, device)
         if backend in PLATFORMS:
             settings["interpret"] = named.interpret
         static = tuple(settings.items())
         return Program(name, backend, spec, static, structure, mapped, precision)
     raise AssertionError("unreachable: the last implementation is selected or raises")
+
+
+def _tuned(
+    default: Any, name: str, backend: str, spec: Spec, trees: Sequence[Any], device: Device
+) -> Any:
+    """Return the measured config of a pass, or the default if none was measured.
+
+    They are measured on one device, with linear logits, sums and vectors as poses.
+    """
+    inputs, others, *_ = trees
+    is_measured = spec == Spec(spec.num_parents) and inputs.poses.shape[2] == 1
+    if not is_measured or device.num_devices > 1 or device.kind is None:
+        return default
+    case = case_of(spec, inputs, len(others) if name == "input_gradients" else 1)
+    return tuned.find(backend, case, device.kind, type(default)) or default
 
 
 def _backend(name: str) -> Any:
