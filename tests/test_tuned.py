@@ -225,6 +225,7 @@ def selected(
         implementation=Implementation(implementation, config),
         structure=structure,
         mapped=(),
+        precision=None,
         spec=Spec(case.parents, leaky=leaky),
     )
     return dict(program.settings)["config"]

@@ -69,9 +69,11 @@ class Setting(NamedTuple):
     allowed: float  # relative to the largest entry of an array
 
 
-# The first covers products in TF32, which is the default of XLA on NVIDIA GPUs.
+# By the bfloat16 parts of an operand (`vote_passes.precision`); the first is one on a TPU, two on a
+# GPU, which the second covers.
 SETTINGS = (
-    Setting("float32", None, 2e-3),
+    Setting("float32", None, 2e-2),
+    Setting("float32", "high", 2e-4),
     Setting("float32", "highest", 1e-5),
     Setting("bfloat16", None, 2e-2),
 )
@@ -151,7 +153,7 @@ def all_passes(problem: Problem, implementation: str) -> Function:
         return {
             "first_moments": moments(spec, inputs, State()).first,
             "moments": moments(spec, inputs, state).first,
-            "chain": chain(spec, inputs, terms[-1]._replace(state=state)).b,
+            "chain": chain(spec, inputs, terms[-1]._replace(state=state))[0].b,
             **{f"d_{name}": x for name, x in gradients._asdict().items() if x is not None},
         }
 
