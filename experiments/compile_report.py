@@ -42,12 +42,19 @@ class Config:
 def main(config: Config) -> int:
     """Compile every request; print and write a row as soon as it is compiled."""
     named = requests(config)
+    stored: dict[tuple[Any, ...], float] = {}
     print(heading())
     with concurrent.futures.ThreadPoolExecutor(config.jobs) as pool:
         compiled = pool.map(compile_costs, (request for _, request in named))
         for (name, request), costs in zip(named, compiled, strict=True):
             row = describe(name, request, costs)
-            print(line(row), flush=True)
+            key = (request.target, request.case, request.gradients)
+            if "floor_us" in row:
+                if request.implementation == STORED_VOTES:
+                    stored[key] = row["floor_us"]
+                if key in stored:
+                    row["gain"] = stored[key] / row["floor_us"]
+            print("\n".join([line(row), *kernel_lines(row)]), flush=True)
             if config.output:
                 files.append_lines(config.output, [row])
     return 0
@@ -104,52 +111,96 @@ def describe(name: str, request: CompileRequest, costs: dict[str, Any]) -> dict[
 _COLUMNS = {
     "temp MB": 9,
     "moved MB": 10,
-    "XLA's MB": 10,
     "GFLOP": 8,
-    "regs": 5,
-    "spill B": 8,
-    "chip kB": 8,
-    "bundles": 8,
+    "launches": 10,
+    "issue us": 10,
+    "memory us": 11,
+    "floor us": 10,
+    "gain": 7,
+    "bundles": 9,
+}
+_KERNEL_COLUMNS = {
+    "calls": 6,
+    "regs": 6,
+    "spill B": 9,
+    "chip kB": 9,
+    "barriers": 10,
+    "resident": 10,
+    "waves": 7,
+    "instructions": 14,
+    "issue us": 10,
+    "product us": 12,
+    "memory us": 11,
+    "asked MB": 10,
+    "bundles": 9,
 }
 
 
 def heading() -> str:
     """Return the titles of the table."""
-    cells = "".join(f"{name:>{width}}" for name, width in _COLUMNS.items())
-    return f"{'target':8} {'case':19}{'implementation':18}{'pass':10}{cells}"
+    return f"{'target':8} {'case':19}{'implementation':18}{'pass':10}{_titles(_COLUMNS)}"
 
 
 def line(row: dict[str, Any]) -> str:
-    """Format a row of the table.
-
-    Registers, spills, memory and bundles are the largest of any Pallas kernel, or of any kernel of
-    XLA's if there is none.
-    """
+    """Format a row of the table."""
     passes = "gradients" if row["gradients"] else "forward"
     start = f"{row['target']:8} {row['case']:19}{row['implementation']:18}{passes:10}"
     if "reason" in row:
         return f"{start} not compiled: {row['reason'][:120]}"
-    kernels = [kernel for kernel in row["kernels"] if kernel["pallas"]] or row["kernels"]
-
-    def largest(*names: str) -> int | None:
-        found = [kernel[name] for kernel in kernels for name in names if name in kernel]
-        return max(found, default=None)
-
-    memory = largest("shared_memory", "vector_memory")
     cells = (
         f"{row['temporary_mb']:.2f}",
         f"{row['moved_mb']:.1f}",
-        None if row["accessed_mb"] is None else f"{row['accessed_mb']:.1f}",
         f"{row['matrix_gflop'] + row['vector_gflop']:.2f}",
-        largest("registers"),
-        largest("spills"),
-        None if memory is None else round(memory / 1000),
-        largest("bundles"),
+        row.get("launches"),
+        _rounded(row.get("issue_us")),
+        _rounded(row.get("memory_us")),
+        _rounded(row.get("floor_us")),
+        _rounded(row.get("gain"), 2),
+        max((kernel["bundles"] for kernel in row["kernels"] if "bundles" in kernel), default=None),
     )
-    return start + "".join(
+    return start + _cells(cells, _COLUMNS)
+
+
+def kernel_lines(row: dict[str, Any]) -> list[str]:
+    """Format a table of the Pallas kernels of a row."""
+    kernels = [kernel for kernel in row.get("kernels", ()) if kernel["pallas"]]
+    if not kernels:
+        return []
+    lines = [f"    {'kernel':36}{_titles(_KERNEL_COLUMNS)}"]
+    for kernel in kernels:
+        memory = kernel.get("shared_memory", kernel.get("vector_memory", 0))
+        cells = (
+            kernel.get("calls"),
+            kernel.get("registers"),
+            kernel.get("spills"),
+            round(memory / 1000),
+            kernel.get("loop_barriers"),
+            kernel.get("resident_blocks"),
+            kernel.get("waves"),
+            kernel.get("instructions"),
+            _rounded(kernel.get("issue_us")),
+            _rounded(kernel.get("product_us")),
+            _rounded(kernel.get("memory_us")),
+            _rounded(kernel.get("requested_mb")),
+            kernel.get("bundles"),
+        )
+        lines.append(f"    {kernel['name'][:35]:36}{_cells(cells, _KERNEL_COLUMNS)}")
+    return lines
+
+
+def _titles(columns: dict[str, int]) -> str:
+    return "".join(f"{name:>{width}}" for name, width in columns.items())
+
+
+def _cells(cells: Iterable[Any], columns: dict[str, int]) -> str:
+    return "".join(
         f"{'' if cell is None else cell:>{width}}"
-        for cell, width in zip(cells, _COLUMNS.values(), strict=True)
+        for cell, width in zip(cells, columns.values(), strict=True)
     )
+
+
+def _rounded(number: float | None, digits: int = 1) -> str | None:
+    return None if number is None else f"{number:.{digits}f}"
 
 
 def _select(flag_name: str, text: str, known: Iterable[str]) -> list[str]:

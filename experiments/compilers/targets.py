@@ -28,7 +28,12 @@ from experiments.errors import InputError
 
 # Topology of a TPU slice, in JAX's notation, by its number of chips.
 _TPU_SLICES = {4: "2x2", 8: "2x4", 16: "4x4", 64: "8x8"}
-_GPU_PACKAGES = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc")
+_GPU_PACKAGES = (
+    "jax-cuda13-plugin",
+    "jax-cuda13-pjrt",
+    "nvidia-cuda-nvcc",
+    "nvidia-cuda-nvdisasm",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +46,9 @@ class Gpu:
     clock: float  # GHz
     shared_memory: int  # bytes a multiprocessor, of which a block gets 1 KiB less
     l2_cache: int  # bytes
+    warps: int  # most that a multiprocessor holds
+    blocks: int  # most that a multiprocessor holds
+    products: Mapping[str, float]  # peak of dense matrix products, operations/s by operand type
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +79,9 @@ TARGETS = {
             clock=1.98,
             shared_memory=228 * 1024,
             l2_cache=50 * 2**20,
+            warps=64,
+            blocks=32,
+            products={"TF32": 494.7e12, "BF16": 989.4e12, "F16": 989.4e12},
         ),
     ),
     "a100": Target(
@@ -87,6 +98,9 @@ TARGETS = {
             clock=1.41,
             shared_memory=164 * 1024,
             l2_cache=40 * 2**20,
+            warps=64,
+            blocks=32,
+            products={"TF32": 156e12, "BF16": 312e12, "F16": 312e12},
         ),
     ),
     "tpu_v5e": Target(
