@@ -14,6 +14,7 @@ from experiments import cli, files
 from experiments.cli import flag
 from experiments.compilers import targets
 from experiments.compilers.compiling import CompileRequest, compile_costs, platform_of
+from experiments.compilers.data_sheets import TARGETS
 from experiments.errors import InputError
 
 STORED_VOTES = "reference"  # the implementation that stores the votes
@@ -23,9 +24,7 @@ STORED_VOTES = "reference"  # the implementation that stores the votes
 class Config:
     """Which programs to compile."""
 
-    target: str = flag(
-        ",".join(targets.TARGETS), f"Any of {', '.join(targets.TARGETS)}, comma-separated."
-    )
+    target: str = flag("h100,a100,tpu_v5e", f"Any of {', '.join(TARGETS)}, comma-separated.")
     case: str = flag("", f"Any of {', '.join(CASES)}, comma-separated; empty: all.")
     implementation: str = flag(
         "",
@@ -91,7 +90,7 @@ def scaling_cases() -> dict[int, Case]:
 
 def implementations(target: str) -> list[str]:
     """List the implementations that run on a target."""
-    platform = platform_of(targets.TARGETS[target])
+    platform = platform_of(TARGETS[target])
     return [name for name in IMPLEMENTATIONS if PLATFORMS.get(name, platform) == platform]
 
 
@@ -111,54 +110,66 @@ def describe(name: str, request: CompileRequest, costs: dict[str, Any]) -> dict[
 _COLUMNS = {
     "temp MB": 9,
     "moved MB": 10,
+    "partial MB": 12,
     "GFLOP": 8,
     "launches": 10,
     "issue us": 10,
     "memory us": 11,
     "floor us": 10,
     "gain": 7,
-    "bundles": 9,
 }
-_KERNEL_COLUMNS = {
-    "calls": 6,
-    "regs": 6,
-    "spill B": 9,
-    "chip kB": 9,
-    "barriers": 10,
-    "resident": 10,
-    "waves": 7,
-    "instructions": 14,
-    "issue us": 10,
-    "product us": 12,
-    "memory us": 11,
-    "asked MB": 10,
-    "bundles": 9,
+# Titles and widths of a kernel's row, and the fields that it shows.
+_GPU_COLUMNS = {
+    "calls": (6, "calls"),
+    "regs": (6, "registers"),
+    "spill B": (9, "spills"),
+    "in loops": (10, "loop_local"),
+    "smem kB": (9, "shared_memory"),
+    "barriers": (10, "loop_barriers"),
+    "resident": (10, "resident_blocks"),
+    "waves": (7, "waves"),
+    "instructions": (14, "instructions"),
+    "issue us": (10, "issue_us"),
+    "product us": (12, "product_us"),
+    "memory us": (11, "memory_us"),
+    "asked MB": (10, "requested_mb"),
+}
+_TPU_COLUMNS = {
+    "calls": (6, "calls"),
+    "vmem kB": (9, "vector_memory"),
+    "bundles": (9, "bundles"),
+    "executed": (10, "executed"),
+    "issue us": (10, "issue_us"),
+    "memory us": (11, "memory_us"),
 }
 
 
 def heading() -> str:
     """Return the titles of the table."""
-    return f"{'target':8} {'case':19}{'implementation':18}{'pass':10}{_titles(_COLUMNS)}"
+    titles = "".join(f"{name:>{width}}" for name, width in _COLUMNS.items())
+    return f"{'target':9}{'case':19}{'implementation':15}{'pass':10}{titles}"
 
 
 def line(row: dict[str, Any]) -> str:
     """Format a row of the table."""
     passes = "gradients" if row["gradients"] else "forward"
-    start = f"{row['target']:8} {row['case']:19}{row['implementation']:18}{passes:10}"
+    start = f"{row['target']:9}{row['case']:19}{row['implementation']:15}{passes:10}"
     if "reason" in row:
-        return f"{start} not compiled: {row['reason'][:120]}"
+        return f"{start} {row['reason'][:300]}"
     cells = (
         f"{row['temporary_mb']:.2f}",
-        f"{row['moved_mb']:.1f}",
+        _cell(row["moved_mb"]),
+        _cell(row["partial_mb"]),
         f"{row['matrix_gflop'] + row['vector_gflop']:.2f}",
-        row.get("launches"),
-        _rounded(row.get("issue_us")),
-        _rounded(row.get("memory_us")),
-        _rounded(row.get("floor_us")),
-        _rounded(row.get("gain"), 2),
-        max((kernel["bundles"] for kernel in row["kernels"] if "bundles" in kernel), default=None),
+        _cell(row["launches"]),
+        _cell(row["issue_us"]),
+        _cell(row["memory_us"]),
+        _cell(row["floor_us"]),
+        f"{row['gain']:.2f}" if row.get("gain") else "",
     )
-    return start + _cells(cells, _COLUMNS)
+    return start + "".join(
+        f"{cell:>{width}}" for cell, width in zip(cells, _COLUMNS.values(), strict=True)
+    )
 
 
 def kernel_lines(row: dict[str, Any]) -> list[str]:
@@ -166,41 +177,22 @@ def kernel_lines(row: dict[str, Any]) -> list[str]:
     kernels = [kernel for kernel in row.get("kernels", ()) if kernel["pallas"]]
     if not kernels:
         return []
-    lines = [f"    {'kernel':36}{_titles(_KERNEL_COLUMNS)}"]
+    columns = _GPU_COLUMNS if "registers" in kernels[0] else _TPU_COLUMNS
+    titles = "".join(f"{name:>{width}}" for name, (width, _) in columns.items())
+    lines = [f"  {'kernel':37}{titles}"]
     for kernel in kernels:
-        memory = kernel.get("shared_memory", kernel.get("vector_memory", 0))
-        cells = (
-            kernel.get("calls"),
-            kernel.get("registers"),
-            kernel.get("spills"),
-            round(memory / 1000),
-            kernel.get("loop_barriers"),
-            kernel.get("resident_blocks"),
-            kernel.get("waves"),
-            kernel.get("instructions"),
-            _rounded(kernel.get("issue_us")),
-            _rounded(kernel.get("product_us")),
-            _rounded(kernel.get("memory_us")),
-            _rounded(kernel.get("requested_mb")),
-            kernel.get("bundles"),
-        )
-        lines.append(f"    {kernel['name'][:35]:36}{_cells(cells, _KERNEL_COLUMNS)}")
+        cells = (f"{_cell(kernel[field], field):>{width}}" for width, field in columns.values())
+        lines.append(f"  {kernel['name'][:36]:37}{''.join(cells)}")
     return lines
 
 
-def _titles(columns: dict[str, int]) -> str:
-    return "".join(f"{name:>{width}}" for name, width in columns.items())
-
-
-def _cells(cells: Iterable[Any], columns: dict[str, int]) -> str:
-    return "".join(
-        f"{'' if cell is None else cell:>{width}}"
-        for cell, width in zip(cells, columns.values(), strict=True)
-    )
-
-
-def _rounded(number: float | None, digits: int = 1) -> str | None:
-    return None if number is None else f"{number:.{digits}f}"
+def _cell(value: float | None, field: str = "") -> str:
+    """Format a number; memory in kB."""
+    if value is None:
+        return ""
+    if field.endswith("_memory"):
+        return str(round(value / 1000))
+    return str(value) if isinstance(value, int) else f"{value:.1f}"
 
 
 def _select(flag_name: str, text: str, known: Iterable[str]) -> list[str]:

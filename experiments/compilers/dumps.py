@@ -8,8 +8,9 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from experiments.compilers import issue, ptx, sass
+from experiments.compilers import bundles, issue, ptx, sass
 
+_TOP_LEVEL = "TLP"  # the name of the program that calls the kernels
 _NVDISASM = ("nvidia-cuda-nvdisasm", "nvdisasm")
 # Entries of a thunk sequence that launch nothing but what they contain.
 _CONTAINERS = {
@@ -49,6 +50,8 @@ class TpuKernel:
     name: str
     bundles: int  # VLIW instruction words of its code; one takes a cycle unless it stalls
     vector_memory: int  # bytes of windows and scratch
+    executed: int  # bundles that one call executes, loops included
+    loops: tuple[tuple[int, int], ...]  # iterations, and executed bundles, inner loops excepted
 
 
 def gpu_kernels(
@@ -147,16 +150,47 @@ def parse_launches(sequence: str, metadata: str) -> list[Launch]:
 
 
 def tpu_kernels(folder: pathlib.Path) -> list[TpuKernel]:
-    """Read the kernels from the dumps of `--xla_jf_dump_to`."""
+    """Read the kernels from the dumps of `--xla_jf_dump_to`.
+
+    Raises:
+      ValueError: The iterations of a loop are unknown.
+    """
     kernels = []
     for path in sorted(folder.glob("*-schedule-analysis_final_bundles.txt")):
         found = re.match(r"(\d+-(.+))-\d+-schedule", path.name)
-        if not found or found[2][0] == "<" or found[2] == "TLP":  # the top-level program
+        if not found or found[2][0] == "<" or found[2] == _TOP_LEVEL:
             continue
-        if analysis := path.read_text():  # empty for an operation without code
+        analysis = path.read_text()
+        if not analysis:  # an operation without code
+            kernels.append(TpuKernel(found[2], 0, 0, 0, ()))
+        else:
             code = next(folder.glob(f"{found[1]}-*-original.txt")).read_text()
-            kernels.append(TpuKernel(found[2], parse_bundles(analysis), parse_vector_memory(code)))
+            final = next(folder.glob(f"{found[1]}-*[0-9]-final_bundles.txt")).read_text()
+            try:
+                executed = bundles.execute(bundles.parse(final))
+            except ValueError as error:
+                raise ValueError(f"{error}, in {found[2]}") from None
+            kernels.append(
+                TpuKernel(
+                    name=found[2],
+                    bundles=parse_bundles(analysis),
+                    vector_memory=parse_vector_memory(code),
+                    executed=executed.total,
+                    loops=executed.loops,
+                )
+            )
     return kernels
+
+
+def tpu_calls(folder: pathlib.Path) -> list[str]:
+    """Read which instructions of the compiled program have code of their own, in order."""
+    (path,) = folder.glob(f"*-{_TOP_LEVEL}-*[0-9]-final_bundles.txt")
+    return parse_calls(path.read_text())
+
+
+def parse_calls(code: str) -> list[str]:
+    """Parse the names of the instructions that the top-level program calls."""
+    return re.findall(r"inlined_call [^/}]*/\* %([\w.\-]+) = ", code)
 
 
 def parse_bundles(analysis: str) -> int:

@@ -76,6 +76,7 @@ class KernelCall:
     operands: tuple[Array, ...]
     results: tuple[Array, ...]
     calls: int  # by the program, loops included
+    handed: int = 0  # bytes of the results that a reduction or another kernel reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,12 +240,43 @@ def _computation(computations: dict[str, Computation], computation: Computation)
             found += inner
         elif _target(instruction) in _KERNELS:
             operands = tuple(a for name in instruction.operands for a in computation[name].arrays)
-            kernel = KernelCall(operands, instruction.arrays, 1)
+            handed = _handed(computations, computation, instruction)
+            kernel = KernelCall(operands, instruction.arrays, 1, handed)
             found.append(Executed(instruction.name, 1, 0, kernel))
         else:
             moved = _moved(computations, computation, instruction)
             found.append(Executed(instruction.name, 1, moved, None))
     return found
+
+
+def _handed(
+    computations: dict[str, Computation], computation: Computation, kernel: Instruction
+) -> int:
+    """Return the bytes of a kernel's results that a reduction or another kernel reads."""
+
+    def is_read(name: str) -> bool:
+        for user in computation.values():
+            if name not in user.operands:
+                continue
+            if user.opcode in ("bitcast", "copy") and is_read(user.name):
+                return True
+            if _target(user) in _KERNELS or user.opcode == "reduce":
+                return True
+            if user.opcode.startswith("fusion"):
+                fused = computations[_attribute(user, "calls")]
+                if any(inner.opcode == "reduce" for inner in fused.values()):
+                    return True
+        return False
+
+    if len(kernel.arrays) == 1:
+        return kernel.arrays[0].size if is_read(kernel.name) else 0
+    return sum(
+        kernel.arrays[int(_attribute(user, "index"))].size
+        for user in computation.values()
+        if user.opcode == "get-tuple-element"
+        and kernel.name in user.operands
+        and is_read(user.name)
+    )
 
 
 def _called(

@@ -2,8 +2,8 @@
 
 Machine code (SASS) has the instructions of each loop, but hides how often the loop runs. PTX shows
 that. ptxas keeps the order and the nesting of loops, so the loops of both are matched in order. It
-may unroll a loop: the number of barriers, products, stores and shared-memory accesses in an
-iteration, which it neither adds nor removes, tells by how much. A kernel where any of this does
+may unroll a loop: the number of barriers, products, stores and asynchronous copies in an iteration,
+which it neither adds nor removes, tells by how much. A kernel where any of this does
 not hold is an error.
 
 The issue floor is a lower bound of a kernel's time. A processor has 4 schedulers, each of which
@@ -22,6 +22,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from experiments.compilers import ptx, sass
+from experiments.compilers.data_sheets import Multiprocessor
 from experiments.compilers.loops import Loop
 
 SCHEDULERS = 4
@@ -62,8 +63,8 @@ _SASS_KINDS = {
     }.items()
     for name in names
 }
-# Kinds of which ptxas may find that two are the same.
-_MERGED = {"load", "shuffle"}
+# Kinds of which ptxas may find that two are the same, or split one.
+_INEXACT = {"load", "load shared", "shuffle"}
 # Opcodes that access the device's memory, and those that access spilled registers.
 _GLOBAL = {"LDG", "STG", "RED", "REDG", "ATOM", "ATOMG", "LDGSTS"}
 _LOCAL = {"LDL", "STL"}
@@ -140,7 +141,7 @@ def count(intermediate: ptx.Kernel, code: sass.Kernel, grid: Sequence[int]) -> I
 
 
 def resident_blocks(
-    registers: int, shared_memory: int, threads: int, *, memory: int, warps: int, blocks: int
+    registers: int, shared_memory: int, threads: int, processor: Multiprocessor
 ) -> int:
     """Return the number of blocks that fit into a processor at once.
 
@@ -148,16 +149,19 @@ def resident_blocks(
       registers: Of a thread.
       shared_memory: Of a block, in bytes.
       threads: Of a block.
-      memory: Shared memory of the processor, in bytes.
-      warps: Most warps that it holds.
-      blocks: Most blocks that it holds.
+      processor: The processor.
     """
-    own = -(-threads // _LANES)
+    warps = -(-threads // _LANES)
     by_warp = -(-registers * _LANES // _REGISTER_UNIT) * _REGISTER_UNIT
     # Each scheduler has a quarter of the registers.
     held = SCHEDULERS * (_REGISTERS // SCHEDULERS // by_warp)
     block = -(-(shared_memory + _RESERVED) // _SHARED_UNIT) * _SHARED_UNIT
-    return min(blocks, warps // own, held // own, memory // block)
+    return min(
+        processor.blocks,
+        processor.warps // warps,
+        held // warps,
+        processor.shared_memory // block,
+    )
 
 
 def cycles(issued: Issued, threads: int, grid: Sequence[int], processors: int) -> int:
@@ -185,7 +189,7 @@ def _matched(intermediate: ptx.Kernel, code: sass.Kernel, grid: Sequence[int]) -
         if factor is None or times % factor:
             raise ValueError(
                 f"issue: a loop of {code.name} has {dict(written)} in PTX and {dict(kept)} in "
-                f"machine code, in {times} iterations"
+                f"machine code, for {times} iterations"
             )
         found.append(times // factor)
     return found
@@ -201,7 +205,7 @@ def _unrolled(
       kept: Those in machine code.
       inner: Whether loops are inside. They would be repeated, so it cannot be unrolled.
     """
-    exact = {kind for kind in written if kind not in _MERGED} or set(written)
+    exact = {kind for kind in written if kind not in _INEXACT} or set(written)
     factors = {kept[kind] / written[kind] for kind in exact}
     factors |= {1.0} if inner else set()
     (factor, *others) = factors or {0.0}
