@@ -14,7 +14,7 @@ _TOP_LEVEL = "TLP"  # the name of the program that calls the kernels
 _NVDISASM = ("nvidia-cuda-nvdisasm", "nvdisasm")
 # Entries of a thunk sequence that launch nothing but what they contain.
 _CONTAINERS = {
-    *("kWhile", "kConditional", "kSequential", "kCommandBuffer", "kDynamicSliceFusion"),
+    *("kWhile", "kConditional", "kSequential", "kCommandBuffer"),
     *("kAsyncStart", "kAsyncDone", "kWaitForStreams"),
 }
 
@@ -132,9 +132,15 @@ def parse_launches(sequence: str, metadata: str) -> list[Launch]:
         int(found[2]): found[1]
         for found in re.finditer(r'profile_annotation: "([^"]*)"\s+thunk_id: (\d+)\s', metadata)
     }
-    launches = []
+    launches: list[Launch] = []
+    fused = -1  # indentation of a fusion that copies a slice, or launches a kernel for one
     for line in sequence.splitlines():
         found = re.match(r"\s*(\d+): (k\w+)\s+\[.*?\]\s*(.*)", line)
+        indentation = len(line) - len(line.lstrip())
+        if found and -1 < fused < indentation:
+            continue
+        if found:
+            fused = indentation if found[2] == "kDynamicSliceFusion" else -1
         if found and found[2] not in _CONTAINERS:
             kernel = re.match(r"(\S+) grid: \[([\d, ]+)\] .*shared_memory: (\d+) bytes", found[3])
             launches.append(

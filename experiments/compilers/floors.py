@@ -115,7 +115,8 @@ def _gpu_program(
         calls: By the program, loops included.
         resident_blocks: Blocks that fit into a processor at once.
         waves: Blocks that the busiest processor executes.
-        issue_us, product_us: Bounds of one call.
+        issue_us, product_us: Bounds of one call. Products of tensor memory (tcgen05) are missing:
+          their shape is not in the machine code.
         memory_us: Bound of one call, the mean where it differs.
         floor_us: Sum of the largest bound of each call.
         partial_mb: What one call adds to `partial_mb`.
@@ -220,9 +221,10 @@ def _gpu_row(gpu: Gpu, clock: float, kernel: dumps.GpuKernel) -> dict[str, Any]:
     blocks = math.prod(kernel.grid)
     waves = -(-blocks // gpu.multiprocessors)
     cycles = issue.cycles(issued, kernel.threads, kernel.grid, gpu.multiprocessors)
+    in_opcodes = {x: n for x, n in issued.products.items() if not x.startswith("UTC")}
     products = sum(
         times * product_operations(opcode) / _peak(gpu, opcode)
-        for opcode, times in issued.products.items()
+        for opcode, times in in_opcodes.items()
     )
     return {
         **{name: value for name, value in fields.items() if name != "issued"},

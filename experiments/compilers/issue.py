@@ -37,6 +37,7 @@ _PTX_KINDS = {
         "barrier": ("bar", "barrier"),
         "product": ("mma",),
         "group product": ("wgmma",),
+        "tensor memory": ("tcgen05",),
         "load matrix": ("ldmatrix",),
         "store matrix": ("stmatrix",),
         "asynchronous copy": ("cp",),
@@ -51,6 +52,7 @@ _SASS_KINDS = {
         "barrier": ("BAR",),
         "product": ("HMMA", "IMMA", "QMMA", "OMMA", "DMMA"),
         "group product": ("HGMMA", "QGMMA", "IGMMA"),
+        "tensor memory": ("UTCHMMA", "UTCQMMA", "UTCIMMA", "UTCOMMA"),
         "load matrix": ("LDSM",),
         "store matrix": ("STSM",),
         "asynchronous copy": ("LDGSTS",),
@@ -185,7 +187,7 @@ def _matched(intermediate: ptx.Kernel, code: sass.Kernel, grid: Sequence[int]) -
     for index, (old, new, times) in enumerate(zip(before, after, known, strict=True)):
         inner = any(loop.parent == index for loop in before)
         written, kept = _tally(kinds, old.own), _tally(machine_kinds, new.own)
-        factor = _unrolled(written, kept, inner)
+        factor = _unrolled(written, kept, times, inner)
         if factor is None or times % factor:
             raise ValueError(
                 f"issue: a loop of {code.name} has {dict(written)} in PTX and {dict(kept)} in "
@@ -196,18 +198,21 @@ def _matched(intermediate: ptx.Kernel, code: sass.Kernel, grid: Sequence[int]) -
 
 
 def _unrolled(
-    written: collections.Counter[str], kept: collections.Counter[str], inner: bool
+    written: collections.Counter[str], kept: collections.Counter[str], times: int, inner: bool
 ) -> int | None:
     """Return how many iterations of a loop in PTX one of machine code does; None if unknown.
 
     Args:
       written: Its instructions in PTX by kind.
       kept: Those in machine code.
+      times: Its iterations in PTX.
       inner: Whether loops are inside. They would be repeated, so it cannot be unrolled.
     """
     exact = {kind for kind in written if kind not in _INEXACT} or set(written)
     factors = {kept[kind] / written[kind] for kind in exact}
     factors |= {1.0} if inner else set()
+    if times <= 1:
+        factors |= {1.0}
     (factor, *others) = factors or {0.0}
     return int(factor) if not others and factor >= 1 and factor == int(factor) else None
 
@@ -224,6 +229,8 @@ def _ptx_kind(opcode: str) -> str | None:
             return f"{name} shared"
         return name if "global" in modifiers else None
     if kind == "wgmma" and "mma_async" not in modifiers:
+        return None
+    if kind == "tcgen05" and modifiers[0] != "mma":
         return None
     if kind == "cp" and modifiers[:1] == ["async"] and not {"global"} & set(modifiers):
         return None  # commits or waits

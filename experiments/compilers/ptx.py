@@ -46,8 +46,6 @@ _BINARY: dict[str, Callable[[int, int], int]] = {
     "rem": lambda x, y: int(math.copysign(abs(x) % abs(y), x)) if y else 0,
 }
 _TYPE = re.compile(r"[subf](8|16|32|64)|pred")
-# Loops that wait for a barrier in memory count as one iteration.
-_WAITS = {"mbarrier"}
 
 
 class Instruction(NamedTuple):
@@ -64,7 +62,7 @@ class Kernel(NamedTuple):
     name: str
     threads: int  # a block
     instructions: tuple[Instruction, ...]
-    labels: Mapping[str, int]  # index of the instruction that follows the label
+    jumps: Mapping[int, tuple[int, ...]]  # where the code continues after an instruction
     code: Code
 
 
@@ -79,8 +77,9 @@ def parse(text: str) -> list[Kernel]:
             raise ValueError(f"ptx: {name} does not declare the threads of a block")
         instructions, labels = _statements(body)
         sizes = (int(size or 1) for size in threads.groups())
-        code = analyse(len(instructions), _jumps(instructions, labels))
-        found.append(Kernel(name, math.prod(sizes), instructions, labels, code))
+        jumps = _jumps(instructions, labels)
+        code = analyse(len(instructions), jumps)
+        found.append(Kernel(name, math.prod(sizes), instructions, jumps, code))
     return found
 
 
@@ -107,14 +106,14 @@ def trips(kernel: Kernel, grid: Sequence[int]) -> list[int]:
     return [most[loop.head] for loop in code.loops]
 
 
-def _statements(body: str) -> tuple[tuple[Instruction, ...], dict[str, int]]:
+def _statements(body: str) -> tuple[tuple[Instruction, ...], dict[str, list[int]]]:
     instructions: list[Instruction] = []
-    labels: dict[str, int] = {}
+    labels: dict[str, list[int]] = {}
     body = re.sub(r"//[^\n]*|/\*.*?\*/", "", body, flags=re.DOTALL)
     for statement in re.split(r";|^\s*[{}]\s*$", body, flags=re.MULTILINE):
         statement = " ".join(statement.split()).lstrip("{} ")
         while label := re.match(r"([\w$]+):\s*", statement):
-            labels[label[1]] = len(instructions)
+            labels.setdefault(label[1], []).append(len(instructions))
             statement = statement[label.end() :].lstrip("{} ")
         found = re.fullmatch(r"(?:@(!?)([%\w$]+) )?([a-z][\w.:]*)(?: (.*))?", statement)
         if found:
@@ -125,15 +124,25 @@ def _statements(body: str) -> tuple[tuple[Instruction, ...], dict[str, int]]:
 
 
 def _jumps(
-    instructions: Sequence[Instruction], labels: Mapping[str, int]
+    instructions: Sequence[Instruction], labels: Mapping[str, Sequence[int]]
 ) -> dict[int, tuple[int, ...]]:
+    """Return where the code continues after each jump."""
+    writers: dict[str, set[str]] = collections.defaultdict(set)
+    for instruction in instructions:
+        for register in _written(instruction):
+            writers[register].add(instruction.opcode.split(".")[0])
     jumps: dict[int, tuple[int, ...]] = {}
     for position, (guard, opcode, operands) in enumerate(instructions):
         after = (position + 1,) if guard else ()
         if opcode.split(".")[0] in ("ret", "exit", "trap"):
             jumps[position] = after
         elif opcode.split(".")[0] == "bra":
-            jumps[position] = (*after, labels[operands[0]])
+            if guard and writers[guard[0]] == {"mbarrier"}:
+                continue  # as if no barrier in memory was ever waited for
+            # Inline assembly repeats its labels.
+            places = labels[operands[0]]
+            place = places[0] if len(places) == 1 else max(p for p in places if p <= position)
+            jumps[position] = (*after, place)
     return jumps
 
 
@@ -157,7 +166,7 @@ def _control(kernel: Kernel) -> list[int]:
     found = {
         position
         for position, instruction in enumerate(kernel.instructions)
-        if instruction.opcode.split(".")[0] in ("bra", "ret", "exit")
+        if position in kernel.jumps
     }
     todo = list(found)
     while todo:
@@ -208,19 +217,17 @@ def _execute(
             name, wanted = instruction.guard
             value = values[name]
             holds = None if value is None else bool(value) == wanted
-        kind = instruction.opcode.split(".")[0]
         k += 1
-        if kind in ("ret", "exit"):
-            if holds:
-                return counts, undecided
-        elif kind == "bra":
-            target = kernel.labels[instruction.operands[0]]
+        if position in kernel.jumps:
+            # A jump without target ends the code.
+            target = (*kernel.jumps[position], len(kernel.instructions))[bool(instruction.guard)]
             if holds is None and target <= position:
                 raise ValueError(f"ptx: a trip count in {kernel.name} depends on array contents")
             undecided |= holds is None
             if holds:
                 k = following.get(target, len(control))
-        elif holds is None:
+            continue
+        if holds is None:
             values.update(dict.fromkeys(_written(instruction)))
         elif holds:
             result = _evaluate(instruction, values)
@@ -233,8 +240,6 @@ def _evaluate(instruction: Instruction, values: Mapping[str, int | None]) -> int
     """Return the value that an instruction writes; None if it is unknown."""
     kind, *modifiers = instruction.opcode.split(".")
     types = [modifier for modifier in modifiers if _TYPE.fullmatch(modifier)]
-    if kind in _WAITS:
-        return 1
     if instruction.opcode.startswith("ld.param"):  # every parameter is the address of an array
         return (1 + int(re.search(r"(\d+)\]", instruction.operands[1])[1])) << 40  # type: ignore[index]
     if not types or types[0][0] == "f":
@@ -257,9 +262,11 @@ def _evaluate(instruction: Instruction, values: Mapping[str, int | None]) -> int
     if kind == "setp" and len(others) == 1:
         compare = _COMPARISONS.get(modifiers[0])
         return None if compare is None else int(compare(x, others[0]))
+    if kind == "bfe" and len(others) == 2 and types[0][0] == "u":
+        return x >> others[0] & 2 ** others[1] - 1
     if kind in ("mul", "mad"):
         if "hi" in modifiers:
-            return None
+            return _wrap(x * others[0] >> int(types[0][1:]), types[0]) if kind == "mul" else None
         product = x * others[0] + (others[1] if kind == "mad" else 0)
         wide = "wide" in modifiers
         return _wrap(product, types[0][0] + str(2 * int(types[0][1:])) if wide else types[0])

@@ -5,6 +5,7 @@ https://docs.nvidia.com/cuda/cuda-binary-utilities/
 """
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from experiments.compilers.loops import Code, analyse
@@ -44,6 +45,8 @@ def _parse(part: str) -> Kernel:
         target = re.search(r"`\(([^)]+)\)", operands)
         # A call of a local label is a jump. .DIV jumps if the threads of a warp have diverged.
         far = kind == "CALL" and target is not None and target[1].startswith(".L_")
+        if kind == "BRA" and _waits(instructions[:position], guard or operands):
+            continue  # as if neither a barrier nor tensor memory was ever waited for
         if far or (kind == "BRA" and ".DIV" not in opcode):
             condition = operands.split("`")[0].strip(" ,")
             if condition and condition not in ("PT", "UPT"):
@@ -57,3 +60,12 @@ def _parse(part: str) -> Kernel:
             raise ValueError(f"sass: {name} jumps to an unknown place: {opcode}{operands}")
     opcodes = tuple(opcode for _, opcode, _ in instructions)
     return Kernel(name, opcodes, analyse(len(opcodes), jumps))
+
+
+def _waits(before: Sequence[tuple[str, str, str]], condition: str) -> bool:
+    """Return whether the condition of a branch is the result of a wait."""
+    predicate = re.search(r"\bU?P\d\b", condition)
+    for _, opcode, operands in reversed(before):
+        if predicate and re.match(rf"\s*{predicate[0]}\b", operands):
+            return "TRYWAIT" in opcode or "FIND_AND_SET" in opcode
+    return False
