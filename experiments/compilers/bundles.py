@@ -23,6 +23,7 @@ _INSTRUCTION = re.compile(
     r"%(\w+) = ([\w.]+)(?: \((!?%\w+)(?:, (%\w+))?\))?,? ?(?:\[resolvable:\S+\] )?(.*)"
 )
 _SPILL = re.compile(r"\[smem:\[#(\w+_spill)\]\] ?(%\w+)?")
+_CORE = re.compile(r"%(\w+) = sld [^;]*/\* core id \*/")
 _MASK = 2**32 - 1
 _BINARY: dict[str, Callable[[int, int], int]] = {
     "sadd.s32": operator.add,
@@ -69,7 +70,7 @@ class Branch(NamedTuple):
     """A branch to a bundle."""
 
     guard: str | None  # predicate under which it is taken; "!" negates it
-    target: int
+    target: int | None  # None if the dump does not mark it
 
 
 class Kernel(NamedTuple):
@@ -88,11 +89,7 @@ class Executed(NamedTuple):
 
 
 def parse(text: str) -> Kernel:
-    """Parse the dump of a kernel's final bundles.
-
-    Raises:
-      ValueError: A branch has an unknown target.
-    """
+    """Parse the dump of a kernel's final bundles."""
     found = _BUNDLE.split(text)[1:]
     regions = {
         int(region): position
@@ -103,6 +100,7 @@ def parse(text: str) -> Kernel:
     branches: dict[int, Branch] = {}
     for position, bundle in enumerate(found):
         own = []
+        cores = _CORE.findall(bundle)
         # Comments may contain newlines and braces.
         for statement in re.sub(r"/\*.*?\*/", "", bundle, flags=re.DOTALL).split(";;"):
             parsed = _INSTRUCTION.match(" ".join(statement.replace("}", "").split()))
@@ -111,12 +109,12 @@ def parse(text: str) -> Kernel:
             name, opcode, guard, otherwise, rest = parsed.groups()
             if opcode.startswith("sbr"):
                 region = re.search(r"target = \$region(\d+)", rest)
-                if not region or int(region[1]) not in regions:
-                    raise ValueError(f"bundles: unknown branch {statement.strip()}")
                 end = min(position + DELAY, len(found) - 1)
-                branches[end] = Branch(guard, regions[int(region[1])])
+                branches[end] = Branch(guard, regions.get(int(region[1])) if region else None)
                 if guard:  # its value is read now
                     own.append(Scalar("smov", f"b{end}", None, None, (guard.lstrip("!"),)))
+            elif name in cores:  # the first of two cores that share the work
+                own.append(Scalar("smov", name, None, None, ("0",)))
             elif stored := _SPILL.fullmatch(rest):
                 place, source = (stored[1], stored[2]) if stored[2] else (name, stored[1])
                 own.append(Scalar("smov", place, guard, None, (source,)))
@@ -125,7 +123,11 @@ def parse(text: str) -> Kernel:
                 own.append(Scalar(opcode, name, guard, otherwise, operands))
         scalars.append(tuple(own))
     jumps = {
-        end: (*((end + 1,) if branch.guard else ()), branch.target)
+        end: tuple(
+            place
+            for place in (end + 1 if branch.guard else None, branch.target)
+            if place is not None
+        )
         for end, branch in branches.items()
     }
     return Kernel(tuple(scalars), branches, analyse(len(found), jumps))
@@ -137,7 +139,8 @@ def execute(kernel: Kernel) -> Executed:
     Of a branch that depends on unknown values, the fallthrough is executed.
 
     Raises:
-      ValueError: A backward branch depends on an unknown value.
+      ValueError: A backward branch depends on an unknown value, or the target of a branch is
+        unknown.
     """
     needed = _needed(kernel)
     active = [
@@ -170,9 +173,11 @@ def execute(kernel: Kernel) -> Executed:
             if branch.guard:
                 value = values[f"b{last}"]
                 taken = None if value is None else bool(value) != branch.guard.startswith("!")
-            if taken is None and branch.target <= last:
+            if taken is None and branch.target is not None and branch.target <= last:
                 raise ValueError("bundles: the iterations of a loop depend on an unknown value")
             if taken:
+                if branch.target is None:
+                    raise ValueError("bundles: the target of a branch is unknown")
                 position = branch.target
     raise ValueError(f"bundles: more than {_MAX_STEPS} steps")
 
