@@ -14,6 +14,7 @@ from experiments import cli, files
 from experiments.cli import flag
 from experiments.compilers import targets
 from experiments.compilers.compiling import CompileRequest, compile_costs, platform_of
+from experiments.compilers.data_sheets import TARGETS
 from experiments.errors import InputError
 
 STORED_VOTES = "reference"  # the implementation that stores the votes
@@ -23,9 +24,7 @@ STORED_VOTES = "reference"  # the implementation that stores the votes
 class Config:
     """Which programs to compile."""
 
-    target: str = flag(
-        ",".join(targets.TARGETS), f"Any of {', '.join(targets.TARGETS)}, comma-separated."
-    )
+    target: str = flag("h100,a100,tpu_v5e", f"Any of {', '.join(TARGETS)}, comma-separated.")
     case: str = flag("", f"Any of {', '.join(CASES)}, comma-separated; empty: all.")
     implementation: str = flag(
         "",
@@ -42,12 +41,19 @@ class Config:
 def main(config: Config) -> int:
     """Compile every request; print and write a row as soon as it is compiled."""
     named = requests(config)
+    stored: dict[tuple[Any, ...], float] = {}
     print(heading())
     with concurrent.futures.ThreadPoolExecutor(config.jobs) as pool:
         compiled = pool.map(compile_costs, (request for _, request in named))
         for (name, request), costs in zip(named, compiled, strict=True):
             row = describe(name, request, costs)
-            print(line(row), flush=True)
+            key = (request.target, request.case, request.gradients)
+            if "floor_us" in row:
+                if request.implementation == STORED_VOTES:
+                    stored[key] = row["floor_us"]
+                if key in stored:
+                    row["gain"] = stored[key] / row["floor_us"]
+            print("\n".join([line(row), *kernel_lines(row)]), flush=True)
             if config.output:
                 files.append_lines(config.output, [row])
     return 0
@@ -84,7 +90,7 @@ def scaling_cases() -> dict[int, Case]:
 
 def implementations(target: str) -> list[str]:
     """List the implementations that run on a target."""
-    platform = platform_of(targets.TARGETS[target])
+    platform = platform_of(TARGETS[target])
     return [name for name in IMPLEMENTATIONS if PLATFORMS.get(name, platform) == platform]
 
 
@@ -104,52 +110,89 @@ def describe(name: str, request: CompileRequest, costs: dict[str, Any]) -> dict[
 _COLUMNS = {
     "temp MB": 9,
     "moved MB": 10,
-    "XLA's MB": 10,
+    "partial MB": 12,
     "GFLOP": 8,
-    "regs": 5,
-    "spill B": 8,
-    "chip kB": 8,
-    "bundles": 8,
+    "launches": 10,
+    "issue us": 10,
+    "memory us": 11,
+    "floor us": 10,
+    "gain": 7,
+}
+# Titles and widths of a kernel's row, and the fields that it shows.
+_GPU_COLUMNS = {
+    "calls": (6, "calls"),
+    "regs": (6, "registers"),
+    "spill B": (9, "spills"),
+    "in loops": (10, "loop_local"),
+    "smem kB": (9, "shared_memory"),
+    "barriers": (10, "loop_barriers"),
+    "resident": (10, "resident_blocks"),
+    "waves": (7, "waves"),
+    "instructions": (14, "instructions"),
+    "issue us": (10, "issue_us"),
+    "product us": (12, "product_us"),
+    "memory us": (11, "memory_us"),
+    "asked MB": (10, "requested_mb"),
+}
+_TPU_COLUMNS = {
+    "calls": (6, "calls"),
+    "vmem kB": (9, "vector_memory"),
+    "bundles": (9, "bundles"),
+    "executed": (10, "executed"),
+    "issue us": (10, "issue_us"),
+    "memory us": (11, "memory_us"),
 }
 
 
 def heading() -> str:
     """Return the titles of the table."""
-    cells = "".join(f"{name:>{width}}" for name, width in _COLUMNS.items())
-    return f"{'target':8} {'case':19}{'implementation':18}{'pass':10}{cells}"
+    titles = "".join(f"{name:>{width}}" for name, width in _COLUMNS.items())
+    return f"{'target':9}{'case':19}{'implementation':15}{'pass':10}{titles}"
 
 
 def line(row: dict[str, Any]) -> str:
-    """Format a row of the table.
-
-    Registers, spills, memory and bundles are the largest of any Pallas kernel, or of any kernel of
-    XLA's if there is none.
-    """
+    """Format a row of the table."""
     passes = "gradients" if row["gradients"] else "forward"
-    start = f"{row['target']:8} {row['case']:19}{row['implementation']:18}{passes:10}"
+    start = f"{row['target']:9}{row['case']:19}{row['implementation']:15}{passes:10}"
     if "reason" in row:
-        return f"{start} not compiled: {row['reason'][:120]}"
-    kernels = [kernel for kernel in row["kernels"] if kernel["pallas"]] or row["kernels"]
-
-    def largest(*names: str) -> int | None:
-        found = [kernel[name] for kernel in kernels for name in names if name in kernel]
-        return max(found, default=None)
-
-    memory = largest("shared_memory", "vector_memory")
+        return f"{start} {row['reason'][:300]}"
     cells = (
         f"{row['temporary_mb']:.2f}",
-        f"{row['moved_mb']:.1f}",
-        None if row["accessed_mb"] is None else f"{row['accessed_mb']:.1f}",
+        _cell(row["moved_mb"]),
+        _cell(row["partial_mb"]),
         f"{row['matrix_gflop'] + row['vector_gflop']:.2f}",
-        largest("registers"),
-        largest("spills"),
-        None if memory is None else round(memory / 1000),
-        largest("bundles"),
+        _cell(row["launches"]),
+        _cell(row["issue_us"]),
+        _cell(row["memory_us"]),
+        _cell(row["floor_us"]),
+        f"{row['gain']:.2f}" if row.get("gain") else "",
     )
     return start + "".join(
-        f"{'' if cell is None else cell:>{width}}"
-        for cell, width in zip(cells, _COLUMNS.values(), strict=True)
+        f"{cell:>{width}}" for cell, width in zip(cells, _COLUMNS.values(), strict=True)
     )
+
+
+def kernel_lines(row: dict[str, Any]) -> list[str]:
+    """Format a table of the Pallas kernels of a row."""
+    kernels = [kernel for kernel in row.get("kernels", ()) if kernel["pallas"]]
+    if not kernels:
+        return []
+    columns = _GPU_COLUMNS if "registers" in kernels[0] else _TPU_COLUMNS
+    titles = "".join(f"{name:>{width}}" for name, (width, _) in columns.items())
+    lines = [f"  {'kernel':37}{titles}"]
+    for kernel in kernels:
+        cells = (f"{_cell(kernel[field], field):>{width}}" for width, field in columns.values())
+        lines.append(f"  {kernel['name'][:36]:37}{''.join(cells)}")
+    return lines
+
+
+def _cell(value: float | None, field: str = "") -> str:
+    """Format a number; memory in kB."""
+    if value is None:
+        return ""
+    if field.endswith("_memory"):
+        return str(round(value / 1000))
+    return str(value) if isinstance(value, int) else f"{value:.1f}"
 
 
 def _select(flag_name: str, text: str, known: Iterable[str]) -> list[str]:

@@ -5,7 +5,18 @@ import importlib.metadata
 import pathlib
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from experiments.compilers import bundles, issue, ptx, sass
+
+_TOP_LEVEL = "TLP"  # the name of the program that calls the kernels
+_NVDISASM = ("nvidia-cuda-nvdisasm", "nvdisasm")
+# Entries of a thunk sequence that launch nothing but what they contain.
+_CONTAINERS = {
+    *("kWhile", "kConditional", "kSequential", "kCommandBuffer"),
+    *("kAsyncStart", "kAsyncDone", "kWaitForStreams"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +27,20 @@ class GpuKernel:
     registers: int  # a thread
     spills: int  # bytes a thread, stores plus loads
     shared_memory: int  # bytes a block
+    grid: tuple[int, ...]  # blocks along each axis
+    threads: int  # a block
+    issued: issue.Issued  # by one warp
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A kernel, a library call, a copy or a fill in the launch sequence of a GPU program."""
+
+    kind: str  # as XLA names it
+    instruction: str  # of the compiled program
+    kernel: str  # empty for one that XLA does not generate
+    grid: tuple[int, ...]
+    shared_memory: int  # bytes a block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,70 +50,153 @@ class TpuKernel:
     name: str
     bundles: int  # VLIW instruction words of its code; one takes a cycle unless it stalls
     vector_memory: int  # bytes of windows and scratch
+    executed: int  # bundles that one call executes, loops included
+    loops: tuple[tuple[int, int], ...]  # iterations, and executed bundles, inner loops excepted
 
 
-def gpu_kernels(folder: pathlib.Path, capability: tuple[int, int]) -> list[GpuKernel]:
-    """Assemble the PTX dumped by `--xla_dump_to`, and read what ptxas reports.
+def gpu_kernels(
+    folder: pathlib.Path, capability: tuple[int, int], launches: Sequence[Launch]
+) -> list[GpuKernel]:
+    """Assemble the PTX dumped by `--xla_dump_to`, and count what each kernel issues.
 
     Args:
       folder: The dumps of one program.
       capability: Compute capability, for PTX that names no architecture.
+      launches: The launches of that program.
 
     Raises:
-      RuntimeError: ptxas fails.
+      RuntimeError: ptxas or nvdisasm fails.
+      ValueError: The iterations of a loop are unknown.
     """
-    shared: dict[str, int] = {}
-    for path in folder.glob("*.thunk_sequence.txt"):
-        shared |= parse_shared_memory(path.read_text())
+    launched = {launch.kernel: launch for launch in launches}
     kernels: list[GpuKernel] = []
     # An empty file stands for a module of constants.
     for path in (path for path in sorted(folder.glob("*.ptx")) if path.stat().st_size > 1):
-        target = re.search(r"^\.target (\w+)", path.read_text(), re.MULTILINE)
+        text = path.read_text()
+        target = re.search(r"^\.target (\w+)", text, re.MULTILINE)
         architecture = target[1] if target else "sm_{}{}".format(*capability)
-        command = [str(_ptxas()), "-v", f"-arch={architecture}", str(path), "-o", "/dev/null"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"ptxas failed on {path.name}: {done.stderr.strip()}")
-        kernels += parse_ptxas(done.stderr, shared)
+        binary = folder / "kernels.cubin"
+        ptxas, nvdisasm = _program("nvidia-cuda-nvcc", "ptxas"), _program(*_NVDISASM)
+        report = _run(ptxas, "-v", f"-arch={architecture}", path, "-o", binary).stderr
+        codes = {code.name: code for code in sass.parse(_run(nvdisasm, "-c", binary).stdout)}
+        usages = {usage.name: usage for usage in parse_ptxas(report)}
+        for kernel in ptx.parse(text):
+            if launch := launched.get(kernel.name):
+                usage = usages[kernel.name]
+                kernels.append(
+                    GpuKernel(
+                        name=kernel.name,
+                        registers=usage.registers,
+                        spills=usage.spills,
+                        shared_memory=usage.shared_memory + launch.shared_memory,
+                        grid=launch.grid,
+                        threads=kernel.threads,
+                        issued=issue.count(kernel, codes[kernel.name], launch.grid),
+                    )
+                )
     return kernels
 
 
-def parse_ptxas(report: str, dynamic: dict[str, int]) -> Iterator[GpuKernel]:
-    """Parse the output of `ptxas -v`.
+class Usage(NamedTuple):
+    """What ptxas reports of a kernel."""
 
-    Args:
-      report: That output.
-      dynamic: Bytes of shared memory allocated at launch, by kernel.
-    """
+    name: str
+    registers: int  # a thread
+    spills: int  # bytes a thread, stores plus loads
+    shared_memory: int  # bytes a block, without what is allocated at launch
+
+
+def parse_ptxas(report: str) -> Iterator[Usage]:
+    """Parse the output of `ptxas -v`."""
     for part in report.split("Compiling entry function ")[1:]:
-        name = part.split("'")[1]
         spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", part)
         static = re.search(r"(\d+) bytes smem", part)
-        yield GpuKernel(
-            name=name,
+        yield Usage(
+            name=part.split("'")[1],
             registers=int(re.search(r"Used (\d+) registers", part)[1]),  # type: ignore[index]
             spills=sum(map(int, spills)),
-            shared_memory=dynamic.get(name, 0) + (int(static[1]) if static else 0),
+            shared_memory=int(static[1]) if static else 0,
         )
 
 
-def parse_shared_memory(thunks: str) -> dict[str, int]:
-    """Parse the shared memory that each kernel allocates at launch from XLA's thunk sequence."""
-    found = re.findall(r"\] (\S+) grid: .*shared_memory: (\d+) bytes", thunks)
-    return {name: int(size) for name, size in found}
+def gpu_launches(folder: pathlib.Path) -> list[Launch]:
+    """Read the launches of the program whose dumps `--xla_dump_to` wrote, in order."""
+    (sequence,) = folder.glob("*.thunk_sequence.txt")
+    (metadata,) = folder.glob("*.thunk_metadata.txt")
+    return parse_launches(sequence.read_text(), metadata.read_text())
+
+
+def parse_launches(sequence: str, metadata: str) -> list[Launch]:
+    """Parse XLA's thunk sequence and its metadata. The body of a loop is listed once."""
+    instructions = {
+        int(found[2]): found[1]
+        for found in re.finditer(r'profile_annotation: "([^"]*)"\s+thunk_id: (\d+)\s', metadata)
+    }
+    launches: list[Launch] = []
+    fused = -1  # indentation of a fusion that copies a slice, or launches a kernel for one
+    for line in sequence.splitlines():
+        found = re.match(r"\s*(\d+): (k\w+)\s+\[.*?\]\s*(.*)", line)
+        indentation = len(line) - len(line.lstrip())
+        if found and -1 < fused < indentation:
+            continue
+        if found:
+            fused = indentation if found[2] == "kDynamicSliceFusion" else -1
+        if found and found[2] not in _CONTAINERS:
+            kernel = re.match(r"(\S+) grid: \[([\d, ]+)\] .*shared_memory: (\d+) bytes", found[3])
+            launches.append(
+                Launch(
+                    kind=found[2],
+                    instruction=instructions[int(found[1])],
+                    kernel=kernel[1] if kernel else "",
+                    grid=tuple(map(int, kernel[2].split(","))) if kernel else (),
+                    shared_memory=int(kernel[3]) if kernel else 0,
+                )
+            )
+    return launches
 
 
 def tpu_kernels(folder: pathlib.Path) -> list[TpuKernel]:
-    """Read the kernels from the dumps of `--xla_jf_dump_to`."""
+    """Read the kernels from the dumps of `--xla_jf_dump_to`.
+
+    Raises:
+      ValueError: The iterations of a loop are unknown.
+    """
     kernels = []
     for path in sorted(folder.glob("*-schedule-analysis_final_bundles.txt")):
         found = re.match(r"(\d+-(.+))-\d+-schedule", path.name)
-        if not found or found[2][0] == "<" or found[2] == "TLP":  # the top-level program
+        if not found or found[2][0] == "<" or found[2] == _TOP_LEVEL:
             continue
-        if analysis := path.read_text():  # empty for an operation without code
+        analysis = path.read_text()
+        if not analysis:  # an operation without code
+            kernels.append(TpuKernel(found[2], 0, 0, 0, ()))
+        else:
             code = next(folder.glob(f"{found[1]}-*-original.txt")).read_text()
-            kernels.append(TpuKernel(found[2], parse_bundles(analysis), parse_vector_memory(code)))
+            final = next(folder.glob(f"{found[1]}-*[0-9]-final_bundles.txt")).read_text()
+            try:
+                executed = bundles.execute(bundles.parse(final))
+            except ValueError as error:
+                raise ValueError(f"{error}, in {found[2]}") from None
+            kernels.append(
+                TpuKernel(
+                    name=found[2],
+                    bundles=parse_bundles(analysis),
+                    vector_memory=parse_vector_memory(code),
+                    executed=executed.total,
+                    loops=executed.loops,
+                )
+            )
     return kernels
+
+
+def tpu_calls(folder: pathlib.Path) -> list[str]:
+    """Read which instructions of the compiled program have code of their own, in order."""
+    (path,) = folder.glob(f"*-{_TOP_LEVEL}-*[0-9]-final_bundles.txt")
+    return parse_calls(path.read_text())
+
+
+def parse_calls(code: str) -> list[str]:
+    """Parse the names of the instructions that the top-level program calls."""
+    return re.findall(r"inlined_call [^/}]*/\* %([\w.\-]+) = ", code)
 
 
 def parse_bundles(analysis: str) -> int:
@@ -101,8 +209,15 @@ def parse_vector_memory(code: str) -> int:
     return sum(int(size, 16) for size in re.findall(r"space=vmem, size = (0x[0-9a-f]+)", code))
 
 
-def _ptxas() -> pathlib.Path:
-    for file in importlib.metadata.files("nvidia-cuda-nvcc") or []:
-        if file.name == "ptxas":
+def _run(program: pathlib.Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{program.name} failed: {done.stderr.strip()}")
+    return done
+
+
+def _program(package: str, name: str) -> pathlib.Path:
+    for file in importlib.metadata.files(package) or []:
+        if file.name == name:
             return pathlib.Path(str(file.locate()))
-    raise RuntimeError("package nvidia-cuda-nvcc contains no ptxas")
+    raise RuntimeError(f"package {package} contains no {name}")

@@ -34,6 +34,7 @@ _COLLECTIVE = re.compile(
 )
 # Replica groups of one device each, in XLA's two notations.
 _ALONE = re.compile(r"replica_groups=(\{\{\d+\}|\[\d+,1\])")
+_KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 # XLA's own custom calls without traffic.
 _FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "Sharding"}
 
@@ -70,11 +71,22 @@ Computation = dict[str, Instruction]
 
 @dataclasses.dataclass(frozen=True)
 class KernelCall:
-    """A call of a Pallas kernel, whose traffic cannot be read from the program text."""
+    """The call of a Pallas kernel, whose traffic cannot be read from the program text."""
 
     operands: tuple[Array, ...]
     results: tuple[Array, ...]
     calls: int  # by the program, loops included
+    handed: int = 0  # bytes of the results that a reduction or another kernel reads
+
+
+@dataclasses.dataclass(frozen=True)
+class Executed:
+    """An instruction, or a call of a Pallas kernel, that the program executes."""
+
+    name: str
+    calls: int  # by the program, loops included
+    moved: int  # bytes of one call, without the traffic of a kernel
+    kernel: KernelCall | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +105,17 @@ def traffic(text: str) -> Traffic:
 
     Raises:
       ValueError: The trip count of a loop is unknown.
+    """
+    found = executed(text)
+    kernels = (dataclasses.replace(e.kernel, calls=e.calls) for e in found if e.kernel)
+    return Traffic(sum(e.calls * e.moved for e in found), tuple(kernels))
+
+
+def executed(text: str) -> list[Executed]:
+    """List the instructions that a program executes, those of loops and branches included.
+
+    Of a conditional, the branch with the larger traffic is listed. Arguments and errors are those
+    of `traffic`.
     """
     computations, entry = parse(text)
     return _computation(computations, computations[entry])
@@ -210,40 +233,76 @@ def tiled_size(shape: Sequence[int], itemsize: int) -> int:
     return _padded(shape, (32 // itemsize, 128)) * itemsize
 
 
-def _computation(computations: dict[str, Computation], computation: Computation) -> Traffic:
-    moved = 0
-    kernels: list[KernelCall] = []
+def _computation(computations: dict[str, Computation], computation: Computation) -> list[Executed]:
+    found: list[Executed] = []
     for instruction in computation.values():
-        inner, calls = _called(computations, computation, instruction)
-        if inner is not None:
-            moved += calls * inner.moved
-            kernels += [
-                dataclasses.replace(kernel, calls=calls * kernel.calls) for kernel in inner.kernels
-            ]
+        if (inner := _called(computations, computation, instruction)) is not None:
+            found += inner
         elif _target(instruction) in _KERNELS:
             operands = tuple(a for name in instruction.operands for a in computation[name].arrays)
-            kernels.append(KernelCall(operands, instruction.arrays, 1))
+            handed = _handed(computations, computation, instruction)
+            kernel = KernelCall(operands, instruction.arrays, 1, handed)
+            found.append(Executed(instruction.name, 1, 0, kernel))
         else:
-            moved += _moved(computations, computation, instruction)
-    return Traffic(moved, tuple(kernels))
+            moved = _moved(computations, computation, instruction)
+            found.append(Executed(instruction.name, 1, moved, None))
+    return found
+
+
+def _handed(
+    computations: dict[str, Computation], computation: Computation, kernel: Instruction
+) -> int:
+    """Return the bytes of a kernel's results that a reduction or another kernel reads."""
+
+    def is_read(name: str) -> bool:
+        for user in computation.values():
+            if name not in user.operands:
+                continue
+            if user.opcode in ("bitcast", "copy") and is_read(user.name):
+                return True
+            if _target(user) in _KERNELS or user.opcode == "reduce":
+                return True
+            if user.opcode.startswith("fusion"):
+                fused = computations[_attribute(user, "calls")]
+                if any(inner.opcode == "reduce" for inner in fused.values()):
+                    return True
+        return False
+
+    if len(kernel.arrays) == 1:
+        return kernel.arrays[0].size if is_read(kernel.name) else 0
+    return sum(
+        kernel.arrays[int(_attribute(user, "index"))].size
+        for user in computation.values()
+        if user.opcode == "get-tuple-element"
+        and kernel.name in user.operands
+        and is_read(user.name)
+    )
 
 
 def _called(
     computations: dict[str, Computation], computation: Computation, instruction: Instruction
-) -> tuple[Traffic | None, int]:
-    """Return the traffic of a loop body, branch or called computation, and its executions."""
+) -> list[Executed] | None:
+    """Return what a loop, conditional or call executes; None for any other instruction."""
+
+    def inside(name: str, times: int = 1) -> list[Executed]:
+        inner = _computation(computations, computations[name])
+        return [dataclasses.replace(e, calls=times * e.calls) for e in inner]
+
     if instruction.opcode == "while":
-        body = _computation(computations, computations[_attribute(instruction, "body")])
-        return body, _trips(computations, computation, instruction)
+        times = _trips(computations, computation, instruction)
+        found = inside(_attribute(instruction, "body"), times)
+        # XLA does not evaluate the condition of a loop whose trip count it knows.
+        tests = 0 if _KNOWN_TRIPS.search(instruction.attributes) else times + 1
+        condition = inside(_attribute(instruction, "condition"), tests)
+        return found + [dataclasses.replace(test, moved=0) for test in condition]  # scalars
     if instruction.opcode == "conditional":
-        counted = [
-            _computation(computations, computations[name]) for name in _branches(instruction)
-        ]
-        return max(counted, key=lambda branch: branch.moved), 1
+        counted = [inside(name) for name in _branches(instruction)]
+        return max(counted, key=lambda branch: sum(e.calls * e.moved for e in branch))
     if instruction.opcode in ("call", "async-start"):
-        name = "to_apply" if instruction.opcode == "call" else "calls"
-        return _computation(computations, computations[_attribute(instruction, name)]), 1
-    return None, 0
+        return inside(
+            _attribute(instruction, "to_apply" if instruction.opcode == "call" else "calls")
+        )
+    return None
 
 
 def _branches(conditional: Instruction) -> list[str]:
@@ -269,7 +328,7 @@ def _trips(
     computations: dict[str, Computation], computation: Computation, loop: Instruction
 ) -> int:
     """Return the trip count of a loop that counts from zero in steps of one, like `lax.scan`."""
-    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+    if known := _KNOWN_TRIPS.search(loop.attributes):
         return int(known[1])
     condition = computations[_attribute(loop, "condition")]
     root = next(instruction for instruction in condition.values() if instruction.is_root)

@@ -1,10 +1,9 @@
-"""Accelerators to compile for ahead of time, without having one: data sheets and compilers.
+"""Compile ahead of time for accelerators that this machine does not have.
 
 The compilers are XLA's own, installed by `pip install 'capsjax[aot]'`. They read environment
 variables once, when they are loaded: use `environment` for a child process.
 """
 
-import dataclasses
 import importlib.metadata
 import math
 import os
@@ -24,81 +23,14 @@ from jax.sharding import (
     SingleDeviceSharding,
 )
 
+from experiments.compilers.data_sheets import TARGETS, Gpu, Target
 from experiments.errors import InputError
 
-# Topology of a TPU slice, in JAX's notation, by its number of chips.
-_TPU_SLICES = {4: "2x2", 8: "2x4", 16: "4x4", 64: "8x8"}
-_GPU_PACKAGES = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc")
-
-
-@dataclasses.dataclass(frozen=True)
-class Gpu:
-    """Properties of an NVIDIA GPU that XLA's compiler needs."""
-
-    capability: tuple[int, int]
-    multiprocessors: int
-    lanes: int  # float32 units a multiprocessor
-    clock: float  # GHz
-    shared_memory: int  # bytes a multiprocessor, of which a block gets 1 KiB less
-    l2_cache: int  # bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """A device, as described by its data sheet."""
-
-    device: str  # as JAX names it
-    topology: str  # as JAX names it, without the number of chips
-    source: str  # data sheet with memory and bandwidth
-    memory: int  # bytes
-    bandwidth: float  # of the memory, bytes/s
-    packages: tuple[str, ...]  # that contain the compiler
-    gpu: Gpu | None  # None for a TPU
-
-
-TARGETS = {
-    "h100": Target(
-        device="NVIDIA H100 80GB HBM3",
-        topology="h100",
-        source="https://www.nvidia.com/en-us/data-center/h100/ (SXM)",
-        memory=80 * 10**9,
-        bandwidth=3.35e12,
-        packages=_GPU_PACKAGES,
-        gpu=Gpu(
-            capability=(9, 0),
-            multiprocessors=132,
-            lanes=128,
-            clock=1.98,
-            shared_memory=228 * 1024,
-            l2_cache=50 * 2**20,
-        ),
-    ),
-    "a100": Target(
-        device="NVIDIA A100-SXM4-80GB",
-        topology="a100",
-        source="https://www.nvidia.com/en-us/data-center/a100/ (80GB SXM)",
-        memory=80 * 10**9,
-        bandwidth=2.039e12,
-        packages=_GPU_PACKAGES,
-        gpu=Gpu(
-            capability=(8, 0),
-            multiprocessors=108,
-            lanes=64,
-            clock=1.41,
-            shared_memory=164 * 1024,
-            l2_cache=40 * 2**20,
-        ),
-    ),
-    "tpu_v5e": Target(
-        device="TPU v5 lite",
-        topology="v5e",
-        source="https://cloud.google.com/tpu/docs/v5e",
-        memory=16 * 10**9,
-        bandwidth=819e9,
-        packages=("libtpu",),
-        gpu=None,
-    ),
-}
+# Topologies of TPU slices, in JAX's notation, by the number of chips: of generations whose chips
+# form a plane, and of those that form a cube.
+_TPU_PLANES = {4: "2x2", 8: "2x4", 16: "4x4", 64: "8x8"}
+_TPU_CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 64: "4x4x4"}
+_PLANAR = ("v5e", "v6e")
 
 
 def check_installed(name: str) -> None:
@@ -191,8 +123,13 @@ def _devices(name: str, count: int) -> Sequence[Any]:
     """Return descriptions of `count` devices of a target."""
     target = TARGETS[name]
     if target.gpu is None:
-        topology = f"{target.topology}:{_TPU_SLICES[max(count, 4)]}"
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[:count]
+        slices = _TPU_PLANES if target.topology in _PLANAR else _TPU_CUBES
+        described = topologies.get_topology_desc(
+            platform="tpu",
+            topology_name=f"{target.topology}:{slices[max(count // target.devices, 4)]}",
+            **({"chip_config_name": "megacore"} if target.megacore else {}),
+        )
+        return described.devices[:count]
     # JAX registers the CUDA plug-in when it starts its backends. No public function does that
     # without a device.
     from jax._src import xla_bridge
@@ -222,21 +159,22 @@ def _compile(name: str, function: Callable[..., Any], placed: Sequence[tuple[Any
 
 def _gpu_target_config(target: Target, gpu: Gpu) -> str:
     """Return XLA's GpuTargetConfigProto in text format."""
+    processor = gpu.multiprocessor
     info = {
         "threads_per_block_limit": 1024,
         "threads_per_warp": 32,
         "shared_memory_per_block": 48 * 1024,
-        "shared_memory_per_core": gpu.shared_memory,
-        "shared_memory_per_block_optin": gpu.shared_memory - 1024,
-        "threads_per_core_limit": 2048,
+        "shared_memory_per_core": processor.shared_memory,
+        "shared_memory_per_block_optin": processor.shared_memory - 1024,
+        "threads_per_core_limit": 32 * processor.warps,
         "core_count": gpu.multiprocessors,
-        "fpus_per_core": gpu.lanes,
+        "fpus_per_core": processor.lanes,
         "block_dim_limit_x": 2**31 - 1,
         "block_dim_limit_y": 2**16 - 1,
         "block_dim_limit_z": 2**16 - 1,
         "memory_bandwidth": int(target.bandwidth),
         "l2_cache_size": gpu.l2_cache,
-        "clock_rate_ghz": gpu.clock,
+        "clock_rate_ghz": target.clock,
         "device_memory_size": target.memory,
         "registers_per_core_limit": 2**16,
         "registers_per_block_limit": 2**16,

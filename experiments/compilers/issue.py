@@ -1,0 +1,261 @@
+"""Count the instructions that a GPU kernel issues, from its PTX and its machine code.
+
+Machine code (SASS) has the instructions of each loop, but hides how often the loop runs. PTX shows
+that. ptxas keeps the order and the nesting of loops, so the loops of both are matched in order. It
+may unroll a loop: the number of barriers, products, stores and asynchronous copies in an iteration,
+which it neither adds nor removes, tells by how much. A kernel where any of this does
+not hold is an error.
+
+The issue floor is a lower bound of a kernel's time. A processor has 4 schedulers, each of which
+issues at most one instruction of one warp a cycle, so the busiest processor needs at least
+
+    instructions a warp x warps a block x ceil(blocks / processors) / 4   cycles.
+
+Waiting for memory, for barriers and for results of earlier instructions is not in it. Code that a
+forward branch can skip is counted as executed.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+from experiments.compilers import ptx, sass
+from experiments.compilers.data_sheets import Multiprocessor
+from experiments.compilers.loops import Loop
+
+SCHEDULERS = 4
+_LANES = 32
+# Shared memory that the system takes of each block, and the units of its allocation in bytes and of
+# registers a warp: NVIDIA, "CUDA occupancy calculator".
+_RESERVED, _SHARED_UNIT, _REGISTER_UNIT, _REGISTERS = 1024, 128, 256, 2**16
+# Kinds of instructions that ptxas keeps one to one, by the first part of an opcode.
+_PTX_KINDS = {
+    name: kind
+    for kind, names in {
+        "barrier": ("bar", "barrier"),
+        "product": ("mma",),
+        "group product": ("wgmma",),
+        "tensor memory": ("tcgen05",),
+        "load matrix": ("ldmatrix",),
+        "store matrix": ("stmatrix",),
+        "asynchronous copy": ("cp",),
+        "reduction": ("red",),
+        "shuffle": ("shfl",),
+    }.items()
+    for name in names
+}
+_SASS_KINDS = {
+    name: kind
+    for kind, names in {
+        "barrier": ("BAR",),
+        "product": ("HMMA", "IMMA", "QMMA", "OMMA", "DMMA"),
+        "group product": ("HGMMA", "QGMMA", "IGMMA"),
+        "tensor memory": ("UTCHMMA", "UTCQMMA", "UTCIMMA", "UTCOMMA"),
+        "load matrix": ("LDSM",),
+        "store matrix": ("STSM",),
+        "asynchronous copy": ("LDGSTS",),
+        "reduction": ("RED", "REDG"),
+        "shuffle": ("SHFL",),
+        "store": ("STG",),
+        "store shared": ("STS",),
+        "load shared": ("LDS",),
+        "load": ("LDG",),
+    }.items()
+    for name in names
+}
+# Kinds of which ptxas may find that two are the same, or split one.
+_INEXACT = {"load", "load shared", "shuffle"}
+# Opcodes that access the device's memory, and those that access spilled registers.
+_GLOBAL = {"LDG", "STG", "RED", "REDG", "ATOM", "ATOMG", "LDGSTS"}
+_LOCAL = {"LDL", "STL"}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopCount:
+    """Instructions of a loop, those of inner loops excepted."""
+
+    depth: int  # enclosing loops
+    trips: int  # iterations in one execution of the kernel, those of enclosing loops included
+    instructions: int  # an iteration
+    conditional: int  # of `instructions`, those that a forward branch may skip
+    barriers: int  # an iteration
+    local: int  # accesses of spilled registers an iteration
+    opcodes: dict[str, int]  # the most frequent ones
+
+
+@dataclasses.dataclass(frozen=True)
+class Issued:
+    """What one warp of a kernel issues."""
+
+    instructions: int
+    conditional: int  # of `instructions`, those that a forward branch may skip
+    requested: int  # bytes that the loads and stores of its threads access in device memory
+    products: dict[str, int]  # matrix products by opcode
+    loops: tuple[LoopCount, ...]
+
+
+def count(intermediate: ptx.Kernel, code: sass.Kernel, grid: Sequence[int]) -> Issued:
+    """Count what one warp of a kernel issues.
+
+    Args:
+      intermediate: The kernel in PTX.
+      code: The same kernel in machine code.
+      grid: Numbers of blocks that it is launched with.
+
+    Raises:
+      ValueError: The trip count of a loop is unknown, or the loops of PTX and machine code do not
+        match.
+    """
+    trips = _matched(intermediate, code, grid)
+    total: collections.Counter[str] = collections.Counter()
+    loops = []
+    regions = [(code.code.straight, 1), *((loop.own, n) for loop, n in _with(code, trips))]
+    for positions, times in regions:
+        for opcode, number in collections.Counter(code.opcodes[p] for p in positions).items():
+            total[opcode] += times * number
+    for loop, times in _with(code, trips):
+        own = collections.Counter(code.opcodes[p].split(".")[0] for p in loop.own)
+        loops.append(
+            LoopCount(
+                depth=_depth(code.code.loops, loop),
+                trips=times,
+                instructions=len(loop.own),
+                conditional=len(loop.conditional),
+                barriers=own["BAR"],
+                local=sum(own[opcode] for opcode in _LOCAL),
+                opcodes=dict(own.most_common(12)),
+            )
+        )
+    return Issued(
+        instructions=total.total(),
+        conditional=len(code.code.conditional)
+        + sum(loop.conditional * loop.trips for loop in loops),
+        requested=sum(
+            _LANES * _width(opcode) * times
+            for opcode, times in total.items()
+            if opcode.split(".")[0] in _GLOBAL
+        ),
+        products={opcode: n for opcode, n in total.items() if "MMA" in opcode.split(".")[0]},
+        loops=tuple(loops),
+    )
+
+
+def resident_blocks(
+    registers: int, shared_memory: int, threads: int, processor: Multiprocessor
+) -> int:
+    """Return the number of blocks that fit into a processor at once.
+
+    Args:
+      registers: Of a thread.
+      shared_memory: Of a block, in bytes.
+      threads: Of a block.
+      processor: The processor.
+    """
+    warps = -(-threads // _LANES)
+    by_warp = -(-registers * _LANES // _REGISTER_UNIT) * _REGISTER_UNIT
+    # Each scheduler has a quarter of the registers.
+    held = SCHEDULERS * (_REGISTERS // SCHEDULERS // by_warp)
+    block = -(-(shared_memory + _RESERVED) // _SHARED_UNIT) * _SHARED_UNIT
+    return min(
+        processor.blocks,
+        processor.warps // warps,
+        held // warps,
+        processor.shared_memory // block,
+    )
+
+
+def cycles(issued: Issued, threads: int, grid: Sequence[int], processors: int) -> int:
+    """Return the issue floor of a kernel in cycles of the busiest processor."""
+    warps = -(-threads // _LANES) * -(-math.prod(grid) // processors)
+    return -(-issued.instructions * warps // SCHEDULERS)
+
+
+def _matched(intermediate: ptx.Kernel, code: sass.Kernel, grid: Sequence[int]) -> list[int]:
+    """Return the iterations of each loop of the machine code."""
+    known = ptx.trips(intermediate, grid)
+    before, after = intermediate.code.loops, code.code.loops
+    if [loop.parent for loop in before] != [loop.parent for loop in after]:
+        raise ValueError(
+            f"issue: the loops of {code.name} differ: {_nesting(before)} in PTX, {_nesting(after)} "
+            "in machine code"
+        )
+    kinds = [_ptx_kind(instruction.opcode) for instruction in intermediate.instructions]
+    machine_kinds = [_SASS_KINDS.get(opcode.split(".")[0]) for opcode in code.opcodes]
+    found = []
+    for index, (old, new, times) in enumerate(zip(before, after, known, strict=True)):
+        inner = any(loop.parent == index for loop in before)
+        written, kept = _tally(kinds, old.own), _tally(machine_kinds, new.own)
+        factor = _unrolled(written, kept, times, inner)
+        if factor is None or times % factor:
+            raise ValueError(
+                f"issue: a loop of {code.name} has {dict(written)} in PTX and {dict(kept)} in "
+                f"machine code, for {times} iterations"
+            )
+        found.append(times // factor)
+    return found
+
+
+def _unrolled(
+    written: collections.Counter[str], kept: collections.Counter[str], times: int, inner: bool
+) -> int | None:
+    """Return how many iterations of a loop in PTX one of machine code does; None if unknown.
+
+    Args:
+      written: Its instructions in PTX by kind.
+      kept: Those in machine code.
+      times: Its iterations in PTX.
+      inner: Whether loops are inside. They would be repeated, so it cannot be unrolled.
+    """
+    exact = {kind for kind in written if kind not in _INEXACT} or set(written)
+    factors = {kept[kind] / written[kind] for kind in exact}
+    factors |= {1.0} if inner else set()
+    if times <= 1:
+        factors |= {1.0}
+    (factor, *others) = factors or {0.0}
+    return int(factor) if not others and factor >= 1 and factor == int(factor) else None
+
+
+def _tally(kinds: Sequence[str | None], positions: Iterable[int]) -> collections.Counter[str]:
+    return collections.Counter(kind for p in positions if (kind := kinds[p]))
+
+
+def _ptx_kind(opcode: str) -> str | None:
+    kind, *modifiers = opcode.split(".")
+    if kind in ("ld", "st"):
+        name = {"ld": "load", "st": "store"}[kind]
+        if "shared" in modifiers or "shared::cta" in modifiers:
+            return f"{name} shared"
+        return name if "global" in modifiers else None
+    if kind == "wgmma" and "mma_async" not in modifiers:
+        return None
+    if kind == "tcgen05" and modifiers[0] != "mma":
+        return None
+    if kind == "cp" and modifiers[:1] == ["async"] and not {"global"} & set(modifiers):
+        return None  # commits or waits
+    return _PTX_KINDS.get(kind)
+
+
+def _with(code: sass.Kernel, trips: Sequence[int]) -> Iterable[tuple[Loop, int]]:
+    return zip(code.code.loops, trips, strict=True)
+
+
+def _depth(loops: Sequence[Loop], loop: Loop) -> int:
+    return 0 if loop.parent is None else 1 + _depth(loops, loops[loop.parent])
+
+
+def _nesting(loops: Sequence[Loop]) -> str:
+    """Write the nesting of loops in parentheses."""
+
+    def inside(parent: int | None) -> str:
+        return "".join(f"({inside(k)})" for k, x in enumerate(loops) if x.parent == parent)
+
+    return inside(None) or "none"
+
+
+def _width(opcode: str) -> int:
+    """Return the bytes that a thread accesses by a load or store."""
+    found = re.search(r"\.(?:[US]?(8|16)|(64|128|256)|F16x2|BF16_V2)\b", opcode)
+    bits = int(next((x for x in found.groups() if x), 32)) if found else 32
+    return bits // 8
