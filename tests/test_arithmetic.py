@@ -197,7 +197,8 @@ def test_tpu_kernels_declare_the_bytes_that_their_blocks_move(implementation, ca
     program = CompileRequest("tpu_v5e", implementation, CASES[case], gradients=True)
     function, shapes = routing(program)
     target = targets.TARGETS[program.target]
-    platform, device = platform_of(target), Device(target.device)
+    platform, known = platform_of(target), targets.described(target)
+    device = passes.device_named(known.device_kind, known.num_cores)
     kernels = arithmetic.kernels(function, *shapes, platform=platform, device=device)
     assert kernels
     for kernel in kernels:

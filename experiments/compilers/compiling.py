@@ -17,10 +17,10 @@ import jax
 
 import capsjax
 from capsjax.kernels.vote_passes.cases import Case
-from capsjax.kernels.vote_passes.passes import Device
+from capsjax.kernels.vote_passes.passes import device_named
 from experiments.compilers import arithmetic, floors
 from experiments.compilers.data_sheets import TARGETS, Target
-from experiments.compilers.targets import compile_for, environment
+from experiments.compilers.targets import compile_for, described, environment
 
 MB = 1e6
 
@@ -110,7 +110,8 @@ def _costs_in_this_process(request: CompileRequest, folder: pathlib.Path) -> dic
             "reason": f"not compiled: needs {needed / 1e9:.1f} GB of {target.memory / 1e9:.0f} GB"
         }
     text = compiled.as_text()
-    platform, device = platform_of(target), Device(target.device)
+    platform, known = platform_of(target), described(target)
+    device = device_named(known.device_kind, known.num_cores)
     own = arithmetic.kernels(function, *shapes, platform=platform, device=device)
     operations = arithmetic.operations(function, *shapes, platform=platform, device=device)
     try:

@@ -143,13 +143,18 @@ def _devices(name: str, count: int) -> Sequence[Any]:
     ).devices
 
 
+def described(target: Target) -> AbstractDevice:
+    """Return the device as JAX describes it where there is none."""
+    cores, platform = (target.gpu.multiprocessors, "gpu") if target.gpu else (1, "tpu")
+    return AbstractDevice(device_kind=target.device, num_cores=cores, platform=platform)
+
+
 def _compile(name: str, function: Callable[..., Any], placed: Sequence[tuple[Any, Any]]) -> Any:
     structs = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in placed]
     target = TARGETS[name]
     # Kernels query the device while they are lowered: capsjax for the size of its vector memory,
     # Pallas-Triton since jax 0.11. Without a mesh, JAX would answer with a device of this machine.
-    cores, platform = (target.gpu.multiprocessors, "gpu") if target.gpu else (1, "tpu")
-    device = AbstractDevice(device_kind=target.device, num_cores=cores, platform=platform)
+    device = described(target)
     here = jax.sharding.get_abstract_mesh()
     mesh = AbstractMesh(here.axis_sizes, here.axis_names, here.axis_types, abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):

@@ -441,6 +441,11 @@ def _for_triton() -> Iterator[None]:
             yield
 
 
+def device_named(kind: str, cores: int | None, *, num_devices: int = 1) -> Device:
+    """Return a device that JAX only describes, by its `device_kind` and number of cores."""
+    return Device(kind, num_devices, cores, (9, 0) if HOPPER.search(kind) else None)
+
+
 def _device(context: mlir.LoweringRuleContext) -> Device:
     """Return the devices that a program is lowered for, as far as JAX knows them."""
     axes: Any = context.module_context.axis_context
@@ -456,8 +461,7 @@ def _device(context: mlir.LoweringRuleContext) -> Device:
         if isinstance(mesh, Mesh):
             device = mesh.devices.flat[0]
     if described is not None:
-        kind, processors = described.device_kind, described.num_cores
-        return Device(kind, count, processors, (9, 0) if HOPPER.search(kind) else None)
+        return device_named(described.device_kind, described.num_cores, num_devices=count)
     if device.platform != "gpu":
         return Device(device.device_kind, count)
     major, minor = map(int, device.compute_capability.split("."))
