@@ -2,9 +2,9 @@
 
 Machine code (SASS) has the instructions of each loop, but hides how often the loop runs. PTX shows
 that. ptxas keeps the order and the nesting of loops, so the loops of both are matched in order. It
-may unroll a loop: the number of barriers, products, stores and asynchronous copies in an iteration,
-which it neither adds nor removes, tells by how much. A kernel where any of this does
-not hold is an error.
+may unroll a loop: the number of products, stores and asynchronous copies in an iteration, which it
+neither adds nor removes, tells by how much; or unroll all loops whole. A kernel where any of this
+does not hold is an error.
 
 The issue floor is a lower bound of a kernel's time. A processor has 4 schedulers, each of which
 issues at most one instruction of one warp a cycle, so the busiest processor needs at least
@@ -34,7 +34,6 @@ _RESERVED, _SHARED_UNIT, _REGISTER_UNIT, _REGISTERS = 1024, 128, 256, 2**16
 _PTX_KINDS = {
     name: kind
     for kind, names in {
-        "barrier": ("bar", "barrier"),
         "product": ("mma",),
         "group product": ("wgmma",),
         "tensor memory": ("tcgen05",),
@@ -49,7 +48,6 @@ _PTX_KINDS = {
 _SASS_KINDS = {
     name: kind
     for kind, names in {
-        "barrier": ("BAR",),
         "product": ("HMMA", "IMMA", "QMMA", "OMMA", "DMMA"),
         "group product": ("HGMMA", "QGMMA", "IGMMA"),
         "tensor memory": ("UTCHMMA", "UTCQMMA", "UTCIMMA", "UTCOMMA"),
@@ -176,6 +174,8 @@ def _matched(intermediate: ptx.Kernel, code: sass.Kernel, grid: Sequence[int]) -
     """Return the iterations of each loop of the machine code."""
     known = ptx.trips(intermediate, grid)
     before, after = intermediate.code.loops, code.code.loops
+    if not after:  # ptxas unrolled them all
+        return []
     if [loop.parent for loop in before] != [loop.parent for loop in after]:
         raise ValueError(
             f"issue: the loops of {code.name} differ: {_nesting(before)} in PTX, {_nesting(after)} "
