@@ -177,7 +177,7 @@ def _tpu_program(
       kernels: For each kernel, the fields of `dumps.TpuKernel`, and `pallas`, `calls`, `issue_us`,
         `memory_us`, `floor_us` and `partial_mb` as in `_gpu_program`.
     """
-    kernels = {kernel.name: kernel for kernel in dumps.tpu_kernels(folder)}
+    kernels = {kernel.name: kernel for kernel in dumps.tpu_kernels(folder, target.branch_delay)}
     instructions = {call.name: call for call in executed}
     code = duplicates.code_by_instruction(text)
     dumped = {code[name]: kernel for name, kernel in kernels.items() if name in code}
