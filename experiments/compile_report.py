@@ -48,7 +48,7 @@ def main(config: Config) -> int:
         for (name, request), costs in zip(named, compiled, strict=True):
             row = describe(name, request, costs)
             key = (request.target, request.case, request.gradients)
-            if "floor_us" in row:
+            if row.get("floor_us"):
                 if request.implementation == STORED_VOTES:
                     stored[key] = row["floor_us"]
                 if key in stored:

@@ -1,6 +1,7 @@
 """Tests of `compile_report` without its compilers: its requests, and its rows."""
 
 import json
+import re
 
 import pytest
 
@@ -17,16 +18,47 @@ GPU = {
     "accessed_mb": None,
     "matrix_gflop": 0.5,
     "vector_gflop": 0.13,
+    "launches": 41,
+    "partial_mb": 10.81,
+    "issue_us": 74.0,
+    "memory_us": 437.2,
+    "floor_us": 437.7,
     "kernels": [
         {"name": "a", "registers": 50, "spills": 0, "shared_memory": 8320, "pallas": False},
-        {"name": "b", "registers": 40, "spills": 8, "shared_memory": 0, "pallas": False},
     ],
 }
-OWN = {"name": "mine", "registers": 30, "spills": 0, "shared_memory": 4096, "pallas": True}
+OWN = {
+    "name": "mine",
+    "pallas": True,
+    "calls": 2,
+    "registers": 30,
+    "spills": 8,
+    "loop_local": 3,
+    "shared_memory": 4096,
+    "loop_barriers": 12,
+    "resident_blocks": 5,
+    "waves": 1,
+    "instructions": 24235,
+    "issue_us": 24.48,
+    "product_us": 2.4,
+    "memory_us": 4.0,
+    "requested_mb": 55.96,
+}
 TPU = {
     **GPU,
     "accessed_mb": 707.1,
-    "kernels": [{"name": "c", "bundles": 530, "vector_memory": 168000, "pallas": True}],
+    "kernels": [
+        {
+            "name": "c",
+            "pallas": True,
+            "calls": 2,
+            "bundles": 530,
+            "executed": 52230,
+            "vector_memory": 168000,
+            "issue_us": None,
+            "memory_us": 0.0,
+        }
+    ],
 }
 
 
@@ -82,49 +114,85 @@ def describe(costs):
 
 
 def test_request_that_does_not_compile_has_its_reason():
-    refused = describe({"reason": "needs 99.0 GB of 80 GB"})
-    assert compile_report.line(refused).endswith("not compiled: needs 99.0 GB of 80 GB")
+    refused = describe({"reason": "not compiled: needs 99.0 GB of 80 GB"})
+    assert compile_report.line(refused).endswith(" not compiled: needs 99.0 GB of 80 GB")
+    assert compile_report.kernel_lines(refused) == []
 
 
-def test_rows_have_costs_and_no_time():
+def test_rows_have_settings_and_costs():
     known = {"target", "implementation", "case", "gradients", "sizes", "jax", "date"}
-    assert describe(GPU).keys() == known | GPU.keys()
-    titles = "target case implementation pass temp MB moved MB XLA's MB GFLOP regs spill B chip kB"
-    assert compile_report.heading().split() == [*titles.split(), "bundles"]
+    options = {"prior", "bias", "mask", "gradient", "precision"}
+    assert describe(GPU).keys() == known | options | GPU.keys()
 
 
-def cells(row):
-    """Return the cells of a printed row by their titles."""
-    head, text = compile_report.heading(), compile_report.line(row)
-    start, found = len(head), {}
-    for name, width in reversed(compile_report._COLUMNS.items()):
-        start -= width
-        found[name] = text[start : start + width].strip()
-    return found
+def table(titles, lines, start):
+    """Return the cells of the rows of a printed table by their titles."""
+    names = re.findall(r"(?<=\s)\S+(?: \S+)*", titles[start:])
+    ends = [start + match.end() for match in re.finditer(r"\S+(?: \S+)*", titles[start:])]
+    return [
+        {n: line[a:b].strip() for n, a, b in zip(names, [start, *ends], ends, strict=False)}
+        for line in lines
+    ]
 
 
-def test_row_shows_the_largest_figure_of_any_kernel():
-    shown = cells(describe(GPU))
-    assert (shown["regs"], shown["spill B"], shown["chip kB"]) == ("50", "8", "8")
-    assert (shown["bundles"], shown["XLA's MB"], shown["GFLOP"]) == ("", "", "0.63")
+def test_row_shows_floors_and_launches():
+    (shown,) = table(compile_report.heading(), [compile_report.line(describe(GPU))], 53)
+    assert shown == {
+        "temp MB": "107.30",
+        "moved MB": "660.9",
+        "partial MB": "10.8",
+        "GFLOP": "0.63",
+        "launches": "41",
+        "issue us": "74.0",
+        "memory us": "437.2",
+        "floor us": "437.7",
+        "gain": "",
+    }
 
 
-def test_row_shows_pallas_kernels_rather_than_those_of_xla():
-    shown = cells(describe({**GPU, "kernels": [*GPU["kernels"], OWN]}))
-    assert (shown["regs"], shown["spill B"], shown["chip kB"]) == ("30", "0", "4")
+def test_pallas_kernels_of_a_gpu_have_rows_of_their_own():
+    assert compile_report.kernel_lines(describe(GPU)) == []
+    titles, *rows = compile_report.kernel_lines(
+        describe({**GPU, "kernels": [*GPU["kernels"], OWN]})
+    )
+    (shown,) = table(titles, rows, 39)
+    assert rows[0].split()[0] == "mine"
+    assert (shown["calls"], shown["regs"], shown["spill B"], shown["in loops"]) == (
+        *("2", "30", "8", "3"),
+    )
+    assert (shown["smem kB"], shown["barriers"], shown["instructions"]) == ("4", "12", "24235")
+    assert (shown["issue us"], shown["asked MB"]) == ("24.5", "56.0")
 
 
-def test_row_of_a_tpu_shows_bundles_and_the_count_of_xla():
-    shown = cells(describe(TPU))
-    assert (shown["regs"], shown["bundles"], shown["chip kB"]) == ("", "530", "168")
-    assert shown["XLA's MB"] == "707.1"
+def test_pallas_kernels_of_a_tpu_have_their_executed_bundles():
+    titles, row = compile_report.kernel_lines(describe(TPU))
+    (shown,) = table(titles, [row], 39)
+    assert (shown["bundles"], shown["executed"], shown["vmem kB"]) == ("530", "52230", "168")
+    assert shown["issue us"] == ""  # the clock is unknown
+
+
+def test_gain_is_the_floor_of_stored_votes_over_that_of_the_row(monkeypatch, capsys, tmp_path):
+    floors = {"reference": 437.7, "xla": None, "triton": 247.0}
+    monkeypatch.setattr(
+        compile_report,
+        "compile_costs",
+        lambda request: {**GPU, "floor_us": floors[request.implementation]},
+    )
+    output = tmp_path / "rows.jsonl"
+    compile_report.main(Config(target="h100", case="long", output=str(output)))
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    gains = {(r["implementation"], r["gradients"]): r.get("gain") for r in rows}
+    assert gains["triton", True] == pytest.approx(437.7 / 247.0)
+    assert gains["reference", False] == 1
+    assert gains["xla", True] is None
+    assert " 1.77" in capsys.readouterr().out
 
 
 def test_every_row_is_printed_and_written(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(
         compile_report,
         "compile_costs",
-        lambda request: TPU if request.gradients else {"reason": "why"},
+        lambda request: TPU if request.gradients else {"reason": "not compiled: why"},
     )
     output = tmp_path / "rows.jsonl"
     config = Config(target="tpu_v5e", case="long", output=str(output))
@@ -132,7 +200,10 @@ def test_every_row_is_printed_and_written(monkeypatch, tmp_path, capsys):
     written = [json.loads(line) for line in output.read_text().splitlines()]
     assert len(written) == len(compile_report.requests(config))
     assert written[0]["sizes"] == CASES["long"]._asdict()
-    assert written[0]["reason"] == "why"
+    assert written[0]["reason"] == "not compiled: why"
     assert written[1]["kernels"] == TPU["kernels"]
     printed = capsys.readouterr().out.splitlines()
-    assert printed == [compile_report.heading(), *map(compile_report.line, written)]
+    expected = [compile_report.heading()]
+    for row in written:
+        expected += [compile_report.line(row), *compile_report.kernel_lines(row)]
+    assert printed == expected

@@ -71,26 +71,25 @@ def struct(*shape, dtype="float32"):
 
 LINEAR = Spec(J)
 INPUTS = Inputs(struct(B, I, 1, P), struct(I, P, J, D), prior=struct(I, J))
-NO_OTHERS = r"must have no gates, coordinates or parent_mask"
-ONLY_SUMS = "must have linear logits and sums, no leak and no mass"
 REFUSED = {  # how the arguments of a pass are changed, and what kernels say
     "float16": ({"poses": struct(B, I, 1, P, dtype="float16")}, "must be float32 or bfloat16"),
-    "leaky": ({"spec": Spec(J, leaky=True)}, ONLY_SUMS),
-    "mass": ({"spec": Spec(J, mass=True)}, ONLY_SUMS),
-    "cosine": ({"spec": Spec(J, logits="cosine")}, ONLY_SUMS),
-    "gaussian": ({"spec": Spec(J, logits="gaussian", moments="central")}, ONLY_SUMS),
+    "cosine": ({"spec": Spec(J, logits="cosine")}, "must have linear logits and sums"),
+    "gaussian": (
+        {"spec": Spec(J, logits="gaussian", moments="central")},
+        "must have linear logits and sums",
+    ),
     "matrices": ({"poses": struct(B, I, 2, P)}, "must have vectors as poses"),
     "shared weights": ({"weights": struct(P, J, D)}, r"must have weights \[I, P, J, D\]"),
     "votes": ({"weights": None}, r"must have weights \[I, P, J, D\]"),
-    "prior of each example": (
-        {"prior": struct(B, I, J)},
-        r"must have one prior \[I, J\] for all examples",
-    ),
-    "gates": ({"gates": struct(B, I)}, NO_OTHERS),
-    "coordinates": ({"coordinates": struct(I, D)}, NO_OTHERS),
-    "parent mask": ({"parent_mask": struct(B, J, dtype="bool")}, NO_OTHERS),
-    "logits of parents": ({"state": State(k=struct(B, J))}, NO_OTHERS),
+    "coordinates": ({"coordinates": struct(I, D)}, "must have no coordinates"),
     "several devices": ({"device": Device(num_devices=2)}, "must lie on one device"),
+}
+EVERY_OPTION = {
+    "spec": Spec(J, leaky=True, mass=True),
+    "state": State(k=struct(B, J), b=struct(B, J, D)),
+    "inputs": INPUTS._replace(
+        gates=struct(B, I), prior=struct(B, I, J), parent_mask=struct(B, J, dtype="bool")
+    ),
 }
 
 
@@ -109,3 +108,18 @@ def test_kernels_say_which_arguments_they_do_not_take(name, option):
     with pytest.raises(Unsupported, match=f"routing: inputs of this kernel {reason}"):
         config_for(**others)
     assert config_for(LINEAR, State(), Device(), INPUTS)
+    assert config_for(**EVERY_OPTION, device=Device())
+
+
+def test_an_old_gpu_and_what_exceeds_registers_are_left_to_the_plain_form():
+    triton = importlib.import_module("capsjax.kernels.vote_passes.triton")
+    old = Device("Tesla T4", processors=40, capability=(7, 5))
+    with pytest.raises(Unsupported, match="routing: Tesla T4 is older than sm_80"):
+        triton.config_for(LINEAR, INPUTS, State(), device=old)
+    for length, depth in ((17, 1), (1, 65)):
+        large = Inputs(struct(B, I, 1, length), struct(I, length, J, depth))
+        with pytest.raises(Unsupported, match="P must be at most 16 and D at most 64, got"):
+            triton.config_for(LINEAR, large, State(), device=Device())
+    many = Inputs(struct(B, 2**24, 1, P), struct(2**24, P, 8, 16))
+    with pytest.raises(Unsupported, match=r"must have fewer than 2\*\*31 elements"):
+        triton.config_for(Spec(8), many, State(), device=Device())

@@ -99,3 +99,60 @@ def test_kernel_calls_are_listed_with_the_memory_of_their_operands():
 )
 def test_tiled_size_pads_to_whole_tiles(shape, itemsize, size):
     assert hlo.tiled_size(shape, itemsize) == size
+
+
+def test_each_instruction_is_listed_with_its_executions():
+    found = {e.name: e for e in hlo.executed(recorded("h100"))}
+    assert sum(e.calls * e.moved for e in found.values()) == hlo.traffic(recorded("h100")).moved
+    assert {e.calls for e in found.values()} == {0, 1, STEPS}
+    # XLA never tests the condition of a loop whose trip count it knows.
+    tests = [e for e in hlo.executed(recorded("tpu_v5e")) if e.calls == STEPS + 1]
+    assert "lt.2" in {e.name for e in tests}
+    assert all(e.moved == 0 for e in tests)
+
+
+HANDED = """
+%sum.1 (a.1: f32[], b.1: f32[]) -> f32[] {
+  %a.1 = f32[] parameter(0)
+  %b.1 = f32[] parameter(1)
+  ROOT %add.1 = f32[] add(%a.1, %b.1)
+}
+
+%fused.1 (q.1: f32[4,100]) -> f32[100] {
+  %q.1 = f32[4,100]{1,0} parameter(0)
+  %zero.1 = f32[] constant(0)
+  ROOT %reduce.1 = f32[100]{0} reduce(%q.1, %zero.1), dimensions={0}, to_apply=%sum.1
+}
+
+ENTRY %main.1 (x.1: f32[100]) -> f32[100] {
+  %x.1 = f32[100]{0} parameter(0)
+  %mine.1 = (f32[4,100]{1,0}, f32[7]{0}) custom-call(%x.1), custom_call_target="__gpu$xla.gpu.triton"
+  %part.1 = f32[4,100]{1,0} get-tuple-element(%mine.1), index=0
+  %rest.1 = f32[7]{0} get-tuple-element(%mine.1), index=1
+  %total.1 = f32[100]{0} fusion(%part.1), kind=kInput, calls=%fused.1
+  ROOT %out.1 = (f32[100]{0}, f32[7]{0}) tuple(%total.1, %rest.1)
+}
+"""  # noqa: E501
+
+
+def test_partial_sums_are_what_a_reduction_reads():
+    (call,) = hlo.traffic(HANDED).kernels
+    assert call.handed == 4 * 100 * 4
+    (call,) = hlo.traffic(HANDED.replace("reduce(%q.1, %zero.1)", "slice(%q.1)")).kernels
+    assert call.handed == 0
+
+
+PRODUCT = """
+ENTRY %main.1 (a.1: bf16[5,3,4], b.1: bf16[5,4,6]) -> bf16[5,3,6] {
+  %a.1 = bf16[5,3,4]{2,1,0} parameter(0)
+  %b.1 = bf16[5,4,6]{2,1,0} parameter(1)
+  %gemm.1 = (bf16[5,3,6]{2,1,0}, s8[4194304]{0}) custom-call(%a.1, %b.1), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"],"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]}}}
+  ROOT %c.1 = bf16[5,3,6]{2,1,0} get-tuple-element(%gemm.1), index=0
+}
+"""  # noqa: E501
+
+
+def test_products_of_a_library_have_their_operations():
+    found = {e.name: (e.product, e.dtype) for e in hlo.executed(PRODUCT)}
+    assert found["gemm.1"] == (2 * 5 * 3 * 4 * 6, "bf16")
+    assert found["a.1"] == (0, "")

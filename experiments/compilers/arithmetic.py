@@ -151,6 +151,11 @@ def equations(
     yield from _equations(jax.make_jaxpr(function)(*shapes).jaxpr, 1, _Lowering(platform, device))
 
 
+def equation_operations(equation: core.JaxprEqn) -> Operations:
+    """Count the floating-point operations of one execution of an equation that is no pass."""
+    return _equation(equation, _Lowering(None, UNKNOWN_DEVICE))
+
+
 def _operations(jaxpr: core.Jaxpr, lowering: _Lowering) -> Operations:
     return sum((_equation(equation, lowering) for equation in jaxpr.eqns), Operations())
 

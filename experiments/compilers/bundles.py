@@ -14,8 +14,6 @@ from typing import NamedTuple
 
 from experiments.compilers.loops import Code, analyse
 
-# Bundles after a branch that are executed before its target.
-DELAY = 4
 _MAX_STEPS = 20_000_000
 _BUNDLE = re.compile(r"^ *(?:0x[0-9a-f]+|0) +(?:[A-Z]{2})? *:[ >]*\{", re.MULTILINE)
 _REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
@@ -88,8 +86,13 @@ class Executed(NamedTuple):
     loops: tuple[tuple[int, int], ...]  # iterations and bundles of each, inner loops excepted
 
 
-def parse(text: str) -> Kernel:
-    """Parse the dump of a kernel's final bundles."""
+def parse(text: str, delay: int) -> Kernel:
+    """Parse the dump of a kernel's final bundles.
+
+    Args:
+      text: The dump.
+      delay: Bundles after a branch that are executed before its target.
+    """
     found = _BUNDLE.split(text)[1:]
     regions = {
         int(region): position
@@ -109,7 +112,7 @@ def parse(text: str) -> Kernel:
             name, opcode, guard, otherwise, rest = parsed.groups()
             if opcode.startswith("sbr"):
                 region = re.search(r"target = \$region(\d+)", rest)
-                end = min(position + DELAY, len(found) - 1)
+                end = min(position + delay, len(found) - 1)
                 branches[end] = Branch(guard, regions.get(int(region[1])) if region else None)
                 if guard:  # its value is read now
                     own.append(Scalar("smov", f"b{end}", None, None, (guard.lstrip("!"),)))

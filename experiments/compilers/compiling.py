@@ -32,7 +32,12 @@ class CompileRequest:
     target: str  # one of `TARGETS`
     implementation: str  # of `capsjax.dynamic_routing`
     case: Case
-    gradients: bool  # also those of poses and weights; the cotangent is then an argument
+    gradients: bool  # also those of the arguments; the cotangent is then an argument
+    prior: bool = False  # whether a prior [I, J] is given
+    bias: bool = False
+    mask: bool = False  # whether a mask [B, I] is given
+    gradient: str = "full"  # or "last"
+    precision: str | None = None  # JAX's default precision of matrix products
 
 
 def compile_costs(request: CompileRequest) -> dict[str, Any]:
@@ -68,26 +73,35 @@ def compile_costs(request: CompileRequest) -> dict[str, Any]:
 def routing(request: CompileRequest) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
     """Return the function that a request compiles, and the shapes of its arguments."""
     case = request.case
+    B, I, P, J, D = case.batch, case.capsules, case.length, case.parents, case.depth  # noqa: E741
 
-    def forward(poses: jax.Array, weights: jax.Array) -> jax.Array:
-        return capsjax.dynamic_routing(
-            poses,
-            weights,
-            num_iterations=case.num_iterations,
-            implementation=request.implementation,
-        )
+    def struct(*shape: int, dtype: str = case.dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
 
-    def forward_and_gradients(poses: jax.Array, weights: jax.Array, cotangent: jax.Array) -> Any:
-        outputs, vjp = jax.vjp(forward, poses, weights)
+    shapes = {"poses": struct(B, I, P), "weights": struct(I, P, J, D)}
+    shapes |= {"prior": struct(I, J)} if request.prior else {}
+    shapes |= {"bias": struct(J, D)} if request.bias else {}
+    differentiated = len(shapes)
+    shapes |= {"mask": struct(B, I, dtype="bool")} if request.mask else {}
+
+    def forward(*arrays: jax.Array) -> jax.Array:
+        settings: dict[str, Any] = {
+            "num_iterations": case.num_iterations,
+            "gradient": request.gradient,
+            "implementation": request.implementation,
+        }
+        named: dict[str, Any] = dict(zip(shapes, arrays, strict=True))
+        return capsjax.dynamic_routing(**named, **settings)
+
+    def forward_and_gradients(*arrays: jax.Array) -> Any:
+        *arguments, cotangent = arrays
+        mask = arguments[differentiated:]
+        outputs, vjp = jax.vjp(lambda *x: forward(*x, *mask), *arguments[:differentiated])
         return outputs, vjp(cotangent)
 
-    shapes = [
-        (case.batch, case.capsules, case.length),
-        (case.capsules, case.length, case.parents, case.depth),
-        (case.batch, case.parents, case.depth),
-    ]
-    structs = tuple(jax.ShapeDtypeStruct(shape, case.dtype) for shape in shapes)
-    return (forward_and_gradients, structs) if request.gradients else (forward, structs[:2])
+    if request.gradients:
+        return forward_and_gradients, (*shapes.values(), struct(B, J, D))
+    return forward, tuple(shapes.values())
 
 
 def platform_of(target: Target) -> str:
@@ -99,23 +113,23 @@ def _costs_in_this_process(request: CompileRequest, folder: pathlib.Path) -> dic
     """Compute the result of `compile_costs`; the environment must be that of the target."""
     target = TARGETS[request.target]
     function, shapes = routing(request)
-    try:
-        compiled = compile_for(request.target, function, *shapes)
-    except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
-        return {"reason": f"not compiled: {str(error).splitlines()[0]}"}
+    platform, known = platform_of(target), described(target)
+    device = device_named(known.device_kind, known.num_cores)
+    # Kernels read the precision while they are lowered.
+    with jax.default_matmul_precision(request.precision):
+        try:
+            compiled = compile_for(request.target, function, *shapes)
+        except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
+            return {"reason": f"not compiled: {str(error).splitlines()[0]}"}
+        own = arithmetic.kernels(function, *shapes, platform=platform, device=device)
+        operations = arithmetic.operations(function, *shapes, platform=platform, device=device)
     memory = compiled.memory_analysis()
     needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
     if needed > target.memory:
-        return {
-            "reason": f"not compiled: needs {needed / 1e9:.1f} GB of {target.memory / 1e9:.0f} GB"
-        }
-    text = compiled.as_text()
-    platform, known = platform_of(target), described(target)
-    device = device_named(known.device_kind, known.num_cores)
-    own = arithmetic.kernels(function, *shapes, platform=platform, device=device)
-    operations = arithmetic.operations(function, *shapes, platform=platform, device=device)
+        available = target.memory / 1e9
+        return {"reason": f"not compiled: needs {needed / 1e9:.1f} GB of {available:.0f} GB"}
     try:
-        program = floors.program(target, folder, text, own)
+        program = floors.program(target, folder, compiled.as_text(), own)
     except ValueError as error:
         return {"reason": f"not counted: {error}"}
     return {

@@ -59,6 +59,8 @@ class Target:
     clock: float | None  # GHz, of multiprocessors or TensorCores; None if it is not published
     gpu: Gpu | None = None  # None for a TPU
     devices: int = 1  # that a chip of a TPU has
+    # Bundles after a branch of a TPU that are executed before its target, as in compiled code.
+    branch_delay: int = 4
     megacore: bool = False  # the TensorCores of a chip are one device, which must be asked for
 
     @property
@@ -149,6 +151,7 @@ TARGETS = {
         memory=32 * 10**9,
         bandwidth=1228e9,
         clock=1.05,
+        branch_delay=1,
         megacore=True,
     ),
     "tpu_v5e": Target(
@@ -183,5 +186,6 @@ TARGETS = {
         bandwidth=3690e9,
         clock=None,
         devices=2,
+        branch_delay=6,
     ),
 }

@@ -155,8 +155,12 @@ def parse_launches(sequence: str, metadata: str) -> list[Launch]:
     return launches
 
 
-def tpu_kernels(folder: pathlib.Path) -> list[TpuKernel]:
+def tpu_kernels(folder: pathlib.Path, delay: int) -> list[TpuKernel]:
     """Read the kernels from the dumps of `--xla_jf_dump_to`.
+
+    Args:
+      folder: The dumps of one program.
+      delay: Bundles after a branch that are executed before its target.
 
     Raises:
       ValueError: The iterations of a loop are unknown.
@@ -173,7 +177,7 @@ def tpu_kernels(folder: pathlib.Path) -> list[TpuKernel]:
             code = next(folder.glob(f"{found[1]}-*-original.txt")).read_text()
             final = next(folder.glob(f"{found[1]}-*[0-9]-final_bundles.txt")).read_text()
             try:
-                executed = bundles.execute(bundles.parse(final))
+                executed = bundles.execute(bundles.parse(final, delay))
             except ValueError as error:
                 raise ValueError(f"{error}, in {found[2]}") from None
             kernels.append(

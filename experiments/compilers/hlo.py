@@ -87,6 +87,8 @@ class Executed:
     calls: int  # by the program, loops included
     moved: int  # bytes of one call, without the traffic of a kernel
     kernel: KernelCall | None
+    product: int = 0  # operations of a library's matrix product, of one call
+    dtype: str = ""  # of its operands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,8 +247,21 @@ def _computation(computations: dict[str, Computation], computation: Computation)
             found.append(Executed(instruction.name, 1, 0, kernel))
         else:
             moved = _moved(computations, computation, instruction)
-            found.append(Executed(instruction.name, 1, moved, None))
+            product = _library_product(computation, instruction)
+            found.append(Executed(instruction.name, 1, moved, None, *product))
     return found
+
+
+def _library_product(computation: Computation, instruction: Instruction) -> tuple[int, str]:
+    """Return the operations of a matrix product by cuBLAS, and the dtype of its operands."""
+    if not _target(instruction).startswith("__cublas$"):
+        return 0, ""
+    left = computation[instruction.operands[0]].arrays[0]
+    axes = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
+    if not axes:
+        raise ValueError(f"hlo: {instruction.name} has no dimension numbers")
+    depth = math.prod(left.shape[int(axis)] for axis in re.findall(r"\d+", axes[1]))
+    return 2 * depth * math.prod(instruction.arrays[0].shape), left.dtype
 
 
 def _handed(

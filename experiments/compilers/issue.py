@@ -2,9 +2,9 @@
 
 Machine code (SASS) has the instructions of each loop, but hides how often the loop runs. PTX shows
 that. ptxas keeps the order and the nesting of loops, so the loops of both are matched in order. It
-may unroll a loop: the number of products, stores and asynchronous copies in an iteration, which it
-neither adds nor removes, tells by how much; or unroll all loops whole. A kernel where any of this
-does not hold is an error.
+may unroll a loop, partly or entirely: the number of products, stores and asynchronous copies in an
+iteration, which it neither adds nor removes, tells by how much. A kernel where any of this does not
+hold is an error.
 
 The issue floor is a lower bound of a kernel's time. A processor has 4 schedulers, each of which
 issues at most one instruction of one warp a cycle, so the busiest processor needs at least
@@ -17,6 +17,7 @@ forward branch can skip is counted as executed.
 
 import collections
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -89,6 +90,7 @@ class Issued:
 
     instructions: int
     conditional: int  # of `instructions`, those that a forward branch may skip
+    barriers: int
     requested: int  # bytes that the loads and stores of its threads access in device memory
     products: dict[str, int]  # matrix products by opcode
     loops: tuple[LoopCount, ...]
@@ -107,13 +109,14 @@ def count(intermediate: ptx.Kernel, code: sass.Kernel, grid: Sequence[int]) -> I
         match.
     """
     trips = _matched(intermediate, code, grid)
+    counted = list(zip(code.code.loops, trips, strict=True))
     total: collections.Counter[str] = collections.Counter()
     loops = []
-    regions = [(code.code.straight, 1), *((loop.own, n) for loop, n in _with(code, trips))]
+    regions = [(code.code.straight, 1), *((loop.own, times) for loop, times in counted)]
     for positions, times in regions:
         for opcode, number in collections.Counter(code.opcodes[p] for p in positions).items():
             total[opcode] += times * number
-    for loop, times in _with(code, trips):
+    for loop, times in counted:
         own = collections.Counter(code.opcodes[p].split(".")[0] for p in loop.own)
         loops.append(
             LoopCount(
@@ -130,6 +133,7 @@ def count(intermediate: ptx.Kernel, code: sass.Kernel, grid: Sequence[int]) -> I
         instructions=total.total(),
         conditional=len(code.code.conditional)
         + sum(loop.conditional * loop.trips for loop in loops),
+        barriers=sum(n for opcode, n in total.items() if opcode.startswith("BAR.")),
         requested=sum(
             _LANES * _width(opcode) * times
             for opcode, times in total.items()
@@ -171,48 +175,106 @@ def cycles(issued: Issued, threads: int, grid: Sequence[int], processors: int) -
 
 
 def _matched(intermediate: ptx.Kernel, code: sass.Kernel, grid: Sequence[int]) -> list[int]:
-    """Return the iterations of each loop of the machine code."""
+    """Return the iterations of each loop of the machine code.
+
+    Every choice of loops that ptxas may have unrolled entirely, without leaving a loop, is tried.
+    """
     known = ptx.trips(intermediate, grid)
     before, after = intermediate.code.loops, code.code.loops
-    if not after:  # ptxas unrolled them all
-        return []
-    if [loop.parent for loop in before] != [loop.parent for loop in after]:
-        raise ValueError(
-            f"issue: the loops of {code.name} differ: {_nesting(before)} in PTX, {_nesting(after)} "
-            "in machine code"
-        )
+    found, reasons = [], []
+    for unrolled in itertools.combinations(range(len(before)), max(0, len(before) - len(after))):
+        kept = [k for k in range(len(before)) if k not in unrolled]
+        parents = [
+            None if (p := before[k].parent) is None else kept.index(p)
+            for k in kept
+            if before[k].parent is None or before[k].parent in kept
+        ]
+        if parents == [loop.parent for loop in after]:
+            try:
+                found.append(_trips(intermediate, code, known, kept))
+            except ValueError as error:
+                reasons.append(error)
+    if len(found) == 1:
+        return found[0]
+    if reasons and not found:
+        raise reasons[0]
+    raise ValueError(
+        f"issue: the loops of {code.name} differ: {_nesting(before)} in PTX, {_nesting(after)} in "
+        "machine code"
+    )
+
+
+def _trips(
+    intermediate: ptx.Kernel, code: sass.Kernel, known: Sequence[int], kept: Sequence[int]
+) -> list[int]:
+    """Return the iterations of each loop of the machine code, given which loops are left.
+
+    Args:
+      intermediate: The kernel in PTX.
+      code: The kernel in machine code.
+      known: Iterations of the loops in PTX.
+      kept: Indices of the loops in PTX that are loops in machine code, too.
+
+    Raises:
+      ValueError: The numbers of instructions exclude it.
+    """
+    loops = intermediate.code.loops
     kinds = [_ptx_kind(instruction.opcode) for instruction in intermediate.instructions]
     machine_kinds = [_SASS_KINDS.get(opcode.split(".")[0]) for opcode in code.opcodes]
+
+    def iterations(index: int) -> int:
+        """Return the iterations of a loop each time that it is entered."""
+        parent = loops[index].parent
+        entered = 1 if parent is None else known[parent]
+        if known[index] % max(1, entered):
+            raise ValueError(f"issue: the iterations of an unrolled loop of {code.name} vary")
+        return known[index] // max(1, entered)
+
+    def instructions(parent: int | None, own: Iterable[int]) -> collections.Counter[str]:
+        """Count the instructions of a loop in PTX, those of unrolled loops inside included."""
+        total = _tally(kinds, own)
+        for index, loop in enumerate(loops):
+            if loop.parent == parent and index not in kept:
+                for kind, number in instructions(index, loop.own).items():
+                    total[kind] += number * iterations(index)
+        return total
+
     found = []
-    for index, (old, new, times) in enumerate(zip(before, after, known, strict=True)):
-        inner = any(loop.parent == index for loop in before)
-        written, kept = _tally(kinds, old.own), _tally(machine_kinds, new.own)
-        factor = _unrolled(written, kept, times, inner)
-        if factor is None or times % factor:
+    for index, new in zip(kept, code.code.loops, strict=True):
+        written, left = instructions(index, loops[index].own), _tally(machine_kinds, new.own)
+        inner = any(loops[k].parent == index for k in kept)
+        factor = _unrolled(written, left, known[index], inner)
+        if factor is None or (factor > 1 and iterations(index) % factor):
             raise ValueError(
-                f"issue: a loop of {code.name} has {dict(written)} in PTX and {dict(kept)} in "
-                f"machine code, for {times} iterations"
+                f"issue: a loop of {code.name} has {dict(written)} in PTX and {dict(left)} in "
+                f"machine code, for {known[index]} iterations"
             )
-        found.append(times // factor)
+        found.append(known[index] // factor)
+    if any(loop.parent is None and index not in kept for index, loop in enumerate(loops)):
+        written = instructions(None, intermediate.code.straight)
+        left = _tally(machine_kinds, code.code.straight)
+        if _unrolled(written, left, 1, False) != 1:
+            raise ValueError(
+                f"issue: the code of {code.name} has {dict(written)} in PTX and {dict(left)} in "
+                "machine code"
+            )
     return found
 
 
 def _unrolled(
-    written: collections.Counter[str], kept: collections.Counter[str], times: int, inner: bool
+    written: collections.Counter[str], left: collections.Counter[str], times: int, inner: bool
 ) -> int | None:
     """Return how many iterations of a loop in PTX one of machine code does; None if unknown.
 
     Args:
       written: Its instructions in PTX by kind.
-      kept: Those in machine code.
+      left: Those in machine code.
       times: Its iterations in PTX.
       inner: Whether loops are inside. They would be repeated, so it cannot be unrolled.
     """
     exact = {kind for kind in written if kind not in _INEXACT} or set(written)
-    factors = {kept[kind] / written[kind] for kind in exact}
-    factors |= {1.0} if inner else set()
-    if times <= 1:
-        factors |= {1.0}
+    factors = {left[kind] / written[kind] for kind in exact}
+    factors |= {1.0} if inner or times <= 1 else set()
     (factor, *others) = factors or {0.0}
     return int(factor) if not others and factor >= 1 and factor == int(factor) else None
 
@@ -235,10 +297,6 @@ def _ptx_kind(opcode: str) -> str | None:
     if kind == "cp" and modifiers[:1] == ["async"] and not {"global"} & set(modifiers):
         return None  # commits or waits
     return _PTX_KINDS.get(kind)
-
-
-def _with(code: sass.Kernel, trips: Sequence[int]) -> Iterable[tuple[Loop, int]]:
-    return zip(code.code.loops, trips, strict=True)
 
 
 def _depth(loops: Sequence[Loop], loop: Loop) -> int:

@@ -124,12 +124,12 @@ def _devices(name: str, count: int) -> Sequence[Any]:
     target = TARGETS[name]
     if target.gpu is None:
         slices = _TPU_PLANES if target.topology in _PLANAR else _TPU_CUBES
-        described = topologies.get_topology_desc(
+        topology = topologies.get_topology_desc(
             platform="tpu",
             topology_name=f"{target.topology}:{slices[max(count // target.devices, 4)]}",
             **({"chip_config_name": "megacore"} if target.megacore else {}),
         )
-        return described.devices[:count]
+        return topology.devices[:count]
     # JAX registers the CUDA plug-in when it starts its backends. No public function does that
     # without a device.
     from jax._src import xla_bridge
