@@ -72,14 +72,14 @@ class _Shape(NamedTuple):
     tiles: int  # one after the other in a program
 
 
-def _loops(kept: Sequence[Any]) -> list[list[int]]:
+def _loops(kept: Sequence[Any], parts: int) -> list[list[int]]:
     """Return the iterations of each loop over the parents.
 
     The registers suffice for the softmax of one iteration. The first, if it has none, joins the
-    second.
+    second, unless operands have three parts.
     """
     indices = list(range(len(kept)))
-    joined = 2 if kept[0] is None else 1
+    joined = 2 if kept[0] is None and parts < 3 else 1
     return [indices[:joined], *([t] for t in indices[joined:])]
 
 
@@ -131,7 +131,9 @@ def gradients_of_inputs(
         after = () if prior.ndim == 2 else (tiling.batch,)
         d_prior = ShapedArray((*before, tiling.parents, *after, tiling.capsules), jnp.float32)
     # Gradients in half precision grow in memory only if few roundings add up.
-    roundings = shape.tiles * len(_loops([iteration.kept for iteration in iterations]))
+    roundings = shape.tiles * len(
+        _loops([iteration.kept for iteration in iterations], tiling.parts)
+    )
     exact = shape.splits > 1 or roundings > MAX_ROUNDINGS
     dtype = jnp.float32 if exact else operands.weights.dtype
     d_poses, d_weights, *all_d_prior = pl.pallas_call(
@@ -194,7 +196,7 @@ def _kernel(
         poses = placed_like(tiling, group.load_poses(refs.poses), y)
         parts = split(tiling, poses)
         d_poses = jnp.zeros((tiling.examples, tiling.k), jnp.float32)
-        for k, iterations in enumerate(_loops(refs.kept)):
+        for k, iterations in enumerate(_loops(refs.kept, tiling.parts)):
             grows = True if k else shape.tiles > 1 and step > 0
             one_parent = partial(add_parent, iterations, group, grows, poses, parts)
             kept = [load_kept(group, t) for t in iterations]

@@ -180,11 +180,11 @@ def split(tiling: Tiling, x: Array, *, rounded: bool = True) -> list[Array]:
     """Return the parts of float32 numbers.
 
     Without rounding, which is one instruction less, the rest of a number has its sign. A product
-    loses that of both operands' last parts, so at most one operand should be so.
+    loses that of both operands' last parts, so of two parts at most one operand should be so.
     """
     found = []
     for _ in range(tiling.parts - 1):
-        high = _high_bits(tiling, x, 0x8000 if rounded else 0)
+        high = _high_bits(tiling, x, 0x8000 if rounded and tiling.parts == 2 else 0)
         found.append(high.astype(jnp.bfloat16))
         x = x - high
     return [*found, x.astype(jnp.bfloat16)]
