@@ -50,7 +50,11 @@ def config_for(spec: Spec, inputs: Inputs, *others: Any, device: Device) -> Mosa
     first = others[0]
     is_gradients = isinstance(first, tuple) and not isinstance(first, State | Term)
     terms = len(first) if is_gradients else 1
-    config = mosaic_tpu_config_for(case_of(spec, inputs, terms), device.kind)
+    config = mosaic_tpu_config_for(
+        case_of(spec, inputs, terms),
+        device.kind,
+        prior_of_examples=getattr(inputs.prior, "ndim", 2) == 3,
+    )
     is_fused = len(others) > 1
     fits = config.gradients if is_gradients else config.sums
     if is_fused and config.fused is None:
