@@ -110,11 +110,12 @@ def _tpu_tile(case: Case, kind: str, mebibytes: int, prior_of_examples: bool) ->
     for examples, kept, buffers in itertools.product(TPU_EXAMPLES, keeps, (2, 1)):
         if examples > TPU_EXAMPLES[-1] and examples >= 2 * case.batch:
             continue  # more than half of the tile would be padding
-        needed = _tpu_memory(case, kind, TpuTile(examples, buffers, kept, True, 0))
+        tile = TpuTile(examples, buffers, keeps_products=kept, unrolled=True, memory=0)
+        needed = _tpu_memory(case, kind, tile)
         if prior_of_examples:  # and its gradient, and in the fused kernel the earlier gradient
             needed += 3 * 2 * case.parents * _round_up(examples, 8) * TPU_LANES * 4
         if needed <= memory:
-            return TpuTile(examples, buffers, kept, True, needed + TPU_SPILLS)
+            return tile._replace(memory=needed + TPU_SPILLS)
     return None
 
 
