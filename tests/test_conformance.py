@@ -60,7 +60,7 @@ PROBLEMS = {
     "one child": Problem(67, 1, 4, 5, 6, prior=True),
 }
 SMALL_XLA = XlaConfig(children=4, examples=2)
-SMALL_TPU_TILE = TpuTile(examples=8, buffers=1, keeps_products=False, memory=2**24)
+SMALL_TPU_TILE = TpuTile(8, buffers=1, keeps_products=False, unrolled=False, memory=2**24)
 SMALL_TPU = MosaicTpuConfig(SMALL_TPU_TILE, SMALL_TPU_TILE, SMALL_TPU_TILE, cores=2)
 IMPLEMENTATIONS = {
     "xla, small tiles": Implementation("xla", SMALL_XLA),

@@ -10,7 +10,7 @@ import oracles
 import pytest
 
 from capsjax.kernels.vote_passes import passes
-from capsjax.kernels.vote_passes.config import TritonConfig
+from capsjax.kernels.vote_passes.config import MosaicTpuConfig, TpuTile, TritonConfig
 from capsjax.kernels.vote_passes.passes import Implementation, Inputs, Moments, Spec, State, Term
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -41,6 +41,8 @@ PROBLEMS = {
     "many parents, all": Problem((5, 9, 8, 13, 16), prior="BIJ", options=EVERY),
     "long poses": Problem((5, 6, 16, 3, 20)),
     "one of each": Problem((1, 1, 1, 1, 1)),
+    # Three tiles of a TPU's capsules, for two cores; poses and weights fill its registers.
+    "three tiles": Problem((11, 260, 8, 2, 16), options=("gates",)),
     "bfloat16": Problem(dtype="bfloat16"),
     "bfloat16, all": Problem(prior="IJ", options=EVERY, dtype="bfloat16"),
 }
@@ -56,15 +58,25 @@ SMALL_TRITON = TritonConfig(
     gradients_stages=1,
     weights_in_parts=True,
 )
+# Several tiles of examples, products computed again, and a half of the capsules for each core.
+SMALL_TPU_TILE = TpuTile(8, buffers=1, keeps_products=False, unrolled=False, memory=2**24)
+SMALL_TPU = MosaicTpuConfig(SMALL_TPU_TILE, SMALL_TPU_TILE, SMALL_TPU_TILE, cores=2)
 IMPLEMENTATIONS = {
     "triton": Implementation("triton", interpret=True),
     "triton, small tiles": Implementation("triton", SMALL_TRITON, interpret=True),
+    "mosaic_tpu": Implementation("mosaic_tpu", interpret=True),
+    "mosaic_tpu, small tiles": Implementation("mosaic_tpu", SMALL_TPU, interpret=True),
 }
+TRITON_PROBLEMS = tuple(name for name in PROBLEMS if name != "three tiles")
+TPU_PROBLEMS = tuple(name for name in PROBLEMS if name not in ("many parents", "plain"))
 # Largest error of a leaf, of its largest entry, by the bfloat16 parts of an operand: 2 parts have
 # 16 bits and 3 have 24; the sums have few terms, whose errors may be the same way.
 ERRORS = {1: 2e-2, 2: 5e-5, 3: 2e-6}
 # The parts on each platform by `jax.default_matmul_precision`.
-PARTS = {"triton": {None: 2, "bfloat16": 1, "high": 2, "highest": 3}}
+PARTS = {
+    "triton": {None: 2, "bfloat16": 1, "high": 2, "highest": 3},
+    "mosaic_tpu": {None: 1, "high": 2, "highest": 3},
+}
 
 
 class Results(NamedTuple):
@@ -166,17 +178,59 @@ def run(problem, implementation, precision):
 @pytest.mark.parametrize(
     ("name", "implementation", "precision"),
     [
-        *((name, "triton, small tiles", None) for name in PROBLEMS),
+        *((name, "triton, small tiles", None) for name in TRITON_PROBLEMS),
         *(("all", "triton", precision) for precision in PARTS["triton"]),
         *((name, "triton", None) for name in ("plain", "many parents", "one of each")),
         *((name, "triton, small tiles", "highest") for name in ("many parents", "long poses")),
+        *((name, "mosaic_tpu, small tiles", "highest") for name in TPU_PROBLEMS),
+        *(("all", "mosaic_tpu", precision) for precision in PARTS["mosaic_tpu"]),
+        *(("many parents", "mosaic_tpu", precision) for precision in PARTS["mosaic_tpu"]),
     ],
 )
 def test_kernels_are_exact_to_the_precision_of_their_products(name, implementation, precision):
     problem = PROBLEMS[name]
     actual = run(problem, IMPLEMENTATIONS[implementation], precision)
-    parts = 1 if problem.dtype == "bfloat16" else PARTS[implementation.split(",")[0]][precision]
-    pairs = zip(*map(jax.tree.leaves_with_path, (actual, exact(problem))), strict=True)
+    assert_exact(actual, exact(problem), parts_of(problem, implementation, precision))
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation", "precision"),
+    [
+        ("all", "mosaic_tpu, small tiles", "highest"),
+        ("all, prior of each example", "mosaic_tpu", "highest"),
+        ("three tiles", "mosaic_tpu, small tiles", "highest"),
+        *(("many parents", "mosaic_tpu", precision) for precision in PARTS["mosaic_tpu"]),
+        ("all", "triton", None),
+    ],
+)
+def test_a_chain_adds_its_input_gradients_to_those_so_far(name, implementation, precision):
+    problem = PROBLEMS[name]
+    spec, *arguments = make(problem)
+    settings = {"implementation": IMPLEMENTATIONS[implementation]}
+
+    def both_iterations(inputs, states, cotangents):
+        terms = [Term(*pair) for pair in zip(states, (None, None), cotangents, strict=True)]
+        d_state, so_far = passes.chain_and_input_gradients(spec, inputs, terms[1], None, **settings)
+        _, found = passes.chain_and_input_gradients(spec, inputs, terms[0], so_far, **settings)
+        return d_state, found
+
+    with jax.default_matmul_precision(precision):
+        actual = jax.jit(both_iterations)(*arguments)
+    wanted = exact(problem)
+    wanted = wanted.chain, wanted.input_gradients
+    assert_exact(actual, wanted, parts_of(problem, implementation, precision))
+
+
+def parts_of(problem, implementation, precision):
+    """The bfloat16 parts of the operands."""
+    if problem.dtype == "bfloat16":
+        return 1
+    return PARTS[implementation.split(",")[0]][precision]
+
+
+def assert_exact(actual, wanted, parts):
+    """Assert the error of so many parts for each leaf."""
+    pairs = zip(*map(jax.tree.leaves_with_path, (actual, wanted)), strict=True)
     for (path, a), (_, e) in pairs:
         assert a.shape == e.shape, path
         error = np.abs(np.asarray(a, np.float64) - e).max() / max(np.abs(e).max(), 1e-3)

@@ -17,7 +17,11 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, 
 import capsjax
 from capsjax import Unsupported
 from capsjax.kernels.vote_passes.cases import CASES, Case
-from capsjax.kernels.vote_passes.config import TPU_MEMORY, mosaic_tpu_config_for
+from capsjax.kernels.vote_passes.config import (
+    TPU_MEMORY,
+    mosaic_tpu_config_for,
+    mosaic_tpu_fuses,
+)
 from capsjax.kernels.vote_passes.passes import PLATFORMS, Implementation
 
 # How a kernel's call is named in a lowered program.
@@ -127,9 +131,12 @@ def test_every_tpu_has_tiles_for_each_case(device_kind):
     for name, case in CASES.items():
         config = mosaic_tpu_config_for(case._replace(num_iterations=1), device_kind)
         fits = device_kind != SMALL_TPU or name not in TOO_LARGE
-        assert (config is not None) == fits, name
-        if fits:
-            assert config.memory <= 2**20 * (0.75 * TPU_MEMORY.get(device_kind, 16) + 8), name
+        assert (config.sums is not None and config.gradients is not None) == fits, name
+        memory = 2**20 * (0.75 * TPU_MEMORY.get(device_kind, 16) + 8)
+        tiles = [x for x in (config.sums, config.gradients, config.fused) if x is not None]
+        assert all(tile.memory <= memory for tile in tiles), name
+        if mosaic_tpu_fuses(case) and device_kind != SMALL_TPU:
+            assert config.fused is not None, name
 
 
 def test_the_least_memory_is_assumed_of_an_unknown_tpu():
@@ -232,7 +239,8 @@ def test_weights_too_large_for_vector_memory_are_left_to_the_plain_form():
 def test_a_tpu_tile_of_80_000_weights_a_capsule_fits(device_kind, batch, dtype):
     case = Case(batch, 1152, length=50, parents=25, depth=64, dtype=dtype)
     config = mosaic_tpu_config_for(case, device_kind)
-    assert config.memory < 2**20 * (0.75 * TPU_MEMORY[device_kind] + 16)
+    for tile in (config.sums, config.gradients):
+        assert tile.memory < 2**20 * (0.75 * TPU_MEMORY[device_kind] + 16)
 
 
 SMALL = jnp.ones((2, 6, 4)), jnp.ones((6, 4, 3, 5))
@@ -400,24 +408,18 @@ def test_a_named_kernel_refuses_a_batch_of_symbolic_size():
             jax.export.export(function, platforms=(platform,))(poses, SMALL[1])
 
 
-@pytest.mark.parametrize(
-    ("settings", "weights"),
-    [({"leaky": True}, SMALL[1]), ({}, SMALL[1][0])],
-    ids=["leaky", "shared"],
-)
 @pytest.mark.parametrize(("name", "platform"), PLATFORMS.items())
-def test_options_that_kernels_do_not_take_are_left_to_the_plain_form(
-    name, platform, settings, weights
-):
-    def lower(implementation):
+def test_options_are_lowered_to_kernels_and_shared_weights_to_the_plain_form(name, platform):
+    def lower(implementation, weights, **settings):
         function = partial(capsjax.dynamic_routing, implementation=implementation, **settings)
         with lowering_for(platform):
             program = jax.jit(gradients_of(function)).trace(SMALL[0], weights)
             return program.lower(lowering_platforms=(platform,)).as_text()
 
-    assert KERNEL[platform] not in lower(None)
+    assert KERNEL[platform] in lower(None, SMALL[1], leaky=True, parent_mask=jnp.ones((2, 3), bool))
+    assert KERNEL[platform] not in lower(None, SMALL[1][0])
     with pytest.raises(Unsupported, match="routing: inputs of this kernel must have"):
-        lower(name)
+        lower(name, SMALL[1][0])
 
 
 # One of each, what no tile divides, and the ends of what is supported.

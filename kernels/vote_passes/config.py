@@ -49,6 +49,7 @@ class TpuTile(NamedTuple):
     examples: int  # rows of its logits, a multiple of 8
     buffers: int  # 2: weights of the next tile are copied during the work on this one
     keeps_products: bool  # of states and weights, from the logits to the gradients
+    unrolled: bool  # whether steps of loops are written side by side, to hide latencies
     memory: int  # bytes, the kernel's limit of vector memory
 
 
@@ -83,23 +84,24 @@ FUSED_TPU_MEMORY = 64
 TPU_SPILLS = 8 * 2**20
 
 
-def mosaic_tpu_config_for(case: Case, device_kind: str | None = None) -> MosaicTpuConfig:
-    """Return the tiles for a case."""
+def mosaic_tpu_config_for(
+    case: Case, device_kind: str | None = None, *, prior_of_examples: bool = False
+) -> MosaicTpuConfig:
+    """Return the tiles for a case, whose prior may be one for each example."""
     mebibytes = TPU_MEMORY.get(device_kind or "", LEAST_TPU_MEMORY)
-    return MosaicTpuConfig(
-        sums=_tpu_tile(case, "sums", mebibytes),
-        gradients=_tpu_tile(case, "gradients", mebibytes),
-        fused=_tpu_tile(case, "fused", mebibytes),
-        cores=2 if device_kind in TWO_CORES else 1,
+    sums, gradients, fused = (
+        _tpu_tile(case, kind, mebibytes, prior_of_examples)
+        for kind in ("sums", "gradients", "fused")
     )
+    return MosaicTpuConfig(sums, gradients, fused, cores=2 if device_kind in TWO_CORES else 1)
 
 
 def mosaic_tpu_fuses(case: Case) -> bool:
     """Return whether TPUs compute `chain` and the input gradients of an iteration at once."""
-    return _tpu_tile(case, "fused", FUSED_TPU_MEMORY) is not None
+    return _tpu_tile(case, "fused", FUSED_TPU_MEMORY, prior_of_examples=False) is not None
 
 
-def _tpu_tile(case: Case, kind: str, mebibytes: int) -> TpuTile | None:
+def _tpu_tile(case: Case, kind: str, mebibytes: int, prior_of_examples: bool) -> TpuTile | None:
     """Return the tile of a kernel: most examples first, then kept products, then two buffers."""
     if kind == "fused" and case.dtype != "float32":
         return None  # it adds to float32 gradients, which would need more memory than the inputs
@@ -108,9 +110,12 @@ def _tpu_tile(case: Case, kind: str, mebibytes: int) -> TpuTile | None:
     for examples, kept, buffers in itertools.product(TPU_EXAMPLES, keeps, (2, 1)):
         if examples > TPU_EXAMPLES[-1] and examples >= 2 * case.batch:
             continue  # more than half of the tile would be padding
-        needed = _tpu_memory(case, kind, TpuTile(examples, buffers, kept, 0))
+        tile = TpuTile(examples, buffers, keeps_products=kept, unrolled=True, memory=0)
+        needed = _tpu_memory(case, kind, tile)
+        if prior_of_examples:  # and its gradient, and in the fused kernel the earlier gradient
+            needed += 3 * 2 * case.parents * _round_up(examples, 8) * TPU_LANES * 4
         if needed <= memory:
-            return TpuTile(examples, buffers, kept, needed + TPU_SPILLS)
+            return tile._replace(memory=needed + TPU_SPILLS)
     return None
 
 
@@ -118,29 +123,29 @@ def _tpu_memory(case: Case, kind: str, tile: TpuTile) -> int:
     """Return the bytes of a kernel's blocks and scratch.
 
     The TPU pads the last two axes of an array to multiples of 8 sublanes (16 in half precision) and
-    128 lanes. Every pass is taken to have gates and a prior for each example.
+    128 lanes. Every pass is taken to have gates and a prior for all examples.
     """
     size = jnp.dtype(case.dtype).itemsize
-    rows, sublanes, lanes = _round_up(tile.examples, 16), 32 // size, TPU_LANES * 4
+    rows, sublanes, lanes = _round_up(tile.examples, 8), 32 // size, TPU_LANES * 4
     weights = case.length * case.parents * _round_up(case.depth, 8) * lanes
-    poses = case.length * rows * lanes
-    couplings = case.parents * rows * lanes
+    poses, couplings = case.length * rows * lanes, case.parents * rows * lanes
+    shared = case.parents * 8 * lanes + rows * lanes  # prior and gates
     state = case.parents * _round_up(case.depth, 8) * 4 * _round_up(tile.examples, TPU_LANES)
-    states = 2 * case.num_iterations if kind == "gradients" else 2
+    # The first iteration has no state, only a cotangent.
+    states = max(2, 2 * case.num_iterations - 1) if kind == "gradients" else 2
     blocks = tile.buffers * case.length * case.parents * _round_up(case.depth, sublanes) * lanes
     blocks = blocks * size // 4 + 2 * rows * _round_up(case.length, sublanes) * lanes * size // 4
-    blocks += 2 * states * state + 2 * (couplings + rows * lanes)
+    blocks += 2 * states * state + 2 * shared
     # Parts of the states: in the longest form, six terms of a product or three parts.
-    lefts = 2 * couplings // 2 * -(-6 * case.depth // TPU_LANES)
+    lefts = case.parents * _round_up(rows, 16) * lanes * -(-6 * case.depth // TPU_LANES)
     scratch = poses + lefts + 2 * couplings
     if kind != "gradients":
         tiles = -(-case.batch // tile.examples) if kind == "fused" else 1
         blocks += 2 * tiles * state
     if kind != "sums":
         copies = 2 if kind == "fused" else 1  # earlier gradients, and their sums
-        blocks += copies * (tile.buffers * weights * size // 4 + 2 * poses)
-        blocks += copies * 2 * (couplings + rows * lanes)
-        scratch += poses + (weights if size < 4 else 0)
+        blocks += copies * (tile.buffers * weights * size // 4 + 2 * poses + 2 * shared)
+        scratch += poses + weights if size < 4 else 0
         scratch += 2 * case.length * couplings if tile.keeps_products else 0
     return blocks + scratch
 

@@ -59,7 +59,7 @@ class Factors(NamedTuple):
     d_logits: MaybeArray  # [n, J, m]
 
 
-def config_for(spec: Spec, inputs: Inputs, others: object, *, device: Device) -> XlaConfig:
+def config_for(spec: Spec, inputs: Inputs, *others: object, device: Device) -> XlaConfig:
     """Return the tile sizes for a pass."""
     del others
     return xla_config_for(case_of(spec, inputs), devices=device.num_devices)

@@ -47,15 +47,13 @@ def config_for(spec: Spec, inputs: Inputs, *others: Any, device: Device) -> Mosa
         device.
     """
     linear.check(spec, inputs, device, platform="tpu")
-    first = others[0]
-    is_gradients = isinstance(first, tuple) and not isinstance(first, State | Term)
-    terms = len(first) if is_gradients else 1
-    config = mosaic_tpu_config_for(case_of(spec, inputs, terms), device.kind)
-    is_fused = len(others) > 1
-    fits = config.gradients if is_gradients else config.sums
-    if is_fused and config.fused is None:
-        fits = config.gradients and config.sums
-    if fits is None:
+    is_list = isinstance(others[0], tuple) and not isinstance(others[0], State | Term)
+    config = mosaic_tpu_config_for(
+        case_of(spec, inputs, len(others[0]) if is_list else 1),
+        device.kind,
+        prior_of_examples=getattr(inputs.prior, "ndim", 2) == 3,
+    )
+    if config.sums is None or config.gradients is None:
         raise Unsupported(
             f"routing: tiles of weights [I, P, J, D] = {inputs.weights.shape} exceed the TPU's "
             "vector memory"

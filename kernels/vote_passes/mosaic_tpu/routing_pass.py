@@ -25,7 +25,9 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.custom_batching
 import jax.numpy as jnp
+from jax import Array
 from jax.core import ShapedArray
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -77,10 +79,7 @@ def routing_pass(
         result(arrays.gates.shape) if wanted.gates else None,
     )
     if not problem.interpret and not all(is_uniform(arrays, term) for term in terms):
-        # In vector memory, where XLA may put them, a block would be copied by vector instructions;
-        # from HBM it is copied during the work on another one.
-        in_hbm = partial(pltpu.with_memory_space_constraint, memory_space=pltpu.HBM)
-        arrays = arrays._replace(poses=in_hbm(arrays.poses), weights=in_hbm(arrays.weights))
+        arrays = arrays._replace(poses=_in_hbm(arrays.poses), weights=_in_hbm(arrays.weights))
     operands, results = (arrays, tuple(terms), start), (out_sums, out_arrays)
     in_leaves, in_tree = jax.tree.flatten(operands)
     out_leaves, out_tree = jax.tree.flatten(results)
@@ -130,6 +129,21 @@ def routing_pass(
         interpret=problem.interpret,
     )(*in_leaves)
     return jax.tree.unflatten(out_tree, found)
+
+
+@jax.custom_batching.custom_vmap
+def _in_hbm(x: Array) -> Array:
+    """Keep an operand in HBM, from where a block is copied during the work on another one.
+
+    In vector memory, where XLA may put it, a block would be copied by vector instructions.
+    """
+    return pltpu.with_memory_space_constraint(x, pltpu.HBM)
+
+
+@_in_hbm.def_vmap
+def _(axis_size: int, is_mapped: list[bool], x: Array) -> tuple[Array, bool]:
+    del axis_size
+    return _in_hbm(x), is_mapped[0]
 
 
 def _specs(

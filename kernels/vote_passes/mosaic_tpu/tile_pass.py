@@ -187,7 +187,7 @@ class _Term(NamedTuple):
         inverse, mean = self._soften(self._agree())
         if self.problem.gradients.poses:
             self._start_gradients(mean)
-        together = divisor(self.problem.J, UNROLLED_SUMS)
+        together = divisor(self.problem.J, UNROLLED_SUMS if self.problem.tile.unrolled else 1)
 
         def use(block: Any, _: None) -> None:
             self._use([together * block + k for k in range(together)], inverse, mean)
@@ -238,7 +238,9 @@ class _Term(NamedTuple):
                     found.append(agreement + u * product)
                 return found
 
-            agreements = loop(self.problem.P, UNROLLED, add, [self._zeros] * len(self._agreeing))
+            agreements = self._loop(
+                self.problem.P, UNROLLED, add, [self._zeros] * len(self._agreeing)
+            )
             if needs_agreements(self.problem, parents):
                 d_couplings = agreements.pop()
                 if parents.d_mass is not None:
@@ -254,7 +256,7 @@ class _Term(NamedTuple):
 
         lowest = 0.0 if self.problem.leaky else -jnp.inf
         together = max(1, UNROLLED_PRODUCTS // self.problem.P)
-        return loop(self.problem.J, together, agree, jnp.full_like(self._zeros, lowest))
+        return self._loop(self.problem.J, together, agree, jnp.full_like(self._zeros, lowest))
 
     def _soften(self, largest: Array) -> tuple[Array, Array | None]:
         """Write exponentials; return 1 / their sum, and the mean gradient of the couplings."""
@@ -271,7 +273,7 @@ class _Term(NamedTuple):
 
         of_leak = jnp.exp(-largest) if self.problem.leaky else self._zeros
         init = [of_leak, *[self._zeros] * has_mean]
-        total, *mean = loop(self.problem.J, UNROLLED, exponentiate, init)
+        total, *mean = self._loop(self.problem.J, UNROLLED, exponentiate, init)
         inverse = 1 / total
         return inverse, mean[0] * inverse if has_mean else None
 
@@ -330,7 +332,7 @@ class _Term(NamedTuple):
 
         zeros = jnp.zeros((self.problem.D, self.problem.tile.examples), jnp.float32)
         init = [zeros] * len(js) if self.sums.first is not None else []
-        sums = loop(self.problem.P, UNROLLED, add, init)
+        sums = self._loop(self.problem.P, UNROLLED, add, init)
         for k, j in enumerate(js):
             if self.sums.first is not None:
                 self.sums.first[j] += sums[k]
@@ -426,14 +428,14 @@ class _Term(NamedTuple):
                     d_poses += products.dot(lefts[a, block], weights[b], 1, 0)
                 return d_poses
 
-            d_poses = loop(J // together, 1, add, self._zeros)
+            d_poses = lax.fori_loop(0, J // together, add, self._zeros)
             if problem.gradients.poses:
                 so_far = self._so_far("poses", p, of_examples=True)
                 total = factor * d_poses
                 self.gradients.poses[p] = total if so_far is None else so_far + total
             return d_gates + problem.coupling * u * d_poses
 
-        d_gates = loop(problem.P, UNROLLED, add_component, self._zeros)
+        d_gates = self._loop(problem.P, UNROLLED, add_component, self._zeros)
         if self.sums.mass is not None:
             mass = inputs.existing(self._zeros + factor)
             self.sums.mass[...] += jnp.sum(mass.T, axis=0, keepdims=True)[None]
@@ -444,16 +446,15 @@ class _Term(NamedTuple):
             so_far = self._so_far("gates", ..., of_examples=True)
             self.gradients.gates[...] = d_gates if so_far is None else so_far + d_gates
 
+    def _loop(self, count: int, together: int, body: Callable[[Any, Any], Any], init: Any) -> Any:
+        """Run `lax.fori_loop` from 0 to `count`, with up to `together` steps side by side."""
+        together = divisor(count, together if self.problem.tile.unrolled else 1)
 
-def loop(count: int, together: int, body: Callable[[Any, Any], Any], init: Any) -> Any:
-    """Run `lax.fori_loop` from 0 to `count`, with up to `together` steps written side by side."""
-    together = divisor(count, together)
+        def steps(block: Any, carry: Any) -> Any:
+            for k in range(together):
+                carry = body(together * block + k, carry)
+            return carry
 
-    def steps(block: Any, carry: Any) -> Any:
-        for k in range(together):
-            carry = body(together * block + k, carry)
-        return carry
-
-    if together == count:
-        return steps(0, init)
-    return lax.fori_loop(0, count // together, steps, init)
+        if together == count:
+            return steps(0, init)
+        return lax.fori_loop(0, count // together, steps, init)
