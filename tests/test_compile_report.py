@@ -23,6 +23,7 @@ GPU = {
     "issue_us": 74.0,
     "memory_us": 437.2,
     "floor_us": 437.7,
+    "bounds_us": {"issue": 1.2, "memory": 436.5},
     "kernels": [
         {"name": "a", "registers": 50, "spills": 0, "shared_memory": 8320, "pallas": False},
     ],
@@ -146,6 +147,7 @@ def test_row_shows_floors_and_launches():
         "issue us": "74.0",
         "memory us": "437.2",
         "floor us": "437.7",
+        "bound": "memory",
         "gain": "",
     }
 

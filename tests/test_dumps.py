@@ -158,13 +158,15 @@ def test_an_unrolled_loop_has_fewer_iterations():
 @pytest.mark.parametrize("code", [SASS.format(inner=2 * INNER), SASS.format(inner="")])
 def test_loops_that_do_not_match_are_an_error(code):
     # Twice the barriers do not divide three iterations; no barrier tells nothing.
-    with pytest.raises(ValueError, match=r"^issue: a loop of sums has {'.*} in PTX and {.*}"):
+    with pytest.raises(ValueError, match=r"^matching: a loop of sums has {'.*} in PTX and {.*}"):
         count(code=code)
 
 
 def test_a_loop_that_is_missing_or_new_is_an_error():
     code = SASS_OF_PTX
-    with pytest.raises(ValueError, match=r"^issue: a loop of sums has {'load': 3, 'barrier': 3}"):
+    with pytest.raises(
+        ValueError, match=r"^matching: a loop of sums has {'load': 3, 'barrier': 3}"
+    ):
         count(code=code.replace("@P1 BRA `(.L_x_1)", "NOP"))
     with pytest.raises(ValueError, match=r"differ: \(\(\)\) in PTX, \(\(\)\)\(\) in machine code$"):
         count(

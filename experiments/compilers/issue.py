@@ -1,11 +1,5 @@
 """Count the instructions that a GPU kernel issues, from its PTX and its machine code.
 
-Machine code (SASS) has the instructions of each loop, but hides how often the loop runs. PTX shows
-that. ptxas keeps the order and the nesting of loops, so the loops of both are matched in order. It
-may unroll a loop, partly or entirely: the number of products, stores and asynchronous copies in an
-iteration, which it neither adds nor removes, tells by how much. A kernel where any of this does not
-hold is an error.
-
 The issue floor is a lower bound of a kernel's time. A processor has 4 schedulers, each of which
 issues at most one instruction of one warp a cycle, so the busiest processor needs at least
 
@@ -17,12 +11,11 @@ forward branch can skip is counted as executed.
 
 import collections
 import dataclasses
-import itertools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from experiments.compilers import ptx, sass
+from experiments.compilers import matching, ptx, sass
 from experiments.compilers.data_sheets import Multiprocessor
 from experiments.compilers.loops import Loop
 
@@ -31,41 +24,6 @@ _LANES = 32
 # Shared memory that the system takes of each block, and the units of its allocation in bytes and of
 # registers a warp: NVIDIA, "CUDA occupancy calculator".
 _RESERVED, _SHARED_UNIT, _REGISTER_UNIT, _REGISTERS = 1024, 128, 256, 2**16
-# Kinds of instructions that ptxas keeps one to one, by the first part of an opcode.
-_PTX_KINDS = {
-    name: kind
-    for kind, names in {
-        "product": ("mma",),
-        "group product": ("wgmma",),
-        "tensor memory": ("tcgen05",),
-        "load matrix": ("ldmatrix",),
-        "store matrix": ("stmatrix",),
-        "asynchronous copy": ("cp",),
-        "reduction": ("red",),
-        "shuffle": ("shfl",),
-    }.items()
-    for name in names
-}
-_SASS_KINDS = {
-    name: kind
-    for kind, names in {
-        "product": ("HMMA", "IMMA", "QMMA", "OMMA", "DMMA"),
-        "group product": ("HGMMA", "QGMMA", "IGMMA"),
-        "tensor memory": ("UTCHMMA", "UTCQMMA", "UTCIMMA", "UTCOMMA"),
-        "load matrix": ("LDSM",),
-        "store matrix": ("STSM",),
-        "asynchronous copy": ("LDGSTS",),
-        "reduction": ("RED", "REDG"),
-        "shuffle": ("SHFL",),
-        "store": ("STG",),
-        "store shared": ("STS",),
-        "load shared": ("LDS",),
-        "load": ("LDG",),
-    }.items()
-    for name in names
-}
-# Kinds of which ptxas may find that two are the same, or split one.
-_INEXACT = {"load", "load shared", "shuffle"}
 # Opcodes that access the device's memory, and those that access spilled registers.
 _GLOBAL = {"LDG", "STG", "RED", "REDG", "ATOM", "ATOMG", "LDGSTS"}
 _LOCAL = {"LDL", "STL"}
@@ -108,7 +66,7 @@ def count(intermediate: ptx.Kernel, code: sass.Kernel, grid: Sequence[int]) -> I
       ValueError: The trip count of a loop is unknown, or the loops of PTX and machine code do not
         match.
     """
-    trips = _matched(intermediate, code, grid)
+    trips = matching.iterations(intermediate, code, grid)
     counted = list(zip(code.code.loops, trips, strict=True))
     total: collections.Counter[str] = collections.Counter()
     loops = []
@@ -174,142 +132,8 @@ def cycles(issued: Issued, threads: int, grid: Sequence[int], processors: int) -
     return -(-issued.instructions * warps // SCHEDULERS)
 
 
-def _matched(intermediate: ptx.Kernel, code: sass.Kernel, grid: Sequence[int]) -> list[int]:
-    """Return the iterations of each loop of the machine code.
-
-    Every choice of loops that ptxas may have unrolled entirely, without leaving a loop, is tried.
-    """
-    known = ptx.trips(intermediate, grid)
-    before, after = intermediate.code.loops, code.code.loops
-    found, reasons = [], []
-    for unrolled in itertools.combinations(range(len(before)), max(0, len(before) - len(after))):
-        kept = [k for k in range(len(before)) if k not in unrolled]
-        parents = [
-            None if (p := before[k].parent) is None else kept.index(p)
-            for k in kept
-            if before[k].parent is None or before[k].parent in kept
-        ]
-        if parents == [loop.parent for loop in after]:
-            try:
-                found.append(_trips(intermediate, code, known, kept))
-            except ValueError as error:
-                reasons.append(error)
-    if len(found) == 1:
-        return found[0]
-    if reasons and not found:
-        raise reasons[0]
-    raise ValueError(
-        f"issue: the loops of {code.name} differ: {_nesting(before)} in PTX, {_nesting(after)} in "
-        "machine code"
-    )
-
-
-def _trips(
-    intermediate: ptx.Kernel, code: sass.Kernel, known: Sequence[int], kept: Sequence[int]
-) -> list[int]:
-    """Return the iterations of each loop of the machine code, given which loops are left.
-
-    Args:
-      intermediate: The kernel in PTX.
-      code: The kernel in machine code.
-      known: Iterations of the loops in PTX.
-      kept: Indices of the loops in PTX that are loops in machine code, too.
-
-    Raises:
-      ValueError: The numbers of instructions exclude it.
-    """
-    loops = intermediate.code.loops
-    kinds = [_ptx_kind(instruction.opcode) for instruction in intermediate.instructions]
-    machine_kinds = [_SASS_KINDS.get(opcode.split(".")[0]) for opcode in code.opcodes]
-
-    def iterations(index: int) -> int:
-        """Return the iterations of a loop each time that it is entered."""
-        parent = loops[index].parent
-        entered = 1 if parent is None else known[parent]
-        if known[index] % max(1, entered):
-            raise ValueError(f"issue: the iterations of an unrolled loop of {code.name} vary")
-        return known[index] // max(1, entered)
-
-    def instructions(parent: int | None, own: Iterable[int]) -> collections.Counter[str]:
-        """Count the instructions of a loop in PTX, those of unrolled loops inside included."""
-        total = _tally(kinds, own)
-        for index, loop in enumerate(loops):
-            if loop.parent == parent and index not in kept:
-                for kind, number in instructions(index, loop.own).items():
-                    total[kind] += number * iterations(index)
-        return total
-
-    found = []
-    for index, new in zip(kept, code.code.loops, strict=True):
-        written, left = instructions(index, loops[index].own), _tally(machine_kinds, new.own)
-        inner = any(loops[k].parent == index for k in kept)
-        factor = _unrolled(written, left, known[index], inner)
-        if factor is None or (factor > 1 and iterations(index) % factor):
-            raise ValueError(
-                f"issue: a loop of {code.name} has {dict(written)} in PTX and {dict(left)} in "
-                f"machine code, for {known[index]} iterations"
-            )
-        found.append(known[index] // factor)
-    if any(loop.parent is None and index not in kept for index, loop in enumerate(loops)):
-        written = instructions(None, intermediate.code.straight)
-        left = _tally(machine_kinds, code.code.straight)
-        if _unrolled(written, left, 1, False) != 1:
-            raise ValueError(
-                f"issue: the code of {code.name} has {dict(written)} in PTX and {dict(left)} in "
-                "machine code"
-            )
-    return found
-
-
-def _unrolled(
-    written: collections.Counter[str], left: collections.Counter[str], times: int, inner: bool
-) -> int | None:
-    """Return how many iterations of a loop in PTX one of machine code does; None if unknown.
-
-    Args:
-      written: Its instructions in PTX by kind.
-      left: Those in machine code.
-      times: Its iterations in PTX.
-      inner: Whether loops are inside. They would be repeated, so it cannot be unrolled.
-    """
-    exact = {kind for kind in written if kind not in _INEXACT} or set(written)
-    factors = {left[kind] / written[kind] for kind in exact}
-    factors |= {1.0} if inner or times <= 1 else set()
-    (factor, *others) = factors or {0.0}
-    return int(factor) if not others and factor >= 1 and factor == int(factor) else None
-
-
-def _tally(kinds: Sequence[str | None], positions: Iterable[int]) -> collections.Counter[str]:
-    return collections.Counter(kind for p in positions if (kind := kinds[p]))
-
-
-def _ptx_kind(opcode: str) -> str | None:
-    kind, *modifiers = opcode.split(".")
-    if kind in ("ld", "st"):
-        name = {"ld": "load", "st": "store"}[kind]
-        if "shared" in modifiers or "shared::cta" in modifiers:
-            return f"{name} shared"
-        return name if "global" in modifiers else None
-    if kind == "wgmma" and "mma_async" not in modifiers:
-        return None
-    if kind == "tcgen05" and modifiers[0] != "mma":
-        return None
-    if kind == "cp" and modifiers[:1] == ["async"] and not {"global"} & set(modifiers):
-        return None  # commits or waits
-    return _PTX_KINDS.get(kind)
-
-
 def _depth(loops: Sequence[Loop], loop: Loop) -> int:
     return 0 if loop.parent is None else 1 + _depth(loops, loops[loop.parent])
-
-
-def _nesting(loops: Sequence[Loop]) -> str:
-    """Write the nesting of loops in parentheses."""
-
-    def inside(parent: int | None) -> str:
-        return "".join(f"({inside(k)})" for k, x in enumerate(loops) if x.parent == parent)
-
-    return inside(None) or "none"
 
 
 def _width(opcode: str) -> int:
