@@ -68,7 +68,10 @@ IMPLEMENTATIONS = {
     "mosaic_tpu, small tiles": Implementation("mosaic_tpu", SMALL_TPU, interpret=True),
 }
 TRITON_PROBLEMS = tuple(name for name in PROBLEMS if name != "three tiles")
-TPU_PROBLEMS = tuple(name for name in PROBLEMS if name not in ("many parents", "plain"))
+TPU_PROBLEMS = (
+    *("leaky", "mass", "all", "all, prior of each example", "long poses", "one of each"),
+    *("three tiles", "bfloat16", "bfloat16, all"),
+)
 # Largest error of a leaf, of its largest entry, by the bfloat16 parts of an operand: 2 parts have
 # 16 bits and 3 have 24; the sums have few terms, whose errors may be the same way.
 ERRORS = {1: 2e-2, 2: 5e-5, 3: 2e-6}
@@ -183,8 +186,7 @@ def run(problem, implementation, precision):
         *((name, "triton", None) for name in ("plain", "many parents", "one of each")),
         *((name, "triton, small tiles", "highest") for name in ("many parents", "long poses")),
         *((name, "mosaic_tpu, small tiles", "highest") for name in TPU_PROBLEMS),
-        *(("all", "mosaic_tpu", precision) for precision in PARTS["mosaic_tpu"]),
-        *(("many parents", "mosaic_tpu", precision) for precision in PARTS["mosaic_tpu"]),
+        *(("three tiles", "mosaic_tpu, small tiles", precision) for precision in (None, "high")),
     ],
 )
 def test_kernels_are_exact_to_the_precision_of_their_products(name, implementation, precision):
@@ -197,10 +199,9 @@ def test_kernels_are_exact_to_the_precision_of_their_products(name, implementati
     ("name", "implementation", "precision"),
     [
         ("all", "mosaic_tpu, small tiles", "highest"),
-        ("all, prior of each example", "mosaic_tpu", "highest"),
-        ("three tiles", "mosaic_tpu, small tiles", "highest"),
-        *(("many parents", "mosaic_tpu", precision) for precision in PARTS["mosaic_tpu"]),
-        ("all", "triton", None),
+        ("all, prior of each example", "mosaic_tpu, small tiles", "highest"),
+        ("many parents", "mosaic_tpu", None),
+        *(("three tiles", "mosaic_tpu", precision) for precision in (None, "highest")),
     ],
 )
 def test_a_chain_adds_its_input_gradients_to_those_so_far(name, implementation, precision):
