@@ -42,7 +42,9 @@ _REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "argmax"
 # Loads and stores in the body of a kernel. A store returns the old value, which has its size.
 _MEMORY = {"get", "swap", "addupdate", "masked_load", "masked_swap"}
 # Primitives of the routing engine.
-_PASSES = {"moments", "chain", "input_gradients", "couplings"}
+_PASSES = {
+    *("moments", "chain", "input_gradients", "chain_and_input_gradients", "couplings"),
+}
 UNKNOWN_DEVICE = Device()
 
 
