@@ -125,7 +125,7 @@ def routing_pass(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=problem.tile.memory,
         ),
-        name="dynamic_routing_gradients" if wanted.poses else "dynamic_routing_sums",
+        name="dynamic_routing_input_gradients" if wanted.poses else "dynamic_routing_sums",
         interpret=problem.interpret,
     )(*in_leaves)
     return jax.tree.unflatten(out_tree, found)
@@ -219,11 +219,20 @@ def _cost(
     products = sum(len(states(term)) for term in terms)
     used = products * problem.gradients.poses + (problem.sums.first is True)
     couplings = problem.B * problem.I * problem.J
-    # Without gradients, the weights are read again for each tile of examples.
-    again = 0 if problem.gradients.poses else problem.example_tiles - 1
-    read = sum(x.size * x.dtype.itemsize for x in (*operands, *results))
+    read = sum(map(_nbytes, (*operands, *results)))
+    if problem.gradients.poses and problem.example_tiles > 1:
+        read += (problem.capsule_tiles - 1) * sum(map(_nbytes, jax.tree.leaves(list(terms))))
+    if not problem.gradients.poses and problem.capsule_tiles > 1:
+        again = [arrays.weights]
+        if arrays.prior is not None and arrays.prior.shape[1] == 1:
+            again.append(arrays.prior)
+        read += (problem.example_tiles - 1) * sum(map(_nbytes, again))
     return pl.CostEstimate(
         flops=2 * couplings * problem.P * problem.D * (products + used),
         transcendentals=couplings * len(terms),
-        bytes_accessed=read + again * arrays.weights.size * arrays.weights.dtype.itemsize,
+        bytes_accessed=read,
     )
+
+
+def _nbytes(array: Any) -> int:
+    return array.size * array.dtype.itemsize

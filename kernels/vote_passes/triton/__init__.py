@@ -27,7 +27,7 @@ MAX_DEPTH = 64
 OLDEST = 8, 0
 
 
-def config_for(spec: Spec, inputs: Inputs, others: object, *, device: Device) -> TritonConfig:
+def config_for(spec: Spec, inputs: Inputs, *others: object, device: Device) -> TritonConfig:
     """Return the configuration for a pass.
 
     Raises:
