@@ -2,9 +2,9 @@
 
 Machine code (SASS) has the instructions of each loop, but hides how often the loop runs. PTX shows
 that. ptxas keeps the order and the nesting of loops, so the loops of both are matched in order. It
-may unroll a loop, partly or entirely: the number of products, stores and asynchronous
-copies in an iteration, which it neither adds nor removes, tells by how much. A kernel where any of
-this does not hold is an error.
+may unroll a loop, partly or entirely: the number of stores and asynchronous copies in an iteration,
+which it neither adds nor removes, tells by how much. A kernel where any of this does not hold is an
+error.
 """
 
 import collections
@@ -47,8 +47,9 @@ _SASS_KINDS = {
     }.items()
     for name in names
 }
-# Kinds of which ptxas may find that two are the same, or split one.
-_INEXACT = {"load", "load shared", "shuffle"}
+# Kinds that ptxas neither adds nor removes. Of the others, it may find that two are the same, that
+# nothing reads a result, or split one.
+_EXACT = {"store", "store shared", "store matrix", "asynchronous copy", "reduction"}
 
 
 def iterations(intermediate: ptx.Kernel, code: sass.Kernel, grid: Sequence[int]) -> list[int]:
@@ -157,7 +158,7 @@ def _unrolled(
       times: Its iterations in PTX.
       inner: Whether loops are inside. They would be repeated, so it cannot be unrolled.
     """
-    exact = {kind for kind in written if kind not in _INEXACT} or set(written)
+    exact = written.keys() & _EXACT or set(written)
     factors = {left[kind] / written[kind] for kind in exact}
     factors |= {1.0} if inner or times <= 1 else set()
     (factor, *others) = factors or {0.0}
