@@ -2,9 +2,9 @@
 
 Machine code (SASS) has the instructions of each loop, but hides how often the loop runs. PTX shows
 that. ptxas keeps the order and the nesting of loops, so the loops of both are matched in order. It
-may unroll a loop, partly or entirely: the number of barriers, products, stores and asynchronous
-copies in an iteration, which it neither adds nor removes, tells by how much. A kernel where any of
-this does not hold is an error.
+may unroll a loop, partly or entirely: the number of barriers, matrix products and asynchronous
+copies in an iteration, which it neither adds nor removes, tells by how much; where there are none,
+all loads and stores. A kernel where any of this does not hold is an error.
 """
 
 import collections
@@ -49,8 +49,9 @@ _SASS_KINDS = {
     }.items()
     for name in names
 }
-# Kinds of which ptxas may find that two are the same, or split one.
-_INEXACT = {"load", "load shared", "shuffle"}
+# Kinds of which ptxas may find that two are the same or that one is never executed, or split one.
+# They decide only where there are no others.
+_INEXACT = {"load", "load shared", "store", "store shared", "reduction", "shuffle"}
 
 
 def iterations(intermediate: ptx.Kernel, code: sass.Kernel, grid: Sequence[int]) -> list[int]:
