@@ -69,31 +69,34 @@ def gpu_kernels(
       ValueError: The iterations of a loop are unknown.
     """
     launched = {launch.kernel: launch for launch in launches}
-    kernels: list[GpuKernel] = []
     # An empty file stands for a module of constants.
-    for path in (path for path in sorted(folder.glob("*.ptx")) if path.stat().st_size > 1):
-        text = path.read_text()
-        target = re.search(r"^\.target (\w+)", text, re.MULTILINE)
-        architecture = target[1] if target else "sm_{}{}".format(*capability)
-        binary = folder / "kernels.cubin"
-        ptxas, nvdisasm = _program("nvidia-cuda-nvcc", "ptxas"), _program(*_NVDISASM)
-        report = _run(ptxas, "-v", f"-arch={architecture}", path, "-o", binary).stderr
-        codes = {code.name: code for code in sass.parse(_run(nvdisasm, "-c", binary).stdout)}
-        usages = {usage.name: usage for usage in parse_ptxas(report)}
-        for kernel in ptx.parse(text):
-            if launch := launched.get(kernel.name):
-                usage = usages[kernel.name]
-                kernels.append(
-                    GpuKernel(
-                        name=kernel.name,
-                        registers=usage.registers,
-                        spills=usage.spills,
-                        shared_memory=usage.shared_memory + launch.shared_memory,
-                        grid=launch.grid,
-                        threads=kernel.threads,
-                        issued=issue.count(kernel, codes[kernel.name], launch.grid),
-                    )
+    paths = [path for path in sorted(folder.glob("*.ptx")) if path.stat().st_size > 1]
+    if not paths:
+        return []
+    texts = [path.read_text() for path in paths]
+    targets = {found for text in texts for found in re.findall(r"^\.target (\w+)", text, re.M)}
+    (architecture,) = targets or {"sm_{}{}".format(*capability)}
+    # All at once: nvdisasm takes longer to start than to work.
+    binary = folder / "kernels.cubin"
+    ptxas, nvdisasm = _program("nvidia-cuda-nvcc", "ptxas"), _program(*_NVDISASM)
+    report = _run(ptxas, "-v", f"-arch={architecture}", *paths, "-o", binary).stderr
+    codes = {code.name: code for code in sass.parse(_run(nvdisasm, "-c", binary).stdout)}
+    usages = {usage.name: usage for usage in parse_ptxas(report)}
+    kernels = []
+    for kernel in (kernel for text in texts for kernel in ptx.parse(text)):
+        if launch := launched.get(kernel.name):
+            usage = usages[kernel.name]
+            kernels.append(
+                GpuKernel(
+                    name=kernel.name,
+                    registers=usage.registers,
+                    spills=usage.spills,
+                    shared_memory=usage.shared_memory + launch.shared_memory,
+                    grid=launch.grid,
+                    threads=kernel.threads,
+                    issued=issue.count(kernel, codes[kernel.name], launch.grid),
                 )
+            )
     return kernels
 
 

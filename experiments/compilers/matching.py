@@ -2,9 +2,9 @@
 
 Machine code (SASS) has the instructions of each loop, but hides how often the loop runs. PTX shows
 that. ptxas keeps the order and the nesting of loops, so the loops of both are matched in order. It
-may unroll a loop, partly or entirely: the number of stores and asynchronous copies in an iteration,
-which it neither adds nor removes, tells by how much. A kernel where any of this does not hold is an
-error.
+may unroll a loop, partly or entirely, and remove what nothing reads or what is never executed, but
+it adds no products, stores or asynchronous copies. So the kind of which most is left tells by how
+much a loop is unrolled. A kernel where any of this does not hold is an error.
 """
 
 import collections
@@ -18,6 +18,7 @@ from experiments.compilers.loops import Loop
 _PTX_KINDS = {
     name: kind
     for kind, names in {
+        "barrier": ("bar", "barrier"),
         "product": ("mma",),
         "group product": ("wgmma",),
         "tensor memory": ("tcgen05",),
@@ -32,6 +33,7 @@ _PTX_KINDS = {
 _SASS_KINDS = {
     name: kind
     for kind, names in {
+        "barrier": ("BAR",),
         "product": ("HMMA", "IMMA", "QMMA", "OMMA", "DMMA"),
         "group product": ("HGMMA", "QGMMA", "IGMMA"),
         "tensor memory": ("UTCHMMA", "UTCQMMA", "UTCIMMA", "UTCOMMA"),
@@ -47,9 +49,9 @@ _SASS_KINDS = {
     }.items()
     for name in names
 }
-# Kinds that ptxas neither adds nor removes. Of the others, it may find that two are the same, that
-# nothing reads a result, or split one.
-_EXACT = {"store", "store shared", "store matrix", "asynchronous copy", "reduction"}
+# Kinds of which ptxas may find that two are the same, or split one. They decide only where there
+# are no others.
+_INEXACT = {"load", "load shared", "shuffle"}
 
 
 def iterations(intermediate: ptx.Kernel, code: sass.Kernel, grid: Sequence[int]) -> list[int]:
@@ -158,11 +160,11 @@ def _unrolled(
       times: Its iterations in PTX.
       inner: Whether loops are inside. They would be repeated, so it cannot be unrolled.
     """
-    exact = written.keys() & _EXACT or set(written)
-    factors = {left[kind] / written[kind] for kind in exact}
-    factors |= {1.0} if inner or times <= 1 else set()
-    (factor, *others) = factors or {0.0}
-    return int(factor) if not others and factor >= 1 and factor == int(factor) else None
+    deciding = written.keys() - _INEXACT or written.keys()
+    factor = max((left[kind] / written[kind] for kind in deciding), default=0.0)
+    if inner or times <= 1:
+        return 1 if factor <= 1 else None
+    return int(factor) if factor >= 1 and factor == int(factor) else None
 
 
 def _tally(kinds: Sequence[str | None], positions: Iterable[int]) -> collections.Counter[str]:
