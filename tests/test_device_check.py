@@ -69,14 +69,17 @@ def test_dry_run_writes_and_prints_every_stage(run, tmp_path):
     assert [(row["function"], row["dtype"], row["precision"]) for row in values] == [
         (function, dtype, precision)
         for function in ("routing", "passes", "couplings")
-        for dtype, precision in (("float32", None), ("float32", "highest"), ("bfloat16", None))
+        for dtype, precision in (
+            *(("float32", precision) for precision in (None, "high", "highest")),
+            ("bfloat16", None),
+        )
     ]
     assert all(row["ok"] and row["same_bits"] and not row["wrong"] for row in values)
     inputs = {"d_poses", "d_weights", "d_prior"}
     assert values[0]["errors"].keys() == inputs | {"outputs", "d_bias"}
     sums = {"moments", "first_moments", "chain"}
-    assert values[3]["errors"].keys() == inputs | sums | {"d_gates"}
-    assert values[6]["errors"].keys() == {"couplings"}
+    assert values[4]["errors"].keys() == inputs | sums | {"d_gates"}
+    assert values[8]["errors"].keys() == {"couplings"}
     for row in values:  # compared with float64, so that float32 has an error too
         assert 1e-9 < max(row["errors"].values()) < 100 * jax.numpy.finfo(row["dtype"]).eps
     times = {(row["implementation"], row["mode"]): row for row in stages["times"]}
@@ -98,19 +101,20 @@ def test_wrong_values_are_named_and_the_exit_status_is_1(run, monkeypatch):
     def make(problem, implementation):
         def function(arrays, *others):
             is_wrong = implementation != "reference" and arrays["poses"].dtype == "float32"
-            return {"poses": arrays["poses"] * (1.01 if is_wrong else 1)}
+            return {"poses": arrays["poses"] * (1.1 if is_wrong else 1)}
 
         return function
 
     monkeypatch.setattr(exactness, "FUNCTIONS", {"copies": make})
     status, rows, out, _ = run(stages="values")
     assert status == 1
-    assert [row["ok"] for row in rows] == [False, False, True]
-    assert [row["wrong"] for row in rows] == [["poses"], ["poses"], []]
-    assert rows[0]["errors"]["poses"] == pytest.approx(0.01, rel=1e-4)
+    assert [row["ok"] for row in rows] == [False, False, False, True]
+    assert [row["wrong"] for row in rows] == [["poses"], ["poses"], ["poses"], []]
+    assert rows[0]["errors"]["poses"] == pytest.approx(0.1, rel=1e-4)
     assert lines_with(out, "failed: ") == [
-        "failed: values copies tiny xla float32: poses has error 1e-02",
-        "failed: values copies tiny xla float32 highest: poses has error 1e-02",
+        "failed: values copies tiny xla float32: poses has error 1e-01",
+        "failed: values copies tiny xla float32 high: poses has error 1e-01",
+        "failed: values copies tiny xla float32 highest: poses has error 1e-01",
     ]
 
 
@@ -148,11 +152,11 @@ def test_refusals_and_errors_are_rows_and_the_run_goes_on(run, monkeypatch):
     monkeypatch.setattr(exactness, "FUNCTIONS", {"refused": make, "crashed": crash})
     status, rows, out, _ = run(stages="values")
     assert status == 1
-    assert [row.get("refused") for row in rows] == ["no prior"] * 3 + [None] * 3
-    assert [row.get("error") for row in rows] == [*[None] * 5, "RuntimeError: out of registers"]
-    assert [row.get("ok") for row in rows] == [None] * 3 + [True, True, None]
+    assert [row.get("refused") for row in rows] == ["no prior"] * 4 + [None] * 4
+    assert [row.get("error") for row in rows] == [*[None] * 7, "RuntimeError: out of registers"]
+    assert [row.get("ok") for row in rows] == [None] * 4 + [True, True, True, None]
     assert "\nrefused tiny xla: no prior\n" in out
-    assert lines_with(out, "values: ") == ["values: 3 refused, 2 right, 1 ended by an error"]
+    assert lines_with(out, "values: ") == ["values: 4 refused, 3 right, 1 ended by an error"]
     (line,) = lines_with(out, "failed: ")
     assert line == "failed: values crashed tiny xla bfloat16: RuntimeError: out of registers"
 

@@ -150,8 +150,9 @@ def test_other_platforms_get_the_plain_form(platform):
     program = traced(CASES["capsnet_mnist"])
     text = program.lower(lowering_platforms=(platform,)).as_text()
     assert LOOP in text
-    for part in (text, str(program.jaxpr)):
-        assert not re.search("triton|tpu|mosaic|cuda|pallas|custom_call", part, re.IGNORECASE)
+    assert not re.search("triton|tpu|mosaic|cuda|pallas|custom_call", text, re.IGNORECASE)
+    # The jaxpr has a branch for TPUs, in which passes follow in another order, but no kernels.
+    assert not re.search("triton|mosaic|cuda|pallas|custom_call", str(program.jaxpr), re.IGNORECASE)
 
 
 IN_A_FRESH_PROCESS = """
@@ -426,7 +427,7 @@ def test_options_are_lowered_to_kernels_and_shared_weights_to_the_plain_form(nam
 TRITON = {
     "one of each": Case(batch=1, capsules=1, length=1, parents=1, depth=1),
     "odd": Case(batch=5000, capsules=7, length=5, parents=37, depth=3),
-    "long poses": Case(batch=4, capsules=9, length=128, parents=3, depth=256, dtype="bfloat16"),
+    "long poses": Case(batch=4, capsules=9, length=16, parents=3, depth=64, dtype="bfloat16"),
 }
 
 
@@ -441,8 +442,8 @@ def test_odd_sizes_are_lowered_for_a_gpu_under_vmap_too(name, mapped):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"length": 129}, "P must be at most 128 and D at most 256, got 129 and 16"),
-        ({"depth": 257}, "P must be at most 128 and D at most 256, got 8 and 257"),
+        ({"length": 17}, "P must be at most 16 and D at most 64, got 17 and 16"),
+        ({"depth": 65}, "P must be at most 16 and D at most 64, got 8 and 65"),
         ({"dtype": "float64"}, "inputs of this kernel must be float32 or bfloat16, got float64"),
         ({"dtype": "float16"}, "inputs of this kernel must be float32 or bfloat16, got float16"),
     ],
