@@ -14,7 +14,7 @@ import pytest
 import sharded_programs
 
 from capsjax.kernels.vote_passes.cases import CASES, Case
-from capsjax.kernels.vote_passes.passes import PLATFORMS, Device
+from capsjax.kernels.vote_passes.passes import PLATFORMS, device_named
 from experiments import compile_report
 from experiments.compilers import arithmetic, floors, targets
 from experiments.compilers.compiling import CompileRequest, compile_costs, platform_of, routing
@@ -25,6 +25,9 @@ pytestmark = pytest.mark.aot
 
 costs = cache(compile_costs)
 REGISTERS = 255  # the most that a thread can have
+# Share of instructions in loops that access spilled registers where the gradients' programs take
+# several tiles of examples in turn.
+SPILLED = 0.06
 REPORTED = ("h100", "a100", "tpu_v5e")  # by default
 OTHERS = tuple(name for name in TARGETS if name not in REPORTED)
 # No tile divides any of these sizes.
@@ -55,13 +58,17 @@ def row(target, implementation, case, gradients=True, **options):
     return found
 
 
-def check_resources(target, kernels):
-    """Check that kernels fit into registers and shared memory, or have code."""
+def check_resources(target, kernels, spilled=0):
+    """Check that kernels fit into registers and shared memory, or have code.
+
+    `spilled` is the share of a GPU kernel's instructions in loops that may access spilled registers.
+    """
     assert kernels
     gpu = TARGETS[target].gpu
     for kernel in kernels:
         if gpu:
-            assert kernel["spills"] == kernel["loop_local"] == 0, kernel
+            in_loops = sum(loop["instructions"] for loop in kernel["loops"])
+            assert kernel["loop_local"] <= spilled * in_loops, kernel
             assert kernel["registers"] <= REGISTERS, kernel
             assert kernel["shared_memory"] <= gpu.multiprocessor.shared_memory - 1024, kernel
             assert kernel["resident_blocks"] >= 1, kernel
@@ -73,7 +80,8 @@ def check_resources(target, kernels):
 @pytest.mark.parametrize(("target", "implementation"), implementations(kernels_only=True))
 def test_kernels_fit_into_registers_and_shared_memory(target, implementation, case):
     found = row(target, implementation, case)["kernels"]
-    check_resources(target, [kernel for kernel in found if kernel["pallas"]])
+    spilled = SPILLED if case in ("many_parents", "conv_capsules") else 0
+    check_resources(target, [kernel for kernel in found if kernel["pallas"]], spilled)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +124,11 @@ def test_machine_code_executes_the_products_of_the_kernels(target, implementatio
     """The products in the source, times its loops, tell whether iterations are counted rightly."""
     found = row(target, implementation, "capsnet_mnist")["kernels"]
     request = CompileRequest(target, implementation, CASES["capsnet_mnist"], True)
-    device = {"platform": platform_of(TARGETS[target]), "device": Device(TARGETS[target].device)}
+    known = targets.described(TARGETS[target])
+    device = {
+        "platform": platform_of(TARGETS[target]),
+        "device": device_named(known.device_kind, known.num_cores),
+    }
     function, shapes = routing(request)
     source = sum(
         calls * arithmetic.equation_operations(equation).matrix
@@ -182,7 +194,9 @@ def test_floors_of_a_kernel_written_by_hand(target, tmp_path):
 def test_votes_are_not_stored(target, implementation):
     case = CASES["capsnet_mnist"]
     votes = 4 * case.batch * case.capsules * case.parents * case.depth
-    assert row(target, implementation, "capsnet_mnist")["temporary_mb"] <= 12 < votes / 1e6
+    # On a GPU, the partial sums of 144 ranges of children, and two numbers of each child.
+    most = 16 if TARGETS[target].gpu else 12
+    assert row(target, implementation, "capsnet_mnist")["temporary_mb"] <= most < votes / 1e6
 
 
 @pytest.mark.parametrize(("target", "implementation"), implementations(kernels_only=True))
@@ -191,12 +205,15 @@ def test_longest_case_needs_little_memory(target, implementation):
 
 
 @pytest.mark.parametrize(("target", "implementation"), implementations(kernels_only=True))
-def test_temporaries_do_not_grow_with_the_number_of_capsules(target, implementation):
+def test_temporaries_grow_by_what_is_kept_of_each_capsule(target, implementation):
     cases = compile_report.scaling_cases()
     sizes = 2**14, 2**20
     few, many = (row(target, implementation, cases[size])["temporary_mb"] for size in sizes)
-    # By less than one float32 a capsule.
-    assert many - few < 4 * (sizes[1] - sizes[0]) / 1e6
+    # On a GPU by two numbers for each example and iteration with a softmax, and by less than one
+    # float32 a capsule.
+    case = cases[sizes[0]]
+    kept = 2 * case.batch * (case.num_iterations - 1) if TARGETS[target].gpu else 0
+    assert many - few < 4 * (kept + 1) * (sizes[1] - sizes[0]) / 1e6
 
 
 @pytest.mark.parametrize(("gradients", "megabytes"), [(False, 60), (True, 160)])
@@ -206,21 +223,25 @@ def test_traffic_on_a_tpu_is_small(target, implementation, gradients, megabytes)
     assert found["moved_mb"] <= megabytes
 
 
-# Lower bounds on the traffic of stored votes relative to that of kernels. A TPU v5e keeps most of
-# the stored votes in its vector memory, so that its bounds are smaller.
-LESS_TRAFFIC = {"h100": {False: 13, True: 13}, "tpu_v5e": {False: 1.6, True: 6.4}}
+# Floors of the kernels alone at `capsnet_mnist`, in microseconds, and how many times as large the
+# floor of the whole program with stored votes is, forward and with gradients.
+KERNELS_ALONE = {"h100": (12, 48), "a100": (17, 72), "tpu_v5e": (50, 176)}
+GAIN = {"h100": (6, 5), "a100": (5.5, 4.5), "tpu_v5e": (4, 3)}
 
 
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize(
-    ("target", "implementation"), implementations(kernels_only=True, only=tuple(LESS_TRAFFIC))
+    ("target", "implementation"), implementations(kernels_only=True, only=tuple(GAIN))
 )
-def test_kernels_have_less_traffic_than_stored_votes(target, implementation, gradients):
+def test_floors_of_kernels_and_of_stored_votes(target, implementation, gradients):
     own, stored = (
-        row(target, name, "capsnet_mnist", gradients)["moved_mb"]
+        row(target, name, "capsnet_mnist", gradients)
         for name in (implementation, compile_report.STORED_VOTES)
     )
-    assert own * LESS_TRAFFIC[target][gradients] <= stored
+    kernels = [kernel for kernel in own["kernels"] if kernel["pallas"]]
+    alone = sum(kernel["calls"] * kernel["issue_us"] for kernel in kernels)
+    assert alone <= KERNELS_ALONE[target][gradients]
+    assert own["floor_us"] * GAIN[target][gradients] <= stored["floor_us"]
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_dry_run_writes_and_prints_every_stage(run, tmp_path):
     assert fused["speedup"] == stored["us"] / fused["us"]
     (line,) = lines_with(out, "tiny float32 xla gradients")
     assert " 1.2 " in line
-    assert lines_with(out, "values: ") == ["values: 9 right"]
+    assert lines_with(out, "values: ") == ["values: 12 right"]
     assert len(lines_with(out, "routing tiny float32 highest right")) == 1
 
 
