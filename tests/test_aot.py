@@ -61,7 +61,7 @@ def row(target, implementation, case, gradients=True, **options):
 def check_resources(target, kernels, spilled=0):
     """Check that kernels fit into registers and shared memory, or have code.
 
-    `spilled` is the share of a GPU kernel's instructions in loops that may access spilled registers.
+    `spilled` is the share of instructions in loops that may access spilled registers of a GPU.
     """
     assert kernels
     gpu = TARGETS[target].gpu

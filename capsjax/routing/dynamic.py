@@ -41,9 +41,13 @@ def dynamic_routing(
     (plain JAX, any platform), `"triton"` (NVIDIA GPUs, sm_80 and newer) and `"mosaic_tpu"` (TPUs)
     store no votes, forward or backward, and have no forward-mode derivative. None selects the
     platform's kernel if it accepts the arguments, else `"xla"`. The kernels accept float32 and
-    bfloat16, weights `[I, P, J, D]` and a prior `[I, J]`; they refuse `parent_mask`, `leaky` and
-    batches of symbolic size. `"triton"` needs P up to 128 and D up to 256; `"mosaic_tpu"` needs
-    the weights of 128 capsules in vector memory (P·J·D up to about 80,000 on a v5e or v6e).
+    bfloat16 with weights `[I, P, J, D]`, and refuse batches of symbolic size. `"triton"` needs P up
+    to 16 and D up to 64; `"mosaic_tpu"` needs the weights of 128 capsules in vector memory (P·J·D
+    up to about 80,000 on a v5e or v6e).
+
+    Precision: kernels multiply float32 as sums of bfloat16 parts, by `jax.default_matmul_precision`
+    1 (error about 5e-3), 2 ("high", 3e-5) or 3 ("highest", 1e-6); by default 2 on a GPU and 1 on a
+    TPU.
 
     Sharding: a batch sharded by `jax.shard_map`, or over Explicit axes, stays on its devices
     without any setting. Over Auto axes, whose sharding only XLA's partitioner knows, only `"xla"`
