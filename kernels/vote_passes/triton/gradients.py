@@ -23,6 +23,7 @@ from capsjax.kernels.vote_passes.triton.tiles import (
     Group,
     Tiling,
     agreements,
+    barrier,
     dot,
     exp2,
     fma,
@@ -201,6 +202,7 @@ def _kernel(
             one_parent = partial(add_parent, iterations, group, grows, poses, parts)
             kept = [load_kept(group, t) for t in iterations]
             d_poses = loop(tiling.parents, partial(one_parent, kept), d_poses)
+            barrier(tiling)
         group.store_poses(results.d_poses, d_poses)
         return carry
 

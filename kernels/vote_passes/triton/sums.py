@@ -22,6 +22,7 @@ from capsjax.kernels.vote_passes.triton.tiles import (
     Group,
     Tiling,
     agreements,
+    barrier,
     dot,
     exp2,
     fma,
@@ -289,4 +290,10 @@ def _kernel(
         place = results.sums.at[portion, j, group.rows[:, None], d]
         grow(place, term, shape.steps > 1 and step > 0)
 
-    loop(shape.steps, one_step, ())
+    def step_and_barrier(step: Array, carry: tuple[()]) -> tuple[()]:
+        one_step(step, carry)
+        if shape.steps > 1:
+            barrier(tiling)
+        return carry
+
+    loop(shape.steps, step_and_barrier, ())

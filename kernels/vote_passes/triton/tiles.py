@@ -320,10 +320,16 @@ def loop(count: int, step: Any, carry: Any) -> Any:
     return lax.fori_loop(0, count, lambda k, carry: step(k.astype(jnp.int32), carry), carry)
 
 
+def barrier(tiling: Tiling) -> None:
+    """Let a program's threads load what others of them stored."""
+    if not tiling.interpret:
+        pltriton.debug_barrier()
+
+
 def grow(at: Any, term: Array, grows: Any, inside: Array | None = None) -> None:
     """Store a term, added to what the program stored before if `grows`, a bool or an array.
 
-    The same threads load and store an element, so no barrier is needed.
+    A barrier must be between the two.
     """
     if grows is not False:
         mask = jnp.broadcast_to(jnp.asarray(grows), term.shape)
