@@ -3,17 +3,25 @@
 Machine code (SASS) has the instructions of each loop, but hides how often the loop runs. PTX shows
 that. ptxas keeps the order and the nesting of loops, so the loops of both are matched in order. It
 may unroll a loop, partly or entirely: the number of barriers, matrix products and asynchronous
-copies in an iteration, which it neither adds nor removes, tells by how much; where there are none,
-all loads and stores. A kernel where any of this does not hold is an error.
+copies in an iteration, which it neither adds nor removes, tells by how much. Where there are none,
+loads and stores do, of which it removes a few, if the arithmetic agrees. A kernel where any of this
+does not hold is an error.
 """
 
 import collections
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 
 from experiments.compilers import ptx, sass
 from experiments.compilers.loops import Loop
 
+# Kinds of which ptxas may find that two are the same or that one is never executed. They decide
+# only where there are no others, if the arithmetic agrees.
+_INEXACT = {"load", "load shared", "store", "store shared", "reduction", "shuffle"}
+_ARITHMETIC = "arithmetic"
+# By how much arithmetic may differ: two operations may be the same, or one be expanded.
+_LEAST, _MOST = 0.75, 1.6
 # Kinds of instructions that ptxas keeps one to one, by the first part of an opcode.
 _PTX_KINDS = {
     name: kind
@@ -46,12 +54,10 @@ _SASS_KINDS = {
         "store shared": ("STS",),
         "load shared": ("LDS",),
         "load": ("LDG",),
+        _ARITHMETIC: ("FADD", "FMUL", "FFMA"),
     }.items()
     for name in names
 }
-# Kinds of which ptxas may find that two are the same or that one is never executed, or split one.
-# They decide only where there are no others.
-_INEXACT = {"load", "load shared", "store", "store shared", "reduction", "shuffle"}
 
 
 def iterations(intermediate: ptx.Kernel, code: sass.Kernel, grid: Sequence[int]) -> list[int]:
@@ -160,11 +166,19 @@ def _unrolled(
       times: Its iterations in PTX.
       inner: Whether loops are inside. They would be repeated, so it cannot be unrolled.
     """
-    exact = {kind for kind in written if kind not in _INEXACT} or set(written)
-    factors = {left[kind] / written[kind] for kind in exact}
-    factors |= {1.0} if inner or times <= 1 else set()
-    (factor, *others) = factors or {0.0}
-    return int(factor) if not others and factor >= 1 and factor == int(factor) else None
+    ratios = {kind: left[kind] / number for kind, number in written.items()}
+    arithmetic = ratios.pop(_ARITHMETIC, None)
+    exact = {ratio for kind, ratio in ratios.items() if kind not in _INEXACT}
+    exact |= {1.0} if inner or times <= 1 else set()
+    factors = exact or set(ratios.values()) or {0.0}
+    factor = max(factors)
+    if len(factors) == 1 and factor >= 1 and factor == int(factor):
+        return int(factor)
+    number = math.ceil(factor)
+    agree = all(math.ceil(other) == number for other in factors)
+    if exact or arithmetic is None or not agree:
+        return None
+    return number if _LEAST * number <= arithmetic <= _MOST * number else None
 
 
 def _tally(kinds: Sequence[str | None], positions: Iterable[int]) -> collections.Counter[str]:
@@ -178,6 +192,8 @@ def _ptx_kind(opcode: str) -> str | None:
         if "shared" in modifiers or "shared::cta" in modifiers:
             return f"{name} shared"
         return name if "global" in modifiers else None
+    if kind in ("add", "sub", "mul", "fma") and modifiers[-1] == "f32":
+        return _ARITHMETIC
     if kind == "wgmma" and "mma_async" not in modifiers:
         return None
     if kind == "tcgen05" and modifiers[0] != "mma":
