@@ -4,21 +4,28 @@ Machine code (SASS) has the instructions of each loop, but hides how often the l
 that. ptxas keeps the order and the nesting of loops, so the loops of both are matched in order. It
 may unroll a loop, partly or entirely, and remove what nothing reads or what is never executed, but
 it adds no products, stores or asynchronous copies. So the kind of which most is left tells by how
-much a loop is unrolled. A kernel where any of this does not hold is an error.
+much a loop is unrolled; where a part of each kind is gone, the arithmetic has to agree. A kernel
+where any of this does not hold is an error.
 """
 
 import collections
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 
 from experiments.compilers import ptx, sass
 from experiments.compilers.loops import Loop
 
+# Kinds of which ptxas may find that two are the same, or split one. They decide only where there
+# are no others.
+_INEXACT = {"load", "load shared", "shuffle"}
+_ARITHMETIC = "arithmetic"
+# By how much arithmetic may differ: two operations may be the same, or one be expanded.
+_LEAST, _MOST = 0.75, 1.6
 # Kinds of instructions that ptxas keeps one to one, by the first part of an opcode.
 _PTX_KINDS = {
     name: kind
     for kind, names in {
-        "barrier": ("bar", "barrier"),
         "product": ("mma",),
         "group product": ("wgmma",),
         "tensor memory": ("tcgen05",),
@@ -33,7 +40,6 @@ _PTX_KINDS = {
 _SASS_KINDS = {
     name: kind
     for kind, names in {
-        "barrier": ("BAR",),
         "product": ("HMMA", "IMMA", "QMMA", "OMMA", "DMMA"),
         "group product": ("HGMMA", "QGMMA", "IGMMA"),
         "tensor memory": ("UTCHMMA", "UTCQMMA", "UTCIMMA", "UTCOMMA"),
@@ -46,12 +52,10 @@ _SASS_KINDS = {
         "store shared": ("STS",),
         "load shared": ("LDS",),
         "load": ("LDG",),
+        _ARITHMETIC: ("FADD", "FMUL", "FFMA"),
     }.items()
     for name in names
 }
-# Kinds of which ptxas may find that two are the same, or split one. They decide only where there
-# are no others.
-_INEXACT = {"load", "load shared", "shuffle"}
 
 
 def iterations(intermediate: ptx.Kernel, code: sass.Kernel, grid: Sequence[int]) -> list[int]:
@@ -160,11 +164,17 @@ def _unrolled(
       times: Its iterations in PTX.
       inner: Whether loops are inside. They would be repeated, so it cannot be unrolled.
     """
-    deciding = written.keys() - _INEXACT or written.keys()
-    factor = max((left[kind] / written[kind] for kind in deciding), default=0.0)
+    ratios = {kind: left[kind] / number for kind, number in written.items()}
+    arithmetic = ratios.pop(_ARITHMETIC, None)
+    deciding = ratios.keys() - _INEXACT or ratios.keys()
+    factor = max((ratios[kind] for kind in deciding), default=0.0)
     if inner or times <= 1:
         return 1 if factor <= 1 else None
-    return int(factor) if factor >= 1 and factor == int(factor) else None
+    number = math.ceil(factor)
+    if number < 1 or number == factor:
+        return number or None
+    agrees = arithmetic is not None and _LEAST * number <= arithmetic <= _MOST * number
+    return number if agrees else None
 
 
 def _tally(kinds: Sequence[str | None], positions: Iterable[int]) -> collections.Counter[str]:
@@ -178,6 +188,8 @@ def _ptx_kind(opcode: str) -> str | None:
         if "shared" in modifiers or "shared::cta" in modifiers:
             return f"{name} shared"
         return name if "global" in modifiers else None
+    if kind in ("add", "sub", "mul", "fma") and modifiers[-1] == "f32":
+        return _ARITHMETIC
     if kind == "wgmma" and "mma_async" not in modifiers:
         return None
     if kind == "tcgen05" and modifiers[0] != "mma":
