@@ -190,9 +190,7 @@ def test_loads_and_arithmetic_decide_where_nothing_is_exact(loads, sums, trips):
 
 def test_a_loop_that_is_missing_or_new_is_an_error():
     code = SASS_OF_PTX
-    with pytest.raises(
-        ValueError, match=r"^matching: a loop of sums has {'load': 3} in PTX"
-    ):
+    with pytest.raises(ValueError, match=r"^matching: a loop of sums has {'load': 3} in PTX"):
         count(code=code.replace("@P1 BRA `(.L_x_1)", "NOP"))
     with pytest.raises(ValueError, match=r"differ: \(\(\)\) in PTX, \(\(\)\)\(\) in machine code$"):
         count(

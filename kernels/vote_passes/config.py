@@ -193,6 +193,8 @@ TRITON_WAVES = 16
 # and how much longer a step takes that computes them twice.
 TRITON_UNROLLED = 10
 TRITON_TWICE = 1.35
+# How much longer the gradients of a tile take in a program of several, which lacks registers.
+TRITON_CROWDED = 1.05
 # Bytes of partial sums of a pass, at most.
 TRITON_PARTIAL_SUMS = 64 * 2**20
 
@@ -222,7 +224,9 @@ def triton_config_for(
             twice = TRITON_TWICE if case.parents <= TRITON_UNROLLED else 1.0
             sums.append(_triton_split(groups, tiles, examples, size, processors, twice))
             size = 4 * case.capsules * case.length * case.parents * case.depth
-            gradients.append(_triton_split(tiles, groups, examples, size, processors))
+            gradients.append(
+                _triton_split(tiles, groups, examples, size, processors, TRITON_CROWDED)
+            )
     # The first of equals, which has the largest tiles.
     _, sums_examples, ranges = min(sums, key=lambda x: x[0])
     _, gradients_examples, splits = min(gradients, key=lambda x: x[0])
