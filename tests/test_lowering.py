@@ -294,15 +294,19 @@ IN_ONE_ARTEFACT = {
 @pytest.mark.parametrize("name", IN_ONE_ARTEFACT)
 def test_one_program_for_all_platforms(name):
     function, arguments = IN_ONE_ARTEFACT[name]
-    with lowering_for("cuda"):
-        check = jax.export.DisabledSafetyCheck.custom_call(TRITON_CALL)
-        export = jax.export.export(
-            jax.jit(function), platforms=ALL_PLATFORMS, disabled_checks=[check]
-        )
-        exported = export(*arguments)
+    # No GPU is here, and none is described.
+    check = jax.export.DisabledSafetyCheck.custom_call(TRITON_CALL)
+    export = jax.export.export(jax.jit(function), platforms=ALL_PLATFORMS, disabled_checks=[check])
+    exported = export(*arguments)
     text = exported.mlir_module()
     assert all(kernel in text for kernel in (KERNEL["tpu"], TRITON_CALL, LOOP))
     assert_close(exported.call(*arguments), function(*arguments))
+
+
+def test_without_a_disabled_check_the_export_names_the_call_to_disable():
+    function = jax.jit(capsjax.dynamic_routing)
+    with pytest.raises(ValueError, match=re.escape(f"@{TRITON_CALL}")):
+        jax.export.export(function, platforms=("cuda",))(*SMALL)
 
 
 def test_however_it_is_run_the_choice_is_the_same():

@@ -426,11 +426,12 @@ def _for_triton() -> Iterator[None]:
     """Import and lower Pallas-Triton kernels as JAX 0.11 and newer need it.
 
     They warn that the backend will be removed, which the error of `_backend` will explain then, and
-    ask which GPU a program is for, where there is none: each kernel runs on any from sm_80 on.
+    ask which GPU a program is for, where there is none: one that JAX knows by name has to stand for
+    any from sm_80 on.
     """
     mesh = jax.sharding.get_abstract_mesh()
     known = mesh.abstract_device is not None or jax.devices()[0].platform == "gpu"
-    device = AbstractDevice(device_kind="NVIDIA GPU", num_cores=1, platform="gpu")
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
     described = AbstractMesh(
         mesh.axis_sizes, mesh.axis_names, mesh.axis_types, abstract_device=device
     )
