@@ -25,8 +25,8 @@ pytestmark = pytest.mark.aot
 
 costs = cache(compile_costs)
 REGISTERS = 255  # the most that a thread can have
-# Share of instructions in loops that access spilled registers where the gradients' programs take
-# several tiles of examples in turn.
+# Share of instructions in loops that may access spilled registers where the gradients' programs take
+# several tiles of examples in turn, and on other generations than those reported.
 SPILLED = 0.06
 REPORTED = ("h100", "a100", "tpu_v5e")  # by default
 OTHERS = tuple(name for name in TARGETS if name not in REPORTED)
@@ -89,7 +89,7 @@ def test_kernels_fit_into_registers_and_shared_memory(target, implementation, ca
 )
 def test_kernels_compile_for_other_generations(target, implementation):
     found = row(target, implementation, "capsnet_mnist")["kernels"]
-    check_resources(target, [kernel for kernel in found if kernel["pallas"]])
+    check_resources(target, [kernel for kernel in found if kernel["pallas"]], SPILLED)
 
 
 @pytest.mark.parametrize(
