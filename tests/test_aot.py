@@ -25,8 +25,8 @@ pytestmark = pytest.mark.aot
 
 costs = cache(compile_costs)
 REGISTERS = 255  # the most that a thread can have
-# Share of instructions in loops that may access spilled registers where the gradients' programs take
-# several tiles of examples in turn, and on other generations than those reported.
+# Share of instructions in loops that may access spilled registers: where the gradients' programs
+# take several tiles of examples in turn, and on generations that are not reported by default.
 SPILLED = 0.06
 REPORTED = ("h100", "a100", "tpu_v5e")  # by default
 OTHERS = tuple(name for name in TARGETS if name not in REPORTED)
