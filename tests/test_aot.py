@@ -209,10 +209,11 @@ def test_temporaries_grow_by_what_is_kept_of_each_capsule(target, implementation
     cases = compile_report.scaling_cases()
     sizes = 2**14, 2**20
     few, many = (row(target, implementation, cases[size])["temporary_mb"] for size in sizes)
-    # On a GPU by two numbers for each example and iteration with a softmax, and by less than one
-    # float32 a capsule.
+    # On a GPU by two numbers for each example and iteration with a softmax, on a TPU by the poses'
+    # gradients, which are copied into their layout at the end; and by less than one float32.
     case = cases[sizes[0]]
-    kept = 2 * case.batch * (case.num_iterations - 1) if TARGETS[target].gpu else 0
+    of_gpu, of_tpu = 2 * (case.num_iterations - 1), 1.05 * case.length
+    kept = case.batch * (of_gpu if TARGETS[target].gpu else of_tpu)
     assert many - few < 4 * (kept + 1) * (sizes[1] - sizes[0]) / 1e6
 
 

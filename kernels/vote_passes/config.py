@@ -80,9 +80,6 @@ TPU_MEMORY_FRACTION = 0.75
 # MiB of the generations whose kernels fuse sums and gradients: the choice is one of the case, so
 # that a program is the same for all of them.
 FUSED_TPU_MEMORY = 64
-# Bytes of float32 poses, at most: the gradients of poses of the iterations are added up in a layout
-# from which they are copied at the end.
-FUSED_POSES = 128 * 2**20
 # Bytes of vector memory that the compiler adds to a kernel's arrays, at most.
 TPU_SPILLS = 8 * 2**20
 
@@ -102,8 +99,6 @@ def mosaic_tpu_config_for(
 def mosaic_tpu_fuses(case: Case) -> bool:
     """Return whether TPUs compute `chain` and the input gradients of an iteration at once."""
     if not isinstance(case.batch, int):  # a symbolic size, which kernels do not accept
-        return False
-    if 4 * case.batch * case.capsules * case.length > FUSED_POSES:
         return False
     return _tpu_tile(case, "fused", FUSED_TPU_MEMORY, prior_of_examples=False) is not None
 
