@@ -276,10 +276,10 @@ def test_eight_devices_run_kernels_and_send_partial_sums_only(target, implementa
     found = sharded_programs.run("for_absent_devices", target, environment=environment)
     weights, part, state = "1152,8,10,16", "288,8,10,16", "512,10,16"
     # XLA cannot partition a kernel over an Auto axis, so "xla" runs there: it sums the gradients of
-    # weights over the devices, perhaps tile by tile.
+    # weights over the devices, perhaps tile by tile; in the order of a TPU once an iteration.
     on_auto_axis = found.pop("batch over an Auto axis")
     assert on_auto_axis["kernels"] == 0
-    assert len(on_auto_axis["sent"]) == 1
+    assert len(on_auto_axis["sent"]) == (1 if TARGETS[target].gpu else 3)
     for name, sums in {"batch": [weights], "capsules": [part, *[state] * 5]}.items():
         assert found[name]["kernels"] >= 5, implementation
         assert sorted(shape for shape, _ in found[name]["sent"]) == sorted(sums)
