@@ -121,7 +121,7 @@ def found(function, wanted, arrays):
 
 def communication(text):
     """Shapes and kinds of what the devices of a compiled program send each other."""
-    kinds = "(?:all|collective|reduce)-(?!window)[a-z-]+"
+    kinds = "(?:all|collective|reduce)-(?!window|precision)[a-z-]+"
     return re.findall(rf"= \(?\w+\[([\d,]*)\].*? ({kinds})\(", text)
 
 
@@ -166,7 +166,8 @@ def kernels_over_an_axis():
         settings = {"implementation": kernel, "num_iterations": 2}
         function = partial(route, axis_name="capsules", **settings)
         program = gradients_of(split(function, mesh, check_vma=check_vma))
-        yield implementation, found(program, oracle(2, FULL), arrays)
+        with jax.default_matmul_precision("highest"):
+            yield implementation, found(program, oracle(2, FULL), arrays)
 
 
 def other_ways_to_write_it():
@@ -348,7 +349,8 @@ def kernels_on_batches():
         function = gradients_of(partial(route, implementation=kernel))
         mesh = make_mesh(sizes, names, AxisType.Explicit)
         name = f"{implementation} over {' and '.join(names)}"
-        yield name, found(function, wanted, placed(arrays, mesh, P("data"), [P()] * 3))
+        with jax.default_matmul_precision("highest"):
+            yield name, found(function, wanted, placed(arrays, mesh, P("data"), [P()] * 3))
         mesh = make_mesh(sizes, names)
         try:
             found(function, wanted, placed(arrays, mesh, P("data"), [P()] * 3))
