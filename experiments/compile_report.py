@@ -30,6 +30,14 @@ class Config:
         "",
         f"Any of {', '.join(IMPLEMENTATIONS)}, comma-separated; empty: all that the target has.",
     )
+    dtype: str = flag(
+        "", "In place of that of the cases; empty: theirs.", choices=("", "float32", "bfloat16")
+    )
+    precision: str = flag(
+        "",
+        "jax.default_matmul_precision; empty: none.",
+        choices=("", "default", "high", "highest"),
+    )
     scaling: bool = flag(
         False,
         "Instead of the cases, compile 1k to 1M input capsules: gradients only, no stored votes.",
@@ -72,8 +80,11 @@ def requests(config: Config) -> list[tuple[str, CompileRequest]]:
     cases = {f"I={size}": case for size, case in scaling_cases().items()}
     if not config.scaling:
         cases = {name: CASES[name] for name in names}
+    if config.dtype:
+        cases = {name: case._replace(dtype=config.dtype) for name, case in cases.items()}
+    precision = config.precision or None
     return [
-        (name, CompileRequest(target, implementation, case, gradients))
+        (name, CompileRequest(target, implementation, case, gradients, precision=precision))
         for target in config.target.split(",")
         for name, case in cases.items()
         for implementation in implementations(target)

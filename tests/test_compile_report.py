@@ -209,3 +209,10 @@ def test_every_row_is_printed_and_written(monkeypatch, tmp_path, capsys):
     for row in written:
         expected += [compile_report.line(row), *compile_report.kernel_lines(row)]
     assert printed == expected
+
+
+def test_settings_of_programs_reach_every_request(monkeypatch):
+    monkeypatch.setattr(targets, "check_installed", lambda target: None)
+    config = compile_report.Config(case="capsnet_mnist", dtype="bfloat16", precision="highest")
+    named = compile_report.requests(config)
+    assert {(x.case.dtype, x.precision) for _, x in named} == {("bfloat16", "highest")}
