@@ -481,3 +481,11 @@ def test_couplings_come_from_the_plain_form_beside_kernels(platform):
         text = program.lower(lowering_platforms=(platform,)).as_text()
     assert {"tpu": "tpu_custom_call", "cuda": "routing_sums"}[platform] in text
     assert LOOP in text
+
+
+@pytest.mark.parametrize("settings", [{}, {"weights": SMALL[1][0]}])
+def test_only_what_tpu_kernels_take_has_a_branch_for_them(settings):
+    function = gradients_of(capsjax.dynamic_routing)
+    weights = settings.get("weights", SMALL[1])
+    text = str(jax.make_jaxpr(function)(SMALL[0], weights))
+    assert ("chain_and_input_gradients" in text) == (not settings)

@@ -98,8 +98,6 @@ def mosaic_tpu_config_for(
 
 def mosaic_tpu_fuses(case: Case) -> bool:
     """Return whether TPUs compute `chain` and the input gradients of an iteration at once."""
-    if not isinstance(case.batch, int):  # a symbolic size, which kernels do not accept
-        return False
     return _tpu_tile(case, "fused", FUSED_TPU_MEMORY, prior_of_examples=False) is not None
 
 

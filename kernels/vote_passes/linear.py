@@ -16,20 +16,30 @@ def check(spec: Spec, inputs: Inputs, device: Device, *, platform: str) -> None:
 
     The answer is the same for all passes of a routing, because one kernel reads what another kept.
     """
+    rules = _rules(spec, inputs)
+    rules["must lie on one device (jax.shard_map, or Explicit axes)"] = device.num_devices == 1
+    for rule, holds in rules.items():
+        if not holds:
+            raise Unsupported(f"routing: inputs of this kernel {rule}")
+    parts(platform)
+
+
+def accepts(spec: Spec, inputs: Inputs) -> bool:
+    """Return whether kernels support a pass, as far as it does not depend on the device."""
+    return all(_rules(spec, inputs).values())
+
+
+def _rules(spec: Spec, inputs: Inputs) -> dict[str, bool]:
+    """Return what inputs must be, and whether they are."""
     dtype = inputs.poses.dtype
-    rules = {
+    return {
         f"must be float32 or bfloat16, got {dtype}": dtype in (jnp.float32, jnp.bfloat16),
         "must have linear logits and sums": (spec.logits, spec.moments) == ("linear", "sums"),
         "must have vectors as poses": inputs.poses.shape[2] == 1,
         "must have weights [I, P, J, D]": inputs.weights is not None and inputs.weights.ndim == 4,
         "must have no coordinates": inputs.coordinates is None,
         "must have a batch of known size": isinstance(inputs.poses.shape[0], int),
-        "must lie on one device (jax.shard_map, or Explicit axes)": device.num_devices == 1,
     }
-    for rule, holds in rules.items():
-        if not holds:
-            raise Unsupported(f"routing: inputs of this kernel {rule}")
-    parts(platform)
 
 
 class Operands(NamedTuple):

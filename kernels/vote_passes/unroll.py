@@ -25,7 +25,7 @@ from capsjax.kernels.sharding import (
     vary_over,
     varying_axes,
 )
-from capsjax.kernels.vote_passes import passes, reference
+from capsjax.kernels.vote_passes import linear, passes, reference
 from capsjax.kernels.vote_passes.config import mosaic_tpu_fuses
 from capsjax.kernels.vote_passes.passes import (
     Implementation,
@@ -130,8 +130,10 @@ def _backward(
     routing: Routing, residuals: tuple[Inputs, Any, list[Residuals]], d_outputs: Any
 ) -> tuple[Inputs, Any, Any]:
     inputs, named = residuals[0], routing.implementation
-    fused = routing.gradient == "full" and mosaic_tpu_fuses(
-        case_of(routing.spec, inputs, routing.num_iterations)
+    fused = (
+        routing.gradient == "full"
+        and linear.accepts(routing.spec, inputs)
+        and mosaic_tpu_fuses(case_of(routing.spec, inputs, routing.num_iterations))
     )
     apart = partial(_backward_passes, routing, fused=False)
     if not fused or (named is not None and named.name != "mosaic_tpu"):
