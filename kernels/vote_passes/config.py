@@ -175,7 +175,7 @@ class TritonConfig:
 
 # Columns n·P of a group, of which each of 4 threads has a quarter.
 TRITON_COLUMNS = 64
-TRITON_LANES = 4
+TRITON_LANES = 4  # threads that share the 8 columns of a matrix instruction's result
 # Sizes of tiles of examples, the largest first; a warp has 16 of them.
 TRITON_EXAMPLES = (64, 32, 16)
 TRITON_ROWS = 16

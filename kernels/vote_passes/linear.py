@@ -75,7 +75,5 @@ def input_gradients(
     if inputs.gates is None:
         d_gates = None
     else:
-        allowed = masks.reachable(inputs)
-        d_gates = d_gates if allowed is None else jnp.where(allowed, d_gates, 0)
-        d_gates = d_gates.astype(inputs.gates.dtype)
+        d_gates = masks.gates_gradient(inputs, d_gates).astype(inputs.gates.dtype)
     return Inputs(d_poses[:, :, None], d_weights, d_gates, d_prior)

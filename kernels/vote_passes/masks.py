@@ -31,6 +31,12 @@ def gates(inputs: Inputs) -> Array | None:
     return jnp.where(allowed, inputs.gates.astype(dtype), 0)
 
 
+def gates_gradient(inputs: Inputs, d_gates: Array) -> Array:
+    """Return the gradient of the gates, with 0 for children without a reachable parent."""
+    allowed = reachable(inputs)
+    return d_gates if allowed is None else jnp.where(allowed, d_gates, 0)
+
+
 def masked(inputs: Inputs, state: State) -> State:
     """Add the parent mask to the state, as `MASKED_LOGIT` in k."""
     if inputs.parent_mask is None:

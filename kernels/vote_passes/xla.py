@@ -474,10 +474,7 @@ def _join_inputs(inputs: Inputs, found: Tile) -> Inputs:
         coordinates = _rows_first(inputs, of_children(coordinates).reshape(children, -1))
     gates = None
     if inputs.gates is not None:
-        gates = of_both(found.gates)[..., 0]
-        reachable = masks.reachable(inputs)
-        if reachable is not None:
-            gates = jnp.where(jnp.broadcast_to(reachable, gates.shape), gates, 0)
+        gates = masks.gates_gradient(inputs, of_both(found.gates)[..., 0])
     gradients = Inputs(
         of_both(poses).swapaxes(2, 3),
         weights.reshape(inputs.weights.shape),

@@ -29,7 +29,6 @@ from capsjax.kernels.vote_passes.triton.tiles import (
     fma,
     grow,
     loop,
-    placed_like,
     prepare_prior,
     prepare_rows,
     prepare_states,
@@ -188,13 +187,10 @@ def _kernel(
 ) -> None:
     results = _Results(*all_results)
     group_index, split_index = pl.program_id(0), pl.program_id(1)
-    zero = jnp.int32(0)
 
     def one_tile(step: Array, carry: tuple[()]) -> tuple[()]:
         group = Group(tiling, group_index, split_index * shape.tiles + step)
-        weights = group.load_weights(refs.weights, zero)
-        y = pltriton.dot(group.load_state(refs.states, 0, zero)[0], weights[0], trans_b=True)
-        poses = placed_like(tiling, group.load_poses(refs.poses), y)
+        poses = group.load_poses_like_products(refs.poses, refs.weights, refs.states)
         parts = split(tiling, poses)
         d_poses = jnp.zeros((tiling.examples, tiling.k), jnp.float32)
         for k, iterations in enumerate(_loops(refs.kept, tiling.parts)):

@@ -29,7 +29,6 @@ from capsjax.kernels.vote_passes.triton.tiles import (
     grow,
     log2,
     loop,
-    placed_like,
     prepare_prior,
     prepare_rows,
     prepare_states,
@@ -214,14 +213,9 @@ def _kernel(
         return carry
 
     def load_poses(group: Group) -> Array:
-        x = group.load_poses(refs.poses)
         if refs.states is None:
-            return x
-        # Else every step of the loops would move the poses between threads.
-        zero = jnp.int32(0)
-        weights = group.load_weights(refs.weights, zero)
-        y = pltriton.dot(group.load_state(refs.states, 0, zero)[0], weights[0], trans_b=True)
-        return placed_like(tiling, x, y)
+            return group.load_poses(refs.poses)
+        return group.load_poses_like_products(refs.poses, refs.weights, refs.states)
 
     def load_gates(group: Group) -> Array | None:
         if refs.gates is not None:

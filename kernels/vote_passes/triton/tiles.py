@@ -22,14 +22,12 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from capsjax.kernels.vote_passes.config import power_of_two
+from capsjax.kernels.vote_passes.config import TRITON_LANES as LANES
+from capsjax.kernels.vote_passes.config import power_of_two, triton_children
 from capsjax.kernels.vote_passes.linear import Operands
 from capsjax.kernels.vote_passes.precision import parts as parts_of
 
 LOG2_E = 1.4426950408889634
-# Columns of a group, the K of its products, if P is at most 16.
-COLUMNS = 64
-LANES = 4  # threads that share the 8 columns of a matrix instruction's result
 # Depth of a matrix instruction on bfloat16 operands.
 INSTRUCTION_DEPTH = 16
 
@@ -59,12 +57,12 @@ class Tiling(NamedTuple):
     @property
     def h(self) -> int:
         """Children of a thread."""
-        return max(1, COLUMNS // (LANES * self.padded_length))
+        return self.n // LANES
 
     @property
     def n(self) -> int:
         """Children of a group."""
-        return LANES * self.h
+        return triton_children(self.length)
 
     @property
     def k(self) -> int:
@@ -368,6 +366,16 @@ class Group:
         at = ref.at[self.rows[:, None], self.columns[None, :]]
         x = pltriton.load(at, mask=self.inside, other=0.0).astype(jnp.float32)
         return to_columns(self.tiling, x)
+
+    def load_poses_like_products(self, ref: Any, weights_ref: Any, states_ref: Any) -> Array:
+        """Load poses, distributed over the threads as products of states and weights are.
+
+        Else every step of the loops over parents would move the poses between threads.
+        """
+        zero = jnp.int32(0)
+        state, weights = self.load_state(states_ref, 0, zero), self.load_weights(weights_ref, zero)
+        product = pltriton.dot(state[0], weights[0], trans_b=True)
+        return placed_like(self.tiling, self.load_poses(ref), product)
 
     def store_poses(self, ref: Any, x: Array) -> None:
         """Store poses `[B, I·P]` from the order of columns."""
