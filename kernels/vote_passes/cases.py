@@ -13,6 +13,7 @@ class Case(NamedTuple):
     depth: int  # D
     num_iterations: int = 3  # T
     dtype: str = "float32"  # of poses and weights
+    rows: int = 1  # R; of a matrix pose, `length` is the number of columns, and D = R·E
 
 
 CASES = {

@@ -217,9 +217,9 @@ def votes_depth(inputs: Inputs) -> int:
 
 def case_of(spec: Spec, inputs: Inputs, num_iterations: int = 1) -> Case:
     """Return the sizes of a pass; `num_iterations` counts the terms of `input_gradients`."""
-    batch, children, _, length = inputs.poses.shape
+    batch, children, rows, length = inputs.poses.shape
     depth, dtype = votes_depth(inputs), jnp.dtype(inputs.poses.dtype).name
-    return Case(batch, children, length, spec.num_parents, depth, num_iterations, dtype)
+    return Case(batch, children, length, spec.num_parents, depth, num_iterations, dtype, rows)
 
 
 def is_uniform(inputs: Inputs, state: State) -> bool:
