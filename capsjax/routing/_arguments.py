@@ -3,13 +3,20 @@
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from capsjax import shapes
 from capsjax.kernels.dtypes import accumulation_dtype
 from capsjax.kernels.sharding import AxisName, names_of, reshape_examples, varying_axes
-from capsjax.kernels.vote_passes.passes import IMPLEMENTATIONS, Implementation, Inputs
+from capsjax.kernels.vote_passes.passes import (
+    IMPLEMENTATIONS,
+    Implementation,
+    Inputs,
+    votes_depth,
+)
+from capsjax.kernels.vote_passes.windows import COMPETITIONS, Windows, grid
 
 GRADIENTS = ("full", "last")
 
@@ -20,6 +27,34 @@ class Checked(NamedTuple):
     inputs: Inputs
     leading: tuple[int, ...]  # batch axes of the caller's arrays, for the result
     num_parents: int  # J
+    is_matrix: bool = False  # whether the poses are matrices [R, P]
+    windows: Windows | None = None  # of a convolution
+
+    @property
+    def depth(self) -> int:
+        """Return D, the length of a vote."""
+        if self.windows is None:
+            return votes_depth(self.inputs)
+        return self.inputs.poses.shape[4] * self.inputs.weights.shape[-1]
+
+    def placed(self, x: Array) -> Array:
+        """Return results `[B, J, ...]` with the caller's batch axes, grid, and matrices.
+
+        Poses `[B, J, D]` have the dtype of the caller's poses, as have numbers `[B, J]`. Both are 0
+        for masked parents.
+        """
+        inputs = self.inputs
+        if inputs.parent_mask is not None:
+            mask = inputs.parent_mask if x.ndim == 2 else inputs.parent_mask[..., None]
+            x = jnp.where(mask, x, 0)
+        inner = x.shape[2:]
+        if inner and self.is_matrix:
+            rows = inputs.poses.shape[-2]
+            inner = rows, inner[0] // rows
+        places = () if self.windows is None else grid(self.windows, inputs)
+        shape = *self.leading, *places, self.num_parents, *inner
+        x = x.astype(inputs.poses.dtype)
+        return reshape_examples(x, shape, has_examples=bool(self.leading))
 
 
 def check_settings(
@@ -46,37 +81,90 @@ def check_implementation(
 
 
 def check_inputs(
-    function: str, poses: Any, weights: Any, *, prior: Any, mask: Any, parent_mask: Any
+    function: str,
+    poses: Any,
+    weights: Any,
+    *,
+    prior: Any,
+    mask: Any,
+    parent_mask: Any,
+    is_matrix: bool = False,
+    activations: Any = None,
+    coordinates: Any = None,
+    windows: Windows | None = None,
 ) -> Checked:
-    """Check poses `[..., I, P]`, weights, prior and masks, and return the engine's inputs."""
+    """Check the arrays of a routing, and return the engine's inputs.
+
+    Args:
+      function: Name of the caller, for messages.
+      poses: `[..., I, P]`, or `[..., I, R, P]` if `is_matrix` or if `activations` are `[..., I]`.
+      weights: `[I, P, J, E]`, `[P, J, E]` or `[P, E]`; of a convolution `[K, L, I, P, J, E]`.
+      prior: `[I, J]` or `[..., I, J]`.
+      mask: `[I]` or `[..., I]`.
+      parent_mask: `[J]` or `[..., J]`.
+      is_matrix: Whether poses are matrices.
+      activations: `[..., I]`, which tell whether poses are matrices.
+      coordinates: `[I, D]`, or `[I, R, E]` for matrices.
+      windows: Of a convolution, where axes H, W come before I, and h, w before J; K, L before
+        I in the weights, and h, w, K, L in a prior of each example.
+    """
     poses = shapes.as_array(function, "poses", poses)
     weights = shapes.as_array(function, "weights", weights)
     shapes.check_floating(function, poses=poses, weights=weights)
-    leading = poses.shape[:-2]
-    shapes.check_shape(function, "poses", poses, "[..., I, P]", (*leading, None, None))
-    children, length = poses.shape[-2:]
-    prior = _check_prior(function, prior, (*leading, children), poses)
-    if weights.ndim in (2, 3):  # shared by all children
-        if weights.shape[0] != length or 0 in weights.shape:
+    places = 0 if windows is None else 2
+    map_letters = "H, W, I" if places else "I"
+    if activations is not None:
+        activations = shapes.as_array(function, "activations", activations)
+        _check_dtype(function, "activations", activations, poses)
+        is_matrix = poses.ndim == activations.ndim + 2
+        if not (is_matrix or poses.ndim == activations.ndim + 1) or activations.ndim <= places:
             raise ValueError(
-                f"{function}: weights must have shape [I, P, J, D], [P, J, D] or [P, D] with "
-                f"I = {children} and P = {length}, got {weights.shape}"
+                f"{function}: activations must have shape [..., {map_letters}], and poses one axis "
+                f"more (vectors) or two (matrices), got {activations.shape} and {poses.shape}"
             )
-        if weights.ndim == 2 and prior is None:
-            raise ValueError(
-                f"{function}: prior must distinguish output capsules that share weights [P, D], "
-                "which are equal without it, got None"
-            )
-    else:
-        wanted = children, length, None, None
-        shapes.check_shape(function, "weights", weights, "[I, P, J, D]", wanted)
+    inner = 2 if is_matrix else 1
+    letters = f"[..., {map_letters}, {'R, P' if is_matrix else 'P'}]"
+    leading = poses.shape[: max(0, poses.ndim - inner - 1 - places)]
+    shapes.check_shape(
+        function, "poses", poses, letters, (*leading, *(None,) * (inner + 1 + places))
+    )
+    full = poses.shape[:-inner]  # [..., I] or [..., H, W, I]
+    if activations is not None:
+        shapes.check_shape(function, "activations", activations, f"[..., {map_letters}]", full)
+        _check_range(function, "activations", activations)
+    prior = _check_prior(function, prior, _prior_shape(weights, full, windows), poses)
+    _check_weights(function, weights, poses, prior, windows, is_matrix)
     parents = prior.shape[-1] if weights.ndim == 2 else weights.shape[-2]
-    kept = _check_mask(function, "mask", mask, "I", (*leading, children))
+    kept = _check_mask(function, "mask", mask, map_letters, full, 1 + places)
     if kept is not None:
         # Zero poses add nothing to sums of votes, and unlike gates of 0 they remove NaN.
-        poses = jnp.where(jnp.broadcast_to(kept, poses.shape[:-1])[..., None], poses, 0)
-    poses = _merge_leading(poses, leading, children, 1, length)
-    return _add_logits(function, Inputs(poses, weights), leading, parents, prior, parent_mask)
+        kept = jnp.broadcast_to(kept, full)
+        poses = jnp.where(kept.reshape(*full, *(1,) * inner), poses, 0)
+        activations = None if activations is None else jnp.where(kept, activations, 0)
+    rows = poses.shape[-2] if is_matrix else 1
+    merged = _merge_leading(poses, leading, *full[len(leading) :], rows, poses.shape[-1])
+    gates = activations
+    if gates is not None:
+        gates = _merge_leading(gates, leading, *full[len(leading) :])
+    inputs = Inputs(merged, weights, gates)
+    if coordinates is not None:
+        shape: tuple[int, ...] = (rows, weights.shape[-1]) if is_matrix else weights.shape[-1:]
+        wanted = "[I, R, E]" if is_matrix else "[I, D]"
+        coordinates = check_parameter(
+            function, "coordinates", coordinates, wanted, (full[-1], *shape), poses
+        )
+        inputs = inputs._replace(coordinates=coordinates.reshape(full[-1], -1))
+    return _add_logits(
+        function, inputs, leading, parents, prior, parent_mask, is_matrix=is_matrix, windows=windows
+    )
+
+
+def check_windows(function: str, stride: Any, competition: str) -> Windows | None:
+    """Return the windows of a convolution; None, for a fully connected layer, if stride is None."""
+    shapes.check_choice(function, "competition", competition, COMPETITIONS)
+    if stride is None:
+        return None
+    return Windows(shapes.check_positive(function, "stride", stride), competition)
 
 
 def check_votes(function: str, votes: Any, *, prior: Any, mask: Any, parent_mask: Any) -> Checked:
@@ -86,8 +174,8 @@ def check_votes(function: str, votes: Any, *, prior: Any, mask: Any, parent_mask
     leading = votes.shape[:-3]
     shapes.check_shape(function, "votes", votes, "[..., I, J, D]", (*leading, None, None, None))
     children, parents, _ = votes.shape[-3:]
-    prior = _check_prior(function, prior, (*leading, children), votes)
-    kept = _check_mask(function, "mask", mask, "I", (*leading, children))
+    prior = _check_prior(function, prior, ((*leading, children), 1), votes)
+    kept = _check_mask(function, "mask", mask, "I", (*leading, children), 1)
     if kept is not None:
         votes = jnp.where(jnp.broadcast_to(kept, votes.shape[:-2])[..., None, None], votes, 0)
     votes = _merge_leading(votes, leading, *votes.shape[-3:])
@@ -123,6 +211,9 @@ def _add_logits(
     parents: int,
     prior: Array | None,
     parent_mask: Any,
+    *,
+    is_matrix: bool = False,
+    windows: Windows | None = None,
 ) -> Checked:
     """Add the prior and the parent mask, with merged batch axes, to the inputs."""
     if prior is not None:
@@ -131,29 +222,89 @@ def _add_logits(
                 f"{function}: prior must have shape [I, J] or [..., I, J] with J = {parents}, "
                 f"got {prior.shape}"
             )
-        if leading and prior.ndim > 2:
-            prior = _merge_leading(prior, leading, *prior.shape[-2:])
-    parent_mask = _check_mask(function, "parent_mask", parent_mask, "J", (*leading, parents))
+        shared = 2 if windows is None else 4
+        if prior.ndim > shared:
+            prior = _merge_leading(prior, leading, *prior.shape[len(leading) :])
+    places = () if windows is None else grid(windows, inputs)
+    letters = "h, w, J" if places else "J"
+    full = (*leading, *places, parents)
+    parent_mask = _check_mask(function, "parent_mask", parent_mask, letters, full, 1)
     if parent_mask is not None:
-        parent_mask = jnp.broadcast_to(parent_mask, (*leading, parents))
-        parent_mask = _merge_leading(parent_mask, leading, parents)
+        parent_mask = jnp.broadcast_to(parent_mask, full)
+        parent_mask = _merge_leading(parent_mask, leading, *places, parents)
+        parent_mask = parent_mask.reshape(-1, parents) if places else parent_mask
     inputs = inputs._replace(prior=prior, parent_mask=parent_mask)
-    return Checked(inputs, leading, parents)
+    return Checked(inputs, leading, parents, is_matrix, windows)
 
 
 def _merge_leading(x: Array, leading: tuple[int, ...], *others: int) -> Array:
     return reshape_examples(x, (math.prod(leading), *others), has_examples=bool(leading))
 
 
-def _check_prior(function: str, prior: Any, full: tuple[int, ...], like: Array) -> Array | None:
+def _check_weights(
+    function: str,
+    weights: Array,
+    poses: Array,
+    prior: Array | None,
+    windows: Windows | None,
+    is_matrix: bool,
+) -> None:
+    """Check weights of all children, `[I, P, J, E]` or with windows, or shared by them."""
+    length, children = poses.shape[-1], poses.shape[-3 if is_matrix else -2]
+    column = "E" if is_matrix else "D"
+    if windows is not None:
+        letters = f"[K, L, I, P, J, {column}]"
+        shapes.check_shape(
+            function, "weights", weights, letters, (None, None, children, length, None, None)
+        )
+        height, width = poses.shape[-5 if is_matrix else -4 :][:2]
+        if weights.shape[0] > height or weights.shape[1] > width:
+            raise ValueError(
+                f"{function}: windows of the weights must fit into the map of poses, "
+                f"{height} x {width}, got {weights.shape[0]} x {weights.shape[1]}"
+            )
+        return
+    letters = f"[I, P, J, {column}]"
+    if weights.ndim not in (2, 3):
+        shapes.check_shape(function, "weights", weights, letters, (children, length, None, None))
+        return
+    if weights.shape[0] != length or 0 in weights.shape:  # shared by all children
+        raise ValueError(
+            f"{function}: weights must have shape {letters}, [P, J, {column}] or [P, {column}] "
+            f"with I = {children} and P = {length}, got {weights.shape}"
+        )
+    if weights.ndim == 2 and prior is None:
+        raise ValueError(
+            f"{function}: prior must distinguish output capsules that share weights "
+            f"[P, {column}], which are equal without it, got None"
+        )
+
+
+def _prior_shape(
+    weights: Array, full: tuple[int, ...], windows: Windows | None
+) -> tuple[tuple[int, ...], int]:
+    """Return the shape of a prior of each example, without J, and how many axes all share."""
+    if windows is None or weights.ndim < 2:
+        return full, 1
+    sizes = zip(full[-3:-1], weights.shape[:2], strict=True)
+    places = tuple((size - kernel) // windows.stride + 1 for size, kernel in sizes)
+    return (*full[:-3], *places, *weights.shape[:2], full[-1]), 3
+
+
+def _check_prior(
+    function: str, prior: Any, shape: tuple[tuple[int, ...], int], like: Array
+) -> Array | None:
     """Check that a prior is `[I, J]` or `[..., I, J]`, with any J of at least 1."""
     if prior is None:
         return None
     prior = shapes.as_array(function, "prior", prior)
-    if prior.shape[:-1] not in {full, full[-1:]} or prior.shape[-1] == 0:
+    full, shared = shape
+    if prior.shape[:-1] not in {full, full[-shared:]} or prior.shape[-1] == 0:
         known = ", ".join(map(str, full))
+        letters = "I, J" if shared == 1 else "K, L, I, J"
+        every = "..., I, J" if shared == 1 else "..., h, w, K, L, I, J"
         raise ValueError(
-            f"{function}: prior must have shape [I, J] or [..., I, J] = [{known}, J], "
+            f"{function}: prior must have shape [{letters}] or [{every}] = [{known}, J], "
             f"got {prior.shape}"
         )
     _check_dtype(function, "prior", prior, like)
@@ -161,19 +312,29 @@ def _check_prior(function: str, prior: Any, full: tuple[int, ...], like: Array) 
 
 
 def _check_mask(
-    function: str, name: str, mask: Any, letter: str, full: tuple[int, ...]
+    function: str, name: str, mask: Any, letters: str, full: tuple[int, ...], shared: int
 ) -> Array | None:
+    """Check a mask of all axes, or of the last ones, which all examples share."""
     if mask is None:
         return None
     mask = shapes.as_array(function, name, mask)
     if mask.dtype != jnp.bool_:
         raise TypeError(f"{function}: {name} must be bool, got {mask.dtype}")
-    if mask.shape not in {full, full[-1:]}:
+    if mask.shape not in {full, full[-shared:]}:
         raise ValueError(
-            f"{function}: {name} must have shape [{letter}] or [..., {letter}] = {full}, "
+            f"{function}: {name} must have shape [{letters}] or [..., {letters}] = {full}, "
             f"got {mask.shape}"
         )
     return mask
+
+
+def _check_range(function: str, name: str, array: Array) -> None:
+    """Raise ValueError if a known number is outside [0, 1]; traced arrays are not known."""
+    if isinstance(array, jax.core.Tracer) or array.size == 0:
+        return
+    low, high = float(jnp.min(array)), float(jnp.max(array))
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"{function}: {name} must be in [0, 1], got {low:g} to {high:g}")
 
 
 def _check_dtype(function: str, name: str, array: Array, like: Array) -> None:

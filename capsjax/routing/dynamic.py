@@ -10,7 +10,6 @@ from capsjax.kernels.vote_passes.passes import (
     Moments,
     Spec,
     State,
-    votes_depth,
 )
 from capsjax.kernels.vote_passes.unroll import Routing, unroll, unroll_couplings
 from capsjax.routing import _arguments
@@ -121,7 +120,7 @@ def dynamic_routing(
         axis_name,
     )
     bias = _checked_bias(name, bias, checked, axis_name)
-    return _outputs(checked, unroll(routing, checked.inputs, bias))
+    return checked.placed(unroll(routing, checked.inputs, bias))
 
 
 def dynamic_routing_from_votes(
@@ -170,7 +169,7 @@ def dynamic_routing_from_votes(
     spec, stored = Spec(checked.num_parents, leaky=leaky), Implementation("reference")
     routing = Routing(spec, _step, num_iterations, gradient, stored, axis_name)
     bias = _checked_bias(name, bias, checked, axis_name)
-    return _outputs(checked, unroll(routing, checked.inputs, bias))
+    return checked.placed(unroll(routing, checked.inputs, bias))
 
 
 def routing_couplings(
@@ -221,7 +220,7 @@ def routing_couplings(
     )
     spec = Spec(checked.num_parents, leaky=leaky)
     routing = Routing(spec, _step, num_iterations, axis_name=axis_name)
-    inputs, leading, parents = checked
+    inputs, leading, parents, *_ = checked
     bias = _checked_bias(name, bias, checked, axis_name)
     shape = *leading, inputs.poses.shape[1], parents
     couplings = jnp.stack(
@@ -247,16 +246,6 @@ def _step(
     return total, State(b=total), outputs
 
 
-def _outputs(checked: _arguments.Checked, outputs: Array) -> Array:
-    """Convert outputs to the caller's batch axes and dtype, with 0 for masked parents."""
-    inputs, leading, parents = checked
-    if inputs.parent_mask is not None:
-        outputs = jnp.where(inputs.parent_mask[..., None], outputs, 0)
-    shape = *leading, parents, outputs.shape[-1]
-    outputs = outputs.astype(inputs.poses.dtype)
-    return reshape_examples(outputs, shape, has_examples=bool(leading))
-
-
 def _checked_bias(
     function: str, bias: Array | None, checked: _arguments.Checked, axis_name: AxisName | None
 ) -> Array | None:
@@ -264,8 +253,7 @@ def _checked_bias(
 
     Every device applies both to the same sums over all input capsules.
     """
-    inputs, _, parents = checked
-    shape = parents, votes_depth(inputs)
+    inputs, shape = checked.inputs, (checked.num_parents, checked.depth)
     bias = _arguments.check_parameter(function, "bias", bias, "[J, D]", shape, inputs.poses)
     _arguments.check_same_along(function, "bias", bias, axis_name)
     _arguments.check_same_along(function, "parent_mask", inputs.parent_mask, axis_name)

@@ -204,7 +204,7 @@ def nothing_kept(inputs: Inputs) -> Array:
 
 def has_examples(inputs: Inputs) -> Inputs:
     """Return, for each array that is not None, whether its first axis is the batch."""
-    prior = inputs.prior is not None and inputs.prior.ndim == 3
+    prior = inputs.prior is not None and inputs.prior.ndim in (3, 7)  # 7: of `windows`
     flags = True, False, True, prior, False, True
     return Inputs(*(None if x is None else y for x, y in zip(inputs, flags, strict=True)))
 

@@ -5,7 +5,7 @@ are the formulas of `passes`, the other two passes their automatic derivatives. 
 `[B, I, J, D]`, or `[B, I, 1, D]` if all parents share them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -23,23 +23,42 @@ from capsjax.kernels.vote_passes.passes import (
     nothing_kept,
 )
 
+# (spec, logits [B, I, J], whether nothing distinguishes the parents) -> couplings [B, I, J].
+Softmax = Callable[[Spec, Array, bool], Array]
+
 # By the number of axes of the weights; with [P, E] all parents share the votes.
 _LETTERS = {4: "birp,ipje->bijre", 3: "birp,pje->bijre", 2: "birp,pe->bire"}
 
 
 def store_votes(inputs: Inputs) -> Inputs:
     """Compute the votes, and return inputs with them in place of poses and weights."""
-    return inputs._replace(poses=_votes(inputs), weights=None, coordinates=None)
+    return inputs._replace(poses=votes_of(inputs), weights=None, coordinates=None)
 
 
 def moments(
-    spec: Spec, inputs: Inputs, state: State, *, constant_couplings: bool = False
+    spec: Spec,
+    inputs: Inputs,
+    state: State,
+    *,
+    constant_couplings: bool = False,
+    softmax: Softmax | None = None,
 ) -> Moments:
-    """Compute the moments: sums over children of couplings times votes."""
-    votes = _votes(inputs)
-    weights = couplings(spec, inputs, state)
+    """Compute the moments: sums over children of couplings times votes.
+
+    `softmax` replaces that over the parents of each child.
+    """
+    votes = votes_of(inputs)
+    if softmax is None:
+        weights = couplings(spec, inputs, state)
+    else:
+        weights = softmax(spec, logits(spec, inputs, state, votes), is_uniform(inputs, state))
     if constant_couplings:
         weights = lax.stop_gradient(weights)
+    return weighted_moments(spec, inputs, votes, weights)
+
+
+def weighted_moments(spec: Spec, inputs: Inputs, votes: Array, weights: Array) -> Moments:
+    """Compute the moments of votes at given couplings."""
     if inputs.gates is not None:
         weights *= inputs.gates.astype(votes.dtype)[..., None]
     first = _sum(weights, votes)
@@ -82,20 +101,24 @@ def couplings(spec: Spec, inputs: Inputs, state: State) -> Array:
     if is_uniform(inputs, state):
         # XLA would constant-fold a softmax over zeros, which takes seconds of compile time.
         return jnp.full(shape, 1 / (spec.num_parents + spec.leaky), dtype)
-    logits = jnp.zeros(shape, dtype)
+    return softmax(logits(spec, inputs, state, votes_of(inputs)), leaky=spec.leaky, axis=2)
+
+
+def logits(spec: Spec, inputs: Inputs, state: State, votes: Array) -> Array:
+    """Compute the logits `[B, I, J]`, -infinity where the prior or the parent mask say so."""
+    found = jnp.zeros((*inputs.poses.shape[:2], spec.num_parents), votes.dtype)
     if inputs.prior is not None:
-        logits += jnp.broadcast_to(inputs.prior.astype(dtype), shape)
+        found += jnp.broadcast_to(inputs.prior.astype(votes.dtype), found.shape)
     if state.k is not None:
-        logits += state.k[:, None]
+        found += state.k[:, None]
     if state.b is not None:
-        votes = _votes(inputs)
-        logits += _agreement(_unit(votes) if spec.logits == "cosine" else votes, state.b)
+        found += _agreement(_unit(votes) if spec.logits == "cosine" else votes, state.b)
     if state.q is not None and state.z is not None:
-        differences = _votes(inputs) - state.z[:, None]
-        logits -= 0.5 * _agreement(differences**2, state.q)
+        differences = votes - state.z[:, None]
+        found -= 0.5 * _agreement(differences**2, state.q)
     if inputs.parent_mask is not None:
-        logits = jnp.where(inputs.parent_mask[:, None], logits, -jnp.inf)
-    return softmax(logits, leaky=spec.leaky, axis=2)
+        found = jnp.where(inputs.parent_mask[:, None], found, -jnp.inf)
+    return found
 
 
 def softmax(logits: Array, *, leaky: bool, axis: int) -> Array:
@@ -114,7 +137,8 @@ def divide(sums: Array, mass: Array) -> Array:
     return jnp.where(nonzero[..., None], sums / jnp.where(nonzero, mass, 1)[..., None], 0)
 
 
-def _votes(inputs: Inputs) -> Array:
+def votes_of(inputs: Inputs) -> Array:
+    """Compute the votes `[B, I, J, D]`, or `[B, I, 1, D]` if all parents share them."""
     dtype = accumulation_dtype(inputs.poses.dtype)
     poses, weights = inputs.poses, inputs.weights
     if weights is None:
@@ -128,6 +152,67 @@ def _votes(inputs: Inputs) -> Array:
     if inputs.coordinates is not None:
         votes += inputs.coordinates.astype(dtype)[None, :, None]
     return votes
+
+
+# Gradients of a pass as formulas, for votes [B, I, J, D] and linear or gaussian logits.
+
+
+def coupling_gradient(spec: Spec, votes: Array, term: Term) -> Array:
+    """Compute the gradient `[B, I, J]` of couplings times gates, from that of the moments."""
+    mass, first, second = term.cotangent
+    if spec.moments == "sums":
+        found = _agreement(votes, first)
+    else:
+        differences = votes - term.moments.first[:, None]
+        found = _agreement(differences, divide(first, term.moments.mass))
+        found += _agreement(differences**2, second)
+    return found if mass is None else found + mass[:, None]
+
+
+def through_moments(
+    spec: Spec, inputs: Inputs, votes: Array, term: Term, couplings: Array
+) -> Array:
+    """Compute the gradient of the votes through the moments, at constant couplings."""
+    _, first, second = term.cotangent
+    if inputs.gates is not None:
+        couplings = couplings * inputs.gates.astype(votes.dtype)[..., None]
+    if spec.moments == "sums":
+        return couplings[..., None] * first[:, None]
+    differences = votes - term.moments.first[:, None]
+    slopes = divide(first, term.moments.mass)[:, None] + 2 * differences * second[:, None]
+    return couplings[..., None] * slopes
+
+
+def through_logits(spec: Spec, votes: Array, state: State, d_logits: Array) -> Array:
+    """Compute the gradient of the votes through linear or gaussian logits."""
+    d_votes = jnp.zeros_like(votes)
+    if state.b is not None:
+        d_votes += d_logits[..., None] * state.b[:, None]
+    if state.q is not None:
+        d_votes -= d_logits[..., None] * state.q[:, None] * (votes - state.z[:, None])
+    return d_votes
+
+
+def through_votes(inputs: Inputs, d_votes: Array) -> Inputs:
+    """Compute the gradients of poses and weights from that of the votes."""
+    batch, children, rows, _ = inputs.poses.shape
+    d_votes = d_votes.reshape(batch, children, -1, rows, inputs.weights.shape[-1])
+    weights, poses = (x.astype(d_votes.dtype) for x in (inputs.weights, inputs.poses))
+    return Inputs(
+        jnp.einsum("bijre,ipje->birp", d_votes, weights),
+        jnp.einsum("bijre,birp->ipje", d_votes, poses),
+    )
+
+
+def state_gradient(spec: Spec, votes: Array, state: State, d_logits: Array) -> State:
+    """Compute the cotangent of the state from that of linear or gaussian logits."""
+    k = None if state.k is None else d_logits.sum(1)
+    b = None if state.b is None else _sum(d_logits, votes)
+    if state.q is None:
+        return State(k, b)
+    differences = votes - state.z[:, None]
+    z = state.q * _sum(d_logits, differences)
+    return State(k, b, z, -0.5 * _sum(d_logits, differences**2))
 
 
 def _is_shared(votes: Array, parents: int) -> bool:

@@ -25,7 +25,7 @@ from capsjax.kernels.sharding import (
     vary_over,
     varying_axes,
 )
-from capsjax.kernels.vote_passes import linear, passes, reference
+from capsjax.kernels.vote_passes import linear, passes, reference, windows
 from capsjax.kernels.vote_passes.config import mosaic_tpu_fuses
 from capsjax.kernels.vote_passes.passes import (
     Implementation,
@@ -37,6 +37,7 @@ from capsjax.kernels.vote_passes.passes import (
     case_of,
     has_examples,
 )
+from capsjax.kernels.vote_passes.windows import Windows
 
 # (t, carry, moments, params) -> (carry, State of the next pass, outputs), t = 1 … T.
 Step = Callable[[int, Any, Moments, Any], tuple[Any, State, Any]]
@@ -52,6 +53,7 @@ class Routing:
     gradient: str = "full"  # or "last", which holds the couplings of the last pass constant
     implementation: Implementation | None = None  # None: selected at lowering
     axis_name: AxisName | None = None  # of a shard_map, over which the children are sharded
+    windows: Windows | None = None  # of a convolution; None if all children reach all parents
 
 
 class Residuals(NamedTuple):
@@ -70,7 +72,8 @@ def unroll(
 
     Args:
       routing: Static settings.
-      inputs: Arrays `[B, I, …]`; weights may also be `[P, E]`, shared by all capsules.
+      inputs: Arrays `[B, I, …]`; weights may also be `[P, E]`, shared by all capsules. Those of a
+        convolution are described in `windows`.
       params: A tree of arrays for every step, replicated over `axis_name`.
       start: The carry and the state of the first pass, `[B, J, …]`.
     """
@@ -79,7 +82,10 @@ def unroll(
     if inputs.poses.shape[0] == 0:  # empty batch: no kernel runs, no votes to store
         routing = dataclasses.replace(routing, implementation=Implementation("reference"))
     if _is_reference(routing):
-        return _forward(routing, reference.store_votes(inputs), params, start)[0]
+        softmax = None
+        if routing.windows is not None:
+            inputs, softmax = windows.patches(routing.windows, inputs)
+        return _forward(routing, reference.store_votes(inputs), params, start, softmax)[0]
     return _unroll(*_vary_alike(*_project(routing, inputs, params, start)))
 
 
@@ -108,7 +114,11 @@ def _unroll(routing: Routing, inputs: Inputs, params: Any, start: tuple[Any, Sta
 
 
 def _forward(
-    routing: Routing, inputs: Inputs, params: Any, start: tuple[Any, State]
+    routing: Routing,
+    inputs: Inputs,
+    params: Any,
+    start: tuple[Any, State],
+    softmax: reference.Softmax | None = None,
 ) -> tuple[Any, tuple[Inputs, Any, list[Residuals]]]:
     carry, state = start
     iterations, outputs = [], None
@@ -116,10 +126,11 @@ def _forward(
         varying = vary_over(varying_axes(inputs), state)
         if _is_reference(routing):
             last = routing.gradient == "last"
-            moments = reference.moments(routing.spec, inputs, varying, constant_couplings=last)
+            moments = reference.moments(
+                routing.spec, inputs, varying, constant_couplings=last, softmax=softmax
+            )
         else:
-            implementation = routing.implementation
-            moments = passes.moments(routing.spec, inputs, varying, implementation=implementation)
+            moments = _pass(routing, "moments", inputs, varying)
         moments = _over_devices(routing, moments)
         iterations.append(Residuals(carry, state, moments))
         carry, state, outputs = routing.step(t, carry, moments, params)
@@ -132,6 +143,7 @@ def _backward(
     inputs, named = residuals[0], routing.implementation
     fused = (
         routing.gradient == "full"
+        and routing.windows is None
         and linear.accepts(routing.spec, inputs)
         and mosaic_tpu_fuses(case_of(routing.spec, inputs, routing.num_iterations))
     )
@@ -163,7 +175,6 @@ def _backward_passes(
     d_carry, d_state = _zeros((start.carry, start.state))
     terms: list[Term] = []
     d_inputs: Any = None
-    backend = {"implementation": routing.implementation}
     for t in range(routing.num_iterations, 0, -1):
         carry, state, moments = iterations[t - 1]
         results, step_vjp = jax.vjp(partial(routing.step, t), carry, moments, params)
@@ -181,13 +192,11 @@ def _backward_passes(
             d_carry, d_state = _zeros((start.carry, start.state))
             break
         if fused:
-            d_state, d_inputs = passes.chain_and_input_gradients(
-                routing.spec, inputs, term, d_inputs, **backend
-            )
+            d_state, d_inputs = _pass(routing, "chain_and_input_gradients", inputs, term, d_inputs)
         elif state.is_empty:
             d_state = state
         else:
-            d_state, kept = passes.chain(routing.spec, inputs, term, **backend)
+            d_state, kept = _pass(routing, "chain", inputs, term)
             term = term._replace(kept=kept)
         terms.append(term)
         d_state = sum_over(axis_name, d_state) if is_whole else d_state
@@ -196,13 +205,19 @@ def _backward_passes(
             lambda d, x: d.astype(x.dtype), d_inputs, inputs._replace(parent_mask=None)
         )
     else:
-        d_inputs = passes.input_gradients(
-            routing.spec, inputs, terms[::-1], constant_couplings=last, **backend
-        )
+        d_inputs = _pass(routing, "input_gradients", inputs, terms[::-1], constant_couplings=last)
     return d_inputs, d_params, (d_carry, d_state)
 
 
 _unroll.defvjp(_forward, _backward)
+
+
+def _pass(routing: Routing, name: str, *trees: Any, **static: Any) -> Any:
+    """Call a pass of `passes`, or of `windows` for a convolution."""
+    static["implementation"] = routing.implementation
+    if routing.windows is None:
+        return getattr(passes, name)(routing.spec, *trees, **static)
+    return getattr(windows, name)(routing.windows, routing.spec, *trees, **static)
 
 
 def _is_reference(routing: Routing) -> bool:
@@ -300,7 +315,7 @@ def _project(
 ) -> tuple[Routing, Inputs, Any, tuple[Any, State]]:
     """Remove weights that all children share from the inputs, where that is exact."""
     weights, spec = inputs.weights, routing.spec
-    if weights is None or weights.ndim == 4:
+    if weights is None or weights.ndim >= 4:
         return routing, inputs, params, start
     batch, children, rows, length = inputs.poses.shape
     linear = (spec.logits, spec.moments) == ("linear", "sums") and inputs.coordinates is None
