@@ -13,3 +13,7 @@ from capsjax.metrics import lengths as lengths
 from capsjax.routing.dynamic import dynamic_routing as dynamic_routing
 from capsjax.routing.dynamic import dynamic_routing_from_votes as dynamic_routing_from_votes
 from capsjax.routing.dynamic import routing_couplings as routing_couplings
+from capsjax.routing.em import em_routing as em_routing
+from capsjax.routing.variational_bayes import (
+    variational_bayes_routing as variational_bayes_routing,
+)

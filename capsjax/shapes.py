@@ -8,10 +8,12 @@
 - R: rows of a matrix pose; 1 for vectors
 - E: columns of an output matrix pose; D for vectors
 - T: routing iterations
-- H, W, C: height, width and channels of an image
+- H, W, C: height, width and channels of an image; H, W also of a map of capsules
+- K, L: height and width of a window of capsules
 - O: output channels of a convolution
 """
 
+import math
 import operator
 from collections.abc import Sequence
 
@@ -69,6 +71,17 @@ def check_positive(function: str, name: str, value: int) -> int:
         number = 0
     if number < 1:
         raise ValueError(f"{function}: {name} must be an integer of at least 1, got {value!r}")
+    return number
+
+
+def check_positive_number(function: str, name: str, value: float, *, above: float = 0) -> float:
+    """Return the value as a float; raise ValueError unless it is a finite number above a bound."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not above < number < math.inf:
+        raise ValueError(f"{function}: {name} must be a number above {above:g}, got {value!r}")
     return number
 
 

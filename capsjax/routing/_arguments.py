@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from capsjax import shapes
@@ -147,6 +148,11 @@ def check_inputs(
     if gates is not None:
         gates = _merge_leading(gates, leading, *full[len(leading) :])
     inputs = Inputs(merged, weights, gates)
+    if coordinates is not None and windows is not None:
+        raise ValueError(
+            f"{function}: coordinates must be None in a convolution, whose windows know no "
+            f"position, got shape {jnp.shape(coordinates)}"
+        )
     if coordinates is not None:
         shape: tuple[int, ...] = (rows, weights.shape[-1]) if is_matrix else weights.shape[-1:]
         wanted = "[I, R, E]" if is_matrix else "[I, D]"
@@ -159,12 +165,39 @@ def check_inputs(
     )
 
 
-def check_windows(function: str, stride: Any, competition: str) -> Windows | None:
+def check_windows(
+    function: str, stride: Any, competition: str = "types", *, starts_at_types: bool = False
+) -> Windows | None:
     """Return the windows of a convolution; None, for a fully connected layer, if stride is None."""
     shapes.check_choice(function, "competition", competition, COMPETITIONS)
     if stride is None:
         return None
-    return Windows(shapes.check_positive(function, "stride", stride), competition)
+    stride = shapes.check_positive(function, "stride", stride)
+    return Windows(stride, competition, starts_at_types)
+
+
+def check_merges(function: str, checked: Checked, axis_name: AxisName | None) -> None:
+    """Raise ValueError if central moments of votes that parents share are split over devices."""
+    weights = checked.inputs.weights
+    if axis_name is not None and weights.ndim == 2:
+        raise ValueError(
+            f"{function}: axis_name must be None for weights [P, E], since moments of votes that "
+            f"all output capsules share are not merged over devices, got {axis_name!r}"
+        )
+    check_same_along(function, "parent_mask", checked.inputs.parent_mask, axis_name)
+
+
+def check_factors(function: str, name: str, value: Any, num_iterations: int, dtype: Any) -> Array:
+    """Check a number of at least 0, or one for each iteration, `[T]`."""
+    array = shapes.as_array(function, name, value)
+    if array.shape not in {(), (num_iterations,)}:
+        raise ValueError(
+            f"{function}: {name} must be a number or have shape [T] = ({num_iterations},), "
+            f"got {array.shape}"
+        )
+    if not isinstance(array, jax.core.Tracer) and not np.all(np.asarray(array) >= 0):
+        raise ValueError(f"{function}: {name} must be at least 0, got {value}")
+    return array.astype(dtype)
 
 
 def check_votes(function: str, votes: Any, *, prior: Any, mask: Any, parent_mask: Any) -> Checked:
@@ -184,10 +217,8 @@ def check_votes(function: str, votes: Any, *, prior: Any, mask: Any, parent_mask
 
 def check_parameter(
     function: str, name: str, array: Any, letters: str, shape: tuple[int, ...], like: Array
-) -> Array | None:
-    """Check an optional parameter, in the dtype of `like` or in its accumulation dtype."""
-    if array is None:
-        return None
+) -> Array:
+    """Check a parameter, in the dtype of `like` or in its accumulation dtype."""
     array = shapes.as_array(function, name, array)
     shapes.check_shape(function, name, array, letters, shape)
     _check_dtype(function, name, array, like)
@@ -332,7 +363,8 @@ def _check_range(function: str, name: str, array: Array) -> None:
     """Raise ValueError if a known number is outside [0, 1]; traced arrays are not known."""
     if isinstance(array, jax.core.Tracer) or array.size == 0:
         return
-    low, high = float(jnp.min(array)), float(jnp.max(array))
+    known = np.asarray(array, np.float64)  # NumPy, because under jit JAX would trace it
+    low, high = known.min(), known.max()
     if not (low >= 0 and high <= 1):
         raise ValueError(f"{function}: {name} must be in [0, 1], got {low:g} to {high:g}")
 

@@ -254,7 +254,8 @@ def _checked_bias(
     Every device applies both to the same sums over all input capsules.
     """
     inputs, shape = checked.inputs, (checked.num_parents, checked.depth)
-    bias = _arguments.check_parameter(function, "bias", bias, "[J, D]", shape, inputs.poses)
+    if bias is not None:
+        bias = _arguments.check_parameter(function, "bias", bias, "[J, D]", shape, inputs.poses)
     _arguments.check_same_along(function, "bias", bias, axis_name)
     _arguments.check_same_along(function, "parent_mask", inputs.parent_mask, axis_name)
     return bias

@@ -86,7 +86,7 @@ Function = Callable[[Arrays, Arrays, list[Any], list[Any]], dict[str, Any]]
 def arguments(problem: Problem) -> tuple[Arrays, Arrays, list[np.ndarray], list[np.ndarray]]:
     """Draw the arguments of a `Function` in float32: a state and a cotangent an iteration."""
     rng = np.random.default_rng(0)
-    B, I, P, J, D, T, _ = problem.case  # noqa: E741
+    B, I, P, J, D, T, *_ = problem.case  # noqa: E741
 
     def normal(scale: float, *shape: int) -> np.ndarray:
         return scale * rng.standard_normal(shape, np.float32)

@@ -60,7 +60,7 @@ def least_work(case: Case, *, gradients: bool) -> Work:
       dot products and two terms of the gradient of the votes; and 2·votes for the gradients of
       poses and weights.
     """
-    B, I, P, J, D, T, dtype = case  # noqa: E741
+    B, I, P, J, D, T, dtype, _ = case  # noqa: E741
     arrays, state = B * I * P + I * P * J * D, B * J * D
     votes, dots = 2 * B * I * P * J * D, 2 * B * I * J * D
     elements = T * arrays + state

@@ -307,7 +307,9 @@ def _put_window(windows: Windows, inputs: Inputs, index: Array, total: Array, ro
 def _slice(windows: Windows, inputs: Inputs, index: Any, x: Array) -> tuple[Any, Any]:
     row, column = _row_and_column(inputs, index)
     height, width = (windows.stride * (size - 1) + 1 for size in grid(windows, inputs))
-    return (0, row, column, *(0,) * (x.ndim - 3)), (x.shape[0], height, width, *x.shape[3:])
+    zero = 0 * row  # of the dtype of the others
+    start = zero, row, column, *(zero,) * (x.ndim - 3)
+    return start, (x.shape[0], height, width, *x.shape[3:])
 
 
 def _row_and_column(inputs: Inputs, index: Any) -> tuple[Any, Any]:
