@@ -56,8 +56,12 @@ def window_votes(poses, weights, stride):
     return votes, reaches.reshape(children, -1)
 
 
-def softmax(logits, axes):
-    """Over several axes; 0 where all logits are -infinity."""
+def softmax(logits, axes, least=0):
+    """Over several axes; 0 where all logits are -infinity; the normaliser is `least` at least."""
+    if least:
+        exponentials = np.exp(logits)
+        total = exponentials.sum(axes, keepdims=True)
+        return exponentials / np.where(total.real > least, total, least)
     largest = logits.real.max(axes, keepdims=True)
     shifted = logits - np.where(largest > -np.inf, largest, 0)
     reached = shifted.real > -np.inf
@@ -131,10 +135,12 @@ def variational_bayes(
     kappa0=1.0,
     psi0=1.0,
     nu0=None,
+    least=0,
 ):
     """Posterior means [B, N, J, D] and logits [B, N, J] of algorithm 1, with diagonal precisions.
 
-    `allowed` [B, J] are the parents with a mixing proportion; `first` the couplings to start with.
+    `allowed` [B, J] are the parents with a mixing proportion; `first` the couplings to start with;
+    `least` is the smallest normaliser of the others.
     """
     depth = votes.shape[-1]
     nu0 = depth + 1 if nu0 is None else nu0
@@ -152,6 +158,6 @@ def variational_bayes(
         distance = ((votes - posterior[:, None]) ** 2 / psi[:, None]).sum(-1)
         expected = depth / kappa[:, None] + nu[:, None] * distance
         logits = (log_pi + log_det / 2 - depth / 2 * np.log(2 * np.pi))[:, None] - expected / 2
-        couplings = softmax(base + logits, axes)
+        couplings = softmax(base + logits, axes, least)
     entropy = depth / 2 * np.log(2 * np.pi * np.e) - log_det / 2
     return posterior, beta_a - (np.exp(log_pi) * entropy + beta_u)
