@@ -1,4 +1,4 @@
-"""Capsule layers as Flax NNX modules, which hold parameters and call functions of `capsjax`."""
+"""Layers before and after capsule layers: convolutions, primary capsules, image decoder."""
 
 import itertools
 import math
@@ -7,20 +7,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array, lax
-from jax.nn.initializers import Initializer
+from jax import Array
 from jax.typing import DTypeLike
 
 from capsjax import shapes
 from capsjax.conv import strided_conv
-from capsjax.kernels.dtypes import accumulation_dtype
 from capsjax.kernels.squash import squash
-from capsjax.routing.dynamic import dynamic_routing, routing_couplings
-
-# Votes start much shorter than 1: with standard deviation 1 routing saturates at once and does not
-# train, with 0.01 training starts too slowly.
-votes_init = jax.nn.initializers.truncated_normal(0.1)
-
 
 class Convolution(nnx.Module):
     """A convolution without padding, by `capsjax.strided_conv`.
@@ -123,102 +115,49 @@ class PrimaryCapsules(nnx.Module):
         return squash(maps.reshape(*maps.shape[:-3], capsules, self.length))
 
 
-class Capsules(nnx.Module):
-    """A fully connected capsule layer, by `dynamic_routing`.
+class PrimaryMatrixCapsules(nnx.Module):
+    """Primary matrix capsules: poses and activations, linear in the features of a position.
 
-    Source: Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules", sections 2 and 4,
-    https://arxiv.org/abs/1710.09829.
+    Source: Hinton, Sabour and Frosst, "Matrix capsules with EM routing", section 4,
+    https://openreview.net/forum?id=HJWLfGWRb: a 1 x 1 convolution; activations are sigmoids.
 
     Args:
-      in_capsules: I.
-      in_length: P.
-      out_capsules: J.
-      out_length: D.
-      num_iterations: T.
-      gradient: `"full"` or `"last"`, as in `dynamic_routing`.
-      bias: Initial value of the bias; None for no bias, as in the paper.
-      weights_init: Initializer of the weights `[I, P, J, D]`.
-      implementation: As in `dynamic_routing`.
-      axis_name: Axis of the enclosing `jax.shard_map` over which both the batch and the weights (by
-        input capsule) are sharded; each device then routes its input capsules for the whole batch.
+      in_channels: C of the feature maps.
+      types: Capsules at each position.
+      rows: R of the poses.
+      columns: P of the poses.
       dtype: Of the computation; parameters are float32.
-      rngs: Random streams; `params` initialises the weights.
+      rngs: Random streams; `params` initialises the kernel.
 
     Example:
-      >>> layer = Capsules(6, 4, 3, 5, rngs=nnx.Rngs(0))
-      >>> layer(jnp.ones((2, 6, 4))).shape
-      (2, 3, 5)
+      >>> layer = PrimaryMatrixCapsules(32, types=8, rngs=nnx.Rngs(0))
+      >>> poses, activations = layer(jnp.ones((2, 14, 14, 32)))
+      >>> poses.shape, activations.shape
+      ((2, 14, 14, 8, 4, 4), (2, 14, 14, 8))
     """
 
     def __init__(
         self,
-        in_capsules: int,
-        in_length: int,
-        out_capsules: int,
-        out_length: int,
+        in_channels: int,
         *,
-        num_iterations: int = 3,
-        gradient: str = "full",
-        bias: float | None = None,
-        weights_init: Initializer = votes_init,
-        implementation: str | None = None,
-        axis_name: str | None = None,
+        types: int = 32,
+        rows: int = 4,
+        columns: int = 4,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        shape = (in_capsules, in_length, out_capsules, out_length)
-        self.weights = nnx.Param(weights_init(rngs.params(), shape))
-        self.bias = None if bias is None else nnx.Param(jnp.full(shape[2:], bias, jnp.float32))
-        self.num_iterations = num_iterations
-        self.gradient = gradient
-        self.implementation = implementation
-        self.axis_name = axis_name
-        self.dtype = dtype
-
-    def __call__(self, poses: Array) -> Array:
-        """Map poses `[..., I, P]`, with `axis_name` only `[B, I, P]`, to poses `[..., J, D]`."""
-        if self.axis_name is None:
-            return self._route(poses)
-        axis = self.axis_name
-        own_capsules = lax.all_to_all(poses, axis, split_axis=1, concat_axis=0, tiled=True)
-        outputs = self._route(own_capsules)
-        first = len(poses) * lax.axis_index(axis)
-        return lax.dynamic_slice_in_dim(outputs, first, len(poses))
-
-    def _route(self, poses: Array) -> Array:
-        return dynamic_routing(
-            poses.astype(self.dtype),
-            self.weights[...].astype(self.dtype),
-            num_iterations=self.num_iterations,
-            bias=self._bias(),
-            gradient=self.gradient,
-            implementation=self.implementation,
-            axis_name=self.axis_name,
+        channels = types * (rows * columns + 1)
+        self.convolution = Convolution(
+            in_channels, channels, kernel_size=1, dtype=dtype, rngs=rngs
         )
+        self.shape = types, rows, columns
 
-    def couplings(self, poses: Array) -> Array:
-        """Compute the couplings of every iteration, `[T, ..., I, J]`, from poses `[..., I, P]`.
-
-        Raises:
-          ValueError: The layer has an `axis_name`, so a device holds only a shard of the weights.
-        """
-        if self.axis_name is not None:
-            raise ValueError(
-                f"Capsules.couplings: axis_name must be None, got {self.axis_name!r}; use a layer "
-                "with all weights"
-            )
-        return routing_couplings(
-            poses.astype(self.dtype),
-            self.weights[...].astype(self.dtype),
-            num_iterations=self.num_iterations,
-            bias=self._bias(),
-        )
-
-    def _bias(self) -> Array | None:
-        """Return the bias in the accumulation dtype, so that half precision does not round it."""
-        if self.bias is None:
-            return None
-        return self.bias[...].astype(accumulation_dtype(jnp.dtype(self.dtype)))
+    def __call__(self, features: Array) -> tuple[Array, Array]:
+        """Map `[..., H, W, C]` to poses `[..., H, W, I, R, P]` and activations `[..., H, W, I]`."""
+        maps = self.convolution(features)
+        types = self.shape[0]
+        poses = maps[..., :-types].reshape(*maps.shape[:-1], *self.shape)
+        return poses, jax.nn.sigmoid(maps[..., -types:])
 
 
 class Decoder(nnx.Module):
