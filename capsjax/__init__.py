@@ -13,4 +13,8 @@ from capsjax.metrics import lengths as lengths
 from capsjax.routing.dynamic import dynamic_routing as dynamic_routing
 from capsjax.routing.dynamic import dynamic_routing_from_votes as dynamic_routing_from_votes
 from capsjax.routing.dynamic import routing_couplings as routing_couplings
+from capsjax.routing.inverted_attention import (
+    inverted_attention_routing as inverted_attention_routing,
+)
+from capsjax.routing.inverted_attention import inverted_attention_step as inverted_attention_step
 from capsjax.routing.self_routing import self_routing as self_routing

@@ -110,6 +110,40 @@ def self_routing(
     return quotient(sums, mass[..., None, None]), quotient(mass, mass.sum(1, keepdims=True))
 
 
+def inverted_attention(
+    poses,
+    weights,
+    scale,
+    offset,
+    prior,
+    parents,
+    *,
+    num_iterations,
+    parent_mask=None,
+    gradient="full",
+):
+    """Procedure 1 of the paper, with the authors' scaled logits: poses `[B, J, R, E]`.
+
+    `parents` None are zeros, whose couplings are uniform; `scale` and `offset` are `[R, E]`.
+    """
+    votes = votes_of(poses, weights)
+    depth = votes.shape[-2] * votes.shape[-1]
+    for _ in range(num_iterations):
+        if parents is None:
+            shape = len(poses), prior.shape[-1] if weights.ndim == 2 else votes.shape[2]
+            parents = np.zeros((*shape, *votes.shape[3:]))
+        logits = agreement(votes, parents) / np.sqrt(depth)
+        couplings = softmax(logits if prior is None else logits + prior, parent_mask)
+        parents = weighted_sums(constant(couplings) if gradient == "last" else couplings, votes)
+        if depth > 1:
+            differences = parents - parents.mean((-2, -1), keepdims=True)
+            variance = (differences * differences).mean((-2, -1), keepdims=True)
+            parents = differences / np.sqrt(variance + 1e-5)
+        parents = parents if scale is None else parents * scale
+        parents = parents if offset is None else parents + offset
+    return hide(parent_mask, parents)
+
+
 def _full(couplings, votes):
     return *couplings.shape, *votes.shape[3:]
 

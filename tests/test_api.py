@@ -38,6 +38,8 @@ def test_the_public_names_are_these():
         "coupling_entropy",
         "dynamic_routing",
         "dynamic_routing_from_votes",
+        "inverted_attention_routing",
+        "inverted_attention_step",
         "lengths",
         "margin_loss",
         "reconstruction_loss",
