@@ -17,4 +17,5 @@ from capsjax.routing.inverted_attention import (
     inverted_attention_routing as inverted_attention_routing,
 )
 from capsjax.routing.inverted_attention import inverted_attention_step as inverted_attention_step
+from capsjax.routing.kmeans import kmeans_routing as kmeans_routing
 from capsjax.routing.self_routing import self_routing as self_routing

@@ -144,6 +144,43 @@ def inverted_attention(
     return hide(parent_mask, parents)
 
 
+def kmeans(
+    poses,
+    weights,
+    initial_logits,
+    prior,
+    temperature,
+    *,
+    num_iterations,
+    similarity,
+    unit_means=True,
+    carry_couplings=False,
+    squash_power=1.0,
+    parent_mask=None,
+    gradient="full",
+):
+    """Soft assignments to normalised sums of votes, and a squash of the last: `[B, J, R, E]`."""
+    votes = votes_of(poses, weights)
+    parents = weights.shape[-2]
+    if weights.ndim == 2:
+        parents = (initial_logits if prior is None else prior).shape[-1]
+    logits = np.zeros((*poses.shape[:2], parents))
+    if initial_logits is not None:
+        logits = logits + initial_logits
+    for _ in range(num_iterations):
+        couplings = softmax(logits if prior is None else logits + prior, parent_mask)
+        if gradient == "last":
+            couplings = constant(couplings)
+        sums = weighted_sums(couplings, votes)
+        means = units(sums) if unit_means else sums
+        logits = agreement(units(votes) if similarity == "cosine" else votes, means)
+        logits = temperature * (logits + couplings if carry_couplings else logits)
+    if squash_power is not None:
+        length = lengths(sums)
+        sums = units(sums) * (length**2 / (1 + length**2)) ** squash_power
+    return hide(parent_mask, sums)
+
+
 def _full(couplings, votes):
     return *couplings.shape, *votes.shape[3:]
 

@@ -40,6 +40,7 @@ def test_the_public_names_are_these():
         "dynamic_routing_from_votes",
         "inverted_attention_routing",
         "inverted_attention_step",
+        "kmeans_routing",
         "lengths",
         "margin_loss",
         "reconstruction_loss",

@@ -87,11 +87,12 @@ def self_routing(
     name = "self_routing"
     shapes.check_axis_name(name, axis_name)
     windows = _arguments.check_windows(name, stride, "types")
+    poses = shapes.as_array(name, "poses", poses)
+    activations = shapes.as_array(name, "activations", activations)
     routing_weights = shapes.as_array(name, "routing_weights", routing_weights)
-    if prior is None and jnp.ndim(weights) == 2 and routing_weights.ndim > 2:
+    if prior is None and jnp.ndim(weights) == 2 and min(activations.ndim, routing_weights.ndim) > 0:
         # Parents that share weights are distinguished by the routing weights.
-        children, parents = routing_weights.shape[0], routing_weights.shape[-1]
-        prior = jnp.zeros((children, parents), routing_weights.dtype)
+        prior = jnp.zeros((activations.shape[-1], routing_weights.shape[-1]), poses.dtype)
     checked = _arguments.check_inputs(
         name,
         poses,
