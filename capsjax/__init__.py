@@ -14,6 +14,12 @@ from capsjax.routing.dynamic import dynamic_routing as dynamic_routing
 from capsjax.routing.dynamic import dynamic_routing_from_votes as dynamic_routing_from_votes
 from capsjax.routing.dynamic import routing_couplings as routing_couplings
 from capsjax.routing.em import em_routing as em_routing
+from capsjax.routing.inverted_attention import (
+    inverted_attention_routing as inverted_attention_routing,
+)
+from capsjax.routing.inverted_attention import inverted_attention_step as inverted_attention_step
+from capsjax.routing.kmeans import kmeans_routing as kmeans_routing
+from capsjax.routing.self_routing import self_routing as self_routing
 from capsjax.routing.variational_bayes import (
     variational_bayes_routing as variational_bayes_routing,
 )

@@ -271,7 +271,7 @@ def patches(windows: Windows, inputs: Inputs) -> tuple[Inputs, reference.Softmax
 def _offsets(inputs: Inputs) -> Array:
     """Return the numbers of the K·L offsets."""
     height, width = inputs.weights.shape[:2]
-    return jnp.arange(height * width, dtype=jnp.int32)
+    return jnp.arange(height * width)
 
 
 def _scan(inputs: Inputs, step: Callable[..., Any], start: Any) -> Any:
