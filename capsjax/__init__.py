@@ -13,3 +13,4 @@ from capsjax.metrics import lengths as lengths
 from capsjax.routing.dynamic import dynamic_routing as dynamic_routing
 from capsjax.routing.dynamic import dynamic_routing_from_votes as dynamic_routing_from_votes
 from capsjax.routing.dynamic import routing_couplings as routing_couplings
+from capsjax.routing.self_attention import self_attention_routing as self_attention_routing

@@ -42,6 +42,7 @@ def test_the_public_names_are_these():
         "margin_loss",
         "reconstruction_loss",
         "routing_couplings",
+        "self_attention_routing",
         "squash",
         "strided_conv",
     ]
