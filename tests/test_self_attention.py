@@ -13,8 +13,10 @@ import tolerances
 
 import capsjax
 from capsjax.kernels.vote_passes.config import XlaConfig
-from capsjax.kernels.vote_passes.passes import PLATFORMS, Implementation
+from capsjax.kernels.vote_passes.passes import Implementation
 from capsjax.routing.self_attention import _squash
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 class Problem(NamedTuple):
@@ -138,16 +140,17 @@ def test_values_and_gradients_are_the_oracles(name, implementation):
         np.testing.assert_allclose(actual, wanted, rtol=0, atol=1e-10 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("name", ["bias", "masks and prior"])
-@pytest.mark.parametrize("implementation", PLATFORMS)
-def test_kernels_route_as_exactly_as_stored_votes(name, implementation):
+# Without a prior the first pass is the kernel's; with one there is only the second pass.
+@pytest.mark.parametrize(
+    ("implementation", "name"), [("mosaic_tpu", "bias"), ("triton", "masks and prior")]
+)
+def test_kernels_route_as_exactly_as_stored_votes(implementation, name):
     problem = PROBLEMS[name]
     kernel = Implementation(implementation, interpret=True)
     with jax.default_matmul_precision("highest"):
         found = outputs_and_gradients(problem, "float32", implementation=kernel)
-    for actual, wanted in zip(
-        *map(jax.tree.leaves, (found, exact(problem, "float32"))), strict=True
-    ):
+    pairs = zip(*map(jax.tree.leaves, (found, exact(problem, "float32"))), strict=True)
+    for actual, wanted in pairs:
         np.testing.assert_allclose(actual, wanted, rtol=0, atol=3e-6 * np.abs(wanted).max())
 
 
@@ -213,19 +216,20 @@ def test_a_prior_of_zeros_and_a_mask_of_all_change_nothing():
 def test_vmap_over_weights_and_scan_with_checkpoints():
     (poses, weights, bias, _, _), _ = arguments(Problem(), "float32")
     many = jnp.stack([weights, -weights, 2 * weights])
-    mapped = jax.vmap(partial(route, prior=None), (None, 0, None))(poses, many, bias)
+    run = jax.jit(partial(route, prior=None))
+    mapped = jax.vmap(run, (None, 0, None))(poses, many, bias)
     for output, one in zip(mapped, many, strict=True):
-        np.testing.assert_allclose(output, route(poses, one, bias, None), atol=1e-6)
+        np.testing.assert_allclose(output, run(poses, one, bias), atol=1e-6)
 
     @jax.jit
     def scanned(poses, weights):
         step = jax.checkpoint(lambda u, w: route(u, w, bias, None).sum())
         return jax.lax.scan(lambda total, u: (total + step(u, weights), None), 0.0, poses)[0]
 
-    together = jax.jit(lambda u, w: route(u, w, bias, None).sum())
-    for argument in (0, 1):
-        found = jax.jit(jax.grad(scanned, argument))(poses, weights)
-        np.testing.assert_allclose(found, jax.grad(together, argument)(poses, weights), atol=1e-5)
+    found = jax.jit(jax.grad(scanned, (0, 1)))(poses, weights)
+    wanted = jax.jit(jax.grad(lambda u, w: run(u, w, bias).sum(), (0, 1)))(poses, weights)
+    for gradient, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(gradient, other, atol=1e-5)
 
 
 def test_reference_has_forward_mode():
@@ -234,8 +238,8 @@ def test_reference_has_forward_mode():
         function = partial(
             route, weights=weights, couplings_bias=bias, prior=logits, implementation="reference"
         )
-        _, forward = jax.jvp(function, (poses,), (jnp.ones_like(poses),))
-        backward = jax.jacrev(function)(poses).sum((3, 4, 5))
+        forward = jax.jit(lambda u, f=function: jax.jvp(f, (u,), (jnp.ones_like(u),))[1])(poses)
+        backward = jax.jit(jax.jacrev(function))(poses).sum((3, 4, 5))
         np.testing.assert_allclose(forward, backward, atol=1e-5)
 
 
@@ -252,21 +256,22 @@ def test_children_attend_to_the_parent_that_they_agree_on():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("scale", [0, 1e-20, 1e-3, 1, 30, 1e20])
-def test_squash_and_its_derivative_at_any_length(dtype, scale):
-    x = (jnp.array([3.0, 4.0, 0.0]) * scale / 5).astype(dtype)
+def test_squash_and_its_derivative_at_any_length(dtype):
     eps = float(jnp.finfo(dtype).eps)
-    wide = np.asarray(x, np.float64)
-    length = np.linalg.norm(wide)
-    unit = wide / length if length else wide
-    factor = -np.expm1(-length) / length if length else 1.0
-    value, slope = _squash(x), jax.jacrev(_squash)(x)
-    np.testing.assert_allclose(value, factor * wide, rtol=4 * eps)
-    wanted = factor * np.eye(3) + (np.exp(-length) - factor) * np.outer(unit, unit)
-    np.testing.assert_allclose(slope, wanted, rtol=0, atol=4 * eps * np.abs(wanted).max())
-    np.testing.assert_allclose(jax.jacfwd(_squash)(x), slope, rtol=1e-6)
-    if dtype == "float32":
-        assert np.linalg.norm(np.asarray(value, np.float64)) < 1
+    run = jax.jit(lambda x: (_squash(x), jax.jacrev(_squash)(x), jax.jacfwd(_squash)(x)))
+    for scale in (0, 1e-20, 1e-3, 1, 30, 1e20):
+        x = (np.array([3.0, 4.0, 0.0]) * scale / 5).astype(jnp.dtype(dtype))
+        value, slope, forward = run(x)
+        wide = x.astype(np.float64)
+        length = np.linalg.norm(wide)
+        unit = wide / length if length else wide
+        factor = -np.expm1(-length) / length if length else 1.0
+        np.testing.assert_allclose(value, factor * wide, rtol=4 * eps)
+        wanted = factor * np.eye(3) + (np.exp(-length) - factor) * np.outer(unit, unit)
+        np.testing.assert_allclose(slope, wanted, rtol=0, atol=4 * eps * np.abs(wanted).max())
+        np.testing.assert_allclose(forward, slope, rtol=1e-6)
+        # Rounding a component to bfloat16 may lengthen the vector.
+        assert dtype == "bfloat16" or np.linalg.norm(np.asarray(value, np.float64)) < 1
 
 
 def test_input_capsules_over_an_axis_of_four_devices():
