@@ -20,6 +20,7 @@ from capsjax.routing.dynamic import dynamic_routing, routing_couplings
 # Votes start much shorter than 1: with standard deviation 1 routing saturates at once and does not
 # train, with 0.01 training starts too slowly.
 votes_init = jax.nn.initializers.truncated_normal(0.1)
+kernel_init = jax.nn.initializers.lecun_normal()
 
 
 class Convolution(nnx.Module):
@@ -32,8 +33,9 @@ class Convolution(nnx.Module):
       stride: Pixels from one window to the next, along both axes.
       scale: Factor on the convolution, before the bias is added.
       bias: Initial value of the bias.
+      kernel_init: Initializer of the kernel `[h, w, C, O]`.
       dtype: Of the computation; parameters are float32.
-      rngs: Random streams; `params` initialises the kernel (Lecun normal).
+      rngs: Random streams; `params` initialises the kernel.
 
     Example:
       >>> Convolution(1, 4, kernel_size=9, rngs=nnx.Rngs(0))(jnp.ones((2, 28, 28, 1))).shape
@@ -49,11 +51,12 @@ class Convolution(nnx.Module):
         stride: int = 1,
         scale: float = 1.0,
         bias: float = 0.0,
+        kernel_init: Initializer = kernel_init,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
         shape = (kernel_size, kernel_size, in_channels, out_channels)
-        self.kernel = nnx.Param(jax.nn.initializers.lecun_normal()(rngs.params(), shape))
+        self.kernel = nnx.Param(kernel_init(rngs.params(), shape))
         self.bias = nnx.Param(jnp.full((out_channels,), bias, jnp.float32))
         self.stride = stride
         self.scale = scale

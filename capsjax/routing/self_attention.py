@@ -106,12 +106,12 @@ def self_attention_routing(
     sums = unroll(routing, inputs, start=(None, start))
     if couplings_bias is not None:
         sums += sum_over(axis_name, _weighted_sums(inputs, couplings_bias))
-    outputs = _squash(sums)
+    outputs = exponential_squash(sums)
     if inputs.parent_mask is not None:
         outputs = jnp.where(inputs.parent_mask[..., None], outputs, 0)
-    shape = *leading, parents, votes_depth(inputs)
     outputs = outputs.astype(inputs.poses.dtype)
-    return reshape_examples(outputs, shape, has_examples=bool(leading))
+    outputs_shape = *leading, parents, votes_depth(inputs)
+    return reshape_examples(outputs, outputs_shape, has_examples=bool(leading))
 
 
 def _step(t: int, carry: None, moments: Moments, params: object) -> tuple[None, State, Array]:
@@ -134,7 +134,7 @@ def _weighted_sums(inputs: Inputs, factors: Array) -> Array:
 
 
 @jax.custom_jvp
-def _squash(x: Array) -> Array:
+def exponential_squash(x: Array) -> Array:
     """Shrink vectors `[..., D]` to a length in [0, 1): `(1 - exp(-|x|)) x/|x|`.
 
     As in `capsjax.squash`, values and derivatives are finite for every input but NaN, and the
@@ -146,8 +146,8 @@ def _squash(x: Array) -> Array:
     return (unit * jnp.minimum(-jnp.expm1(-length), below_one)).astype(x.dtype)
 
 
-@_squash.defjvp
-def _squash_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+@exponential_squash.defjvp
+def _exponential_squash_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (x,), (dx,) = primals, tangents
     unit, length = unit_and_length(x, -1)
     dx = dx.astype(unit.dtype)
@@ -156,4 +156,4 @@ def _squash_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, A
     factor = jnp.where(short, 1, -jnp.expm1(-length) / jnp.where(short, 1, length))
     slope = jnp.exp(-length) - factor
     radial = jnp.sum(unit * dx, -1, keepdims=True)
-    return _squash(x), (factor * dx + slope * unit * radial).astype(x.dtype)
+    return exponential_squash(x), (factor * dx + slope * unit * radial).astype(x.dtype)
