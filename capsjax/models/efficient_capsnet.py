@@ -68,13 +68,14 @@ class EfficientCapsNet(nnx.Module):
       >>> capsules.shape, model.reconstruct(capsules, jnp.arange(5)).shape
       ((5, 10, 16), (5, 28, 28, 1))
 
-      Training, without hidden state: the updated statistics are a result.
+      Training, without hidden state: the updated statistics are a result of a step. The copy is
+      needed because NNX updates variables only in the trace where they were created.
 
       >>> structure, parameters, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)
       >>> @jax.jit
       ... def gradients(parameters, statistics, images, targets):
       ...     def loss(parameters):
-      ...         model = nnx.merge(structure, parameters, statistics)
+      ...         model = nnx.merge(structure, parameters, statistics, copy=True)
       ...         capsules = model(images, training=True)
       ...         loss = margin_loss(lengths(capsules), targets).mean()
       ...         return loss, nnx.state(model, nnx.BatchStat)
