@@ -310,7 +310,7 @@ class _DepthwisePrimaryCapsules(nnx.Module):
         convolved = jnp.stack(sums, 1)
         convolved += jnp.broadcast_to(self.bias[...].astype(self.dtype), convolved.shape)
         capsules = convolved.shape[1] * convolved.shape[2] // self.length
-        return exponential_squash(convolved.reshape(len(maps), capsules, self.length))
+        return exponential_squash(convolved.reshape(maps.shape[0], capsules, self.length))
 
 
 class _SelfAttentionCapsules(nnx.Module):
