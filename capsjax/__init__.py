@@ -19,6 +19,7 @@ from capsjax.routing.inverted_attention import (
 )
 from capsjax.routing.inverted_attention import inverted_attention_step as inverted_attention_step
 from capsjax.routing.kmeans import kmeans_routing as kmeans_routing
+from capsjax.routing.self_attention import self_attention_routing as self_attention_routing
 from capsjax.routing.self_routing import self_routing as self_routing
 from capsjax.routing.variational_bayes import (
     variational_bayes_routing as variational_bayes_routing,

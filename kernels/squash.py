@@ -42,7 +42,7 @@ def squash(x: Array, *, axis: int = -1) -> Array:
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _squash(x: Array, axis: int) -> Array:
-    unit, length = _unit_and_length(x, axis)
+    unit, length = unit_and_length(x, axis)
     factor, _ = _factor_and_slope(length)
     eps = jnp.finfo(length.dtype).eps
     # Beyond 1 / eps the length rounds to 1; the factor of even longer vectors is subnormal.
@@ -54,7 +54,7 @@ def _squash(x: Array, axis: int) -> Array:
 @_squash.defjvp
 def _squash_jvp(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (x,), (dx,) = primals, tangents
-    unit, length = _unit_and_length(x, axis)
+    unit, length = unit_and_length(x, axis)
     dx = dx.astype(unit.dtype)
     # v = f(n) x with n = |x| and e = x/n, so dv = f dx + n f'(n) e (e·dx).
     factor, slope = _factor_and_slope(length)
@@ -72,7 +72,7 @@ def _factor_and_slope(n: Array) -> tuple[Array, Array]:
     return factor, factor * ratio
 
 
-def _unit_and_length(x: Array, axis: int) -> tuple[Array, Array]:
+def unit_and_length(x: Array, axis: int) -> tuple[Array, Array]:
     """Compute direction (0 for a zero vector) and length of `x`, in the accumulation dtype."""
     largest = jnp.finfo(x.dtype).max
     x = jnp.clip(x, -largest, largest).astype(accumulation_dtype(x.dtype))

@@ -17,6 +17,17 @@ def network():
     return models.CapsNet(IMAGES, 10, conv_channels=8, primary_types=2, rngs=nnx.Rngs(0))
 
 
+def efficient_network():
+    return models.EfficientCapsNet(
+        (16, 16, 1),
+        10,
+        convolutions=((4, 5, 1), (8, 3, 2)),
+        primary_kernel_size=5,
+        hidden=None,
+        rngs=nnx.Rngs(0),
+    )
+
+
 def routed(**settings):
     return lambda poses: capsjax.dynamic_routing(poses, WEIGHTS, **settings)
 
@@ -42,6 +53,15 @@ EXPORTED = {
     "dynamic_routing, options": (with_all_options, POSES, (6, 3)),
     "dynamic_routing_from_votes": (capsjax.dynamic_routing_from_votes, (6, 3, 5)),
     "routing_couplings": (lambda u: capsjax.routing_couplings(u, WEIGHTS), POSES),
+    "self_attention_routing": (
+        lambda u: capsjax.self_attention_routing(u, WEIGHTS, couplings_bias=WEIGHTS[:, 0, :, 0]),
+        POSES,
+    ),
+    "self_attention_routing, gradient, prior": (
+        jax.grad(lambda u, prior: capsjax.self_attention_routing(u, WEIGHTS, prior=prior).sum()),
+        POSES,
+        (6, 3),
+    ),
     "coupling_entropy": (capsjax.coupling_entropy, (6, 3)),
     "squash": (capsjax.squash, POSES),
     "lengths": (capsjax.lengths, POSES),
@@ -58,6 +78,8 @@ EXPORTED = {
     "Decoder": (nn.Decoder(10, 16, IMAGES, rngs=nnx.Rngs(0)), (10, 16), (10,)),
     "CapsNet": (network(), IMAGES),
     "CapsNet.reconstruct": (network().reconstruct, (10, 16)),
+    "EfficientCapsNet": (efficient_network(), (16, 16, 1)),
+    "EfficientCapsNet.reconstruct": (efficient_network().reconstruct, (10, 16)),
 }
 
 

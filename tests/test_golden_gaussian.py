@@ -197,7 +197,7 @@ def test_yl_1993_with_activations_of_one():
         return (jnp.concatenate([poses.reshape(2, 1, 1, -1), activations], -1),)
 
     names = "in_x", "w_weights", "w_beta_u", "w_beta_a"
-    # Its couplings times activations are divided by their sums plus 1e-8, so that activations cancel.
+    # Its couplings times activations are divided by their sums plus 1e-8: activations cancel.
     check(routing, golden, names, ("",), error=2e-6)
 
     def oracle(x, w, beta_u, beta_a, tiny=1e-8):

@@ -60,7 +60,7 @@ def test_scale_and_bias_of_the_authors_code():
     np.testing.assert_allclose(
         official.convolution(images), 0.5 * paper.convolution(images) + 0.1, atol=1e-6
     )
-    layer = nn.Capsules(6, 4, 3, 5, bias=0.1, rngs=nnx.Rngs(0))
+    layer = nn.Capsules(6, 4, 3, 5, routing=nn.DynamicRouting(bias=0.1), rngs=nnx.Rngs(0))
     assert _count(layer) == 6 * 4 * 3 * 5 + 3 * 5
     zero = layer(jnp.zeros((6, 4)))
     np.testing.assert_allclose(zero, capsjax.squash(jnp.full((3, 5), 0.1)), rtol=1e-6)
@@ -138,7 +138,9 @@ def test_no_image_gives_no_capsule_and_no_drawing():
 
 def test_a_layer_with_a_bias_computes_in_float64():
     with jax.enable_x64(True):
-        layer = nn.Capsules(6, 4, 3, 5, bias=0.1, dtype=jnp.float64, rngs=nnx.Rngs(0))
+        layer = nn.Capsules(
+            6, 4, 3, 5, routing=nn.DynamicRouting(bias=0.1), dtype=jnp.float64, rngs=nnx.Rngs(0)
+        )
         assert layer(jnp.ones((2, 6, 4))).dtype == jnp.float64
         assert layer.couplings(jnp.ones((2, 6, 4))).dtype == jnp.float64
 

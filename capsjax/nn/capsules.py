@@ -52,6 +52,8 @@ class Capsules(nnx.Module):
       ((2, 3, 4, 4), (2, 3))
     """
 
+    bias: nnx.Param[Array] | None = None  # `[J, D]`, of dynamic routing with a bias
+
     def __init__(
         self,
         in_capsules: int,
@@ -67,8 +69,10 @@ class Capsules(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        sizes = Sizes((), in_capsules, in_length, out_capsules, out_length, rows)
-        _initialise(self, "Capsules", sizes, routing, weights_init, rngs)
+        self.sizes = Sizes((), in_capsules, in_length, out_capsules, out_length, rows)
+        self.routing: Any = routing  # whose fields are settings of its algorithm
+        self.weights = _weights("Capsules", self.sizes, routing, weights_init, rngs)
+        self.parameter_names = _set_parameters(self)
         self.implementation = implementation
         self.axis_name = axis_name
         self.dtype = dtype
@@ -189,8 +193,10 @@ class ConvCapsules(nnx.Module):
                 f"{type(routing).__name__}, which has none"
             )
         window = kernel_size, kernel_size
-        sizes = Sizes(window, in_types, in_length, out_types, out_length, rows)
-        _initialise(self, "ConvCapsules", sizes, routing, weights_init, rngs)
+        self.sizes = Sizes(window, in_types, in_length, out_types, out_length, rows)
+        self.routing: Any = routing  # whose fields are settings of its algorithm
+        self.weights = _weights("ConvCapsules", self.sizes, routing, weights_init, rngs)
+        self.parameter_names = _set_parameters(self)
         self.stride = stride
         self.padding = padding
         self.implementation = implementation
@@ -277,8 +283,10 @@ class ClassCapsules(nnx.Module):
                 "ClassCapsules: votes must have two rows or components for coordinates, got "
                 f"rows = {rows} and out_length = {out_length}"
             )
-        sizes = Sizes((), in_types, in_length, out_capsules, out_length, rows)
-        _initialise(self, "ClassCapsules", sizes, routing, weights_init, rngs)
+        self.sizes = Sizes((), in_types, in_length, out_capsules, out_length, rows)
+        self.routing: Any = routing  # whose fields are settings of its algorithm
+        self.weights = _weights("ClassCapsules", self.sizes, routing, weights_init, rngs)
+        self.parameter_names = _set_parameters(self)
         self.coordinate_addition = coordinate_addition
         self.implementation = implementation
         self.dtype = dtype
@@ -330,30 +338,28 @@ class ClassCapsules(nnx.Module):
         return found.reshape(-1, *inner).astype(dtype)
 
 
-def _initialise(
-    layer: nnx.Module,
-    name: str,
-    sizes: Sizes,
-    routing: Routing,
-    weights_init: Initializer | None,
-    rngs: nnx.Rngs,
-) -> None:
-    """Give a layer its weights, and the parameters of its routing as attributes."""
+def _weights(
+    name: str, sizes: Sizes, routing: Routing, weights_init: Initializer | None, rngs: nnx.Rngs
+) -> nnx.Param[Array]:
+    """Return initial weights; raise ValueError for matrices that the routing does not take."""
     if sizes.rows is not None and not routing.takes_matrices:
         raise ValueError(
             f"{name}: rows must be None for {type(routing).__name__}, which routes vectors, "
             f"got {sizes.rows}"
         )
     shape = *sizes.windows, *sizes[1:5]
-    layer.weights = nnx.Param((weights_init or routing.weights_init)(rngs.params(), shape))
-    layer.sizes = sizes
-    layer.routing = routing
-    layer.parameter_names = tuple(parameters := routing.parameters(sizes))
-    for key, value in parameters.items():
-        setattr(layer, key, nnx.Param(value))
+    return nnx.Param((weights_init or routing.weights_init)(rngs.params(), shape))
 
 
-def _parameters(layer: Any) -> dict[str, Array]:
+def _set_parameters(layer: Any) -> tuple[str, ...]:
+    """Make the parameters of a layer's routing attributes, and return their names."""
+    parameters = layer.routing.parameters(layer.sizes)
+    for name, value in parameters.items():
+        setattr(layer, name, nnx.Param(value))
+    return tuple(parameters)
+
+
+def _parameters(layer: Any) -> dict[str, Any]:
     """Return the routing's parameters in the accumulation dtype: half precision rounds none."""
     dtype = accumulation_dtype(jnp.dtype(layer.dtype))
     return {name: getattr(layer, name)[...].astype(dtype) for name in layer.parameter_names}
@@ -365,7 +371,7 @@ def _routed(
     activations: Array | None,
     weights: Array,
     *,
-    parameters: Mapping[str, Array] | None = None,
+    parameters: Mapping[str, Any] | None = None,
     **common: Any,
 ) -> Any:
     poses, activations = layer.routing(

@@ -8,11 +8,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from capsjax import shapes
 from capsjax.conv import strided_conv
 from capsjax.kernels.squash import squash
+
+kernel_init = jax.nn.initializers.lecun_normal()
+
 
 class Convolution(nnx.Module):
     """A convolution without padding, by `capsjax.strided_conv`.
@@ -24,8 +28,9 @@ class Convolution(nnx.Module):
       stride: Pixels from one window to the next, along both axes.
       scale: Factor on the convolution, before the bias is added.
       bias: Initial value of the bias.
+      kernel_init: Initializer of the kernel `[h, w, C, O]`.
       dtype: Of the computation; parameters are float32.
-      rngs: Random streams; `params` initialises the kernel (Lecun normal).
+      rngs: Random streams; `params` initialises the kernel.
 
     Example:
       >>> Convolution(1, 4, kernel_size=9, rngs=nnx.Rngs(0))(jnp.ones((2, 28, 28, 1))).shape
@@ -41,11 +46,12 @@ class Convolution(nnx.Module):
         stride: int = 1,
         scale: float = 1.0,
         bias: float = 0.0,
+        kernel_init: Initializer = kernel_init,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
         shape = (kernel_size, kernel_size, in_channels, out_channels)
-        self.kernel = nnx.Param(jax.nn.initializers.lecun_normal()(rngs.params(), shape))
+        self.kernel = nnx.Param(kernel_init(rngs.params(), shape))
         self.bias = nnx.Param(jnp.full((out_channels,), bias, jnp.float32))
         self.stride = stride
         self.scale = scale
@@ -147,9 +153,7 @@ class PrimaryMatrixCapsules(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         channels = types * (rows * columns + 1)
-        self.convolution = Convolution(
-            in_channels, channels, kernel_size=1, dtype=dtype, rngs=rngs
-        )
+        self.convolution = Convolution(in_channels, channels, kernel_size=1, dtype=dtype, rngs=rngs)
         self.shape = types, rows, columns
 
     def __call__(self, features: Array) -> tuple[Array, Array]:

@@ -56,9 +56,9 @@ class Routing(Protocol):
     def __call__(
         self,
         poses: Array,
-        activations: Array | None,
+        activations: Any,
         weights: Array,
-        parameters: Mapping[str, Array],
+        parameters: Mapping[str, Any],
         *,
         sizes: Sizes,
         **common: Any,
@@ -91,19 +91,25 @@ class DynamicRouting:
     def __call__(
         self,
         poses: Array,
-        activations: Array | None,
+        activations: Any,
         weights: Array,
-        parameters: Mapping[str, Array],
+        parameters: Mapping[str, Any],
         *,
         sizes: Sizes,
         **common: Any,
     ) -> tuple[Array, Array | None]:
         """Route poses to poses; there are no activations."""
         del activations, sizes
-        settings = {"num_iterations": self.num_iterations, "gradient": self.gradient}
-        return dynamic_routing(
-            poses, weights, leaky=self.leaky, **settings, **parameters, **common
-        ), None
+        outputs = dynamic_routing(
+            poses,
+            weights,
+            num_iterations=self.num_iterations,
+            gradient=self.gradient,
+            leaky=self.leaky,
+            **parameters,
+            **common,
+        )
+        return outputs, None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,9 +139,9 @@ class EMRouting:
     def __call__(
         self,
         poses: Array,
-        activations: Array | None,
+        activations: Any,
         weights: Array,
-        parameters: Mapping[str, Array],
+        parameters: Mapping[str, Any],
         *,
         sizes: Sizes,
         **common: Any,
@@ -182,9 +188,9 @@ class VariationalBayesRouting:
     def __call__(
         self,
         poses: Array,
-        activations: Array | None,
+        activations: Any,
         weights: Array,
-        parameters: Mapping[str, Array],
+        parameters: Mapping[str, Any],
         *,
         sizes: Sizes,
         **common: Any,
@@ -220,9 +226,9 @@ class SelfRouting:
     def __call__(
         self,
         poses: Array,
-        activations: Array | None,
+        activations: Any,
         weights: Array,
-        parameters: Mapping[str, Array],
+        parameters: Mapping[str, Any],
         *,
         sizes: Sizes,
         **common: Any,
@@ -256,9 +262,9 @@ class SelfAttentionRouting:
     def __call__(
         self,
         poses: Array,
-        activations: Array | None,
+        activations: Any,
         weights: Array,
-        parameters: Mapping[str, Array],
+        parameters: Mapping[str, Any],
         *,
         sizes: Sizes,
         **common: Any,
@@ -282,17 +288,18 @@ class InvertedAttentionRouting:
     weights_init: ClassVar[Initializer] = staticmethod(attention_init)
 
     def parameters(self, sizes: Sizes) -> dict[str, Array]:
-        """Return the initial scale and offset of the LayerNorm, `[D]`; none if D is 1."""
+        """Return scale and offset of the LayerNorm, `[D]` or `[R, E]`; none if D is 1."""
         if sizes.depth == 1:
             return {}
-        return {"scale": jnp.ones(sizes.depth), "offset": jnp.zeros(sizes.depth)}
+        shape = (sizes.depth,) if sizes.rows is None else (sizes.rows, sizes.columns)
+        return {"scale": jnp.ones(shape), "offset": jnp.zeros(shape)}
 
     def __call__(
         self,
         poses: Array,
-        activations: Array | None,
+        activations: Any,
         weights: Array,
-        parameters: Mapping[str, Array],
+        parameters: Mapping[str, Any],
         *,
         sizes: Sizes,
         **common: Any,
@@ -330,9 +337,9 @@ class KMeansRouting:
     def __call__(
         self,
         poses: Array,
-        activations: Array | None,
+        activations: Any,
         weights: Array,
-        parameters: Mapping[str, Array],
+        parameters: Mapping[str, Any],
         *,
         sizes: Sizes,
         **common: Any,

@@ -156,7 +156,7 @@ def check_inputs(
     if coordinates is not None:
         shape: tuple[int, ...] = (rows, weights.shape[-1]) if is_matrix else weights.shape[-1:]
         wanted = "[I, R, E]" if is_matrix else "[I, D]"
-        coordinates = check_parameter(
+        coordinates = check_required(
             function, "coordinates", coordinates, wanted, (full[-1], *shape), poses
         )
         inputs = inputs._replace(coordinates=coordinates.reshape(full[-1], -1))
@@ -216,6 +216,15 @@ def check_votes(function: str, votes: Any, *, prior: Any, mask: Any, parent_mask
 
 
 def check_parameter(
+    function: str, name: str, array: Any, letters: str, shape: tuple[int, ...], like: Array
+) -> Array | None:
+    """Check an optional parameter, in the dtype of `like` or in its accumulation dtype."""
+    if array is None:
+        return None
+    return check_required(function, name, array, letters, shape, like)
+
+
+def check_required(
     function: str, name: str, array: Any, letters: str, shape: tuple[int, ...], like: Array
 ) -> Array:
     """Check a parameter, in the dtype of `like` or in its accumulation dtype."""

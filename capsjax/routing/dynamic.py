@@ -25,6 +25,7 @@ def dynamic_routing(
     mask: Array | None = None,
     parent_mask: Array | None = None,
     leaky: bool = False,
+    stride: int | None = None,
     gradient: str = "full",
     implementation: str | Implementation | None = None,
     axis_name: str | tuple[str, ...] | None = None,
@@ -69,6 +70,10 @@ def dynamic_routing(
       parent_mask: Booleans `[J]` or `[..., J]`; output capsules at False have couplings and
         outputs 0.
       leaky: Whether each softmax has one more logit, fixed at 0, which stands for no parent.
+      stride: Makes the layer a convolution without padding, in which children compete within a
+        window: axes H, W come before I in `poses` and `mask`, h, w before J in the result and
+        `parent_mask`; weights are `[K, L, I, P, J, D]`, `prior` `[K, L, I, J]` or
+        `[..., h, w, K, L, I, J]`.
       gradient: `"full"`, as the authors' code; or `"last"`, with the last couplings constant (in
         second derivatives with `"reference"` only): cheaper, but 2 % to 44 % of the full gradient
         is missing (T = 3, weights of standard deviation 0.02 to 0.1).
@@ -108,8 +113,15 @@ def dynamic_routing(
     """
     name = "dynamic_routing"
     num_iterations = _arguments.check_settings(name, num_iterations, gradient, axis_name)
+    windows = _arguments.check_windows(name, stride)
     checked = _arguments.check_inputs(
-        name, poses, weights, prior=prior, mask=mask, parent_mask=parent_mask
+        name,
+        poses,
+        weights,
+        prior=prior,
+        mask=mask,
+        parent_mask=parent_mask,
+        windows=windows,
     )
     routing = Routing(
         Spec(checked.num_parents, leaky=leaky),
@@ -118,6 +130,7 @@ def dynamic_routing(
         gradient,
         _arguments.check_implementation(name, implementation),
         axis_name,
+        windows,
     )
     bias = _checked_bias(name, bias, checked, axis_name)
     return checked.placed(unroll(routing, checked.inputs, bias))
@@ -254,8 +267,7 @@ def _checked_bias(
     Every device applies both to the same sums over all input capsules.
     """
     inputs, shape = checked.inputs, (checked.num_parents, checked.depth)
-    if bias is not None:
-        bias = _arguments.check_parameter(function, "bias", bias, "[J, D]", shape, inputs.poses)
+    bias = _arguments.check_parameter(function, "bias", bias, "[J, D]", shape, inputs.poses)
     _arguments.check_same_along(function, "bias", bias, axis_name)
     _arguments.check_same_along(function, "parent_mask", inputs.parent_mask, axis_name)
     return bias

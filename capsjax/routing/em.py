@@ -129,8 +129,8 @@ def em_routing(
     _arguments.check_merges(name, checked, axis_name)
     like, parents = checked.inputs.poses, (checked.num_parents,)
     dtype = accumulation_dtype(like.dtype)
-    beta_u = _arguments.check_parameter(name, "beta_u", beta_u, "[J]", parents, like)
-    beta_a = _arguments.check_parameter(name, "beta_a", beta_a, "[J]", parents, like)
+    beta_u = _arguments.check_required(name, "beta_u", beta_u, "[J]", parents, like)
+    beta_a = _arguments.check_required(name, "beta_a", beta_a, "[J]", parents, like)
     temperatures = _arguments.check_factors(
         name, "inverse_temperature", inverse_temperature, num_iterations, dtype
     )

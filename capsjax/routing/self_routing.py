@@ -143,7 +143,7 @@ def _logits(
     letters = "K, L, I" if windows is not None else "I"
     own = *kernel, children
     pose = (rows, length) if checked.is_matrix else (length,)
-    _arguments.check_parameter(
+    _arguments.check_required(
         function,
         "routing_weights",
         routing_weights,

@@ -118,8 +118,8 @@ def variational_bayes_routing(
     _arguments.check_merges(name, checked, axis_name)
     inputs, parents, depth = checked.inputs, (checked.num_parents,), checked.depth
     dtype = accumulation_dtype(inputs.poses.dtype)
-    beta_u = _arguments.check_parameter(name, "beta_u", beta_u, "[J]", parents, inputs.poses)
-    beta_a = _arguments.check_parameter(name, "beta_a", beta_a, "[J]", parents, inputs.poses)
+    beta_u = _arguments.check_required(name, "beta_u", beta_u, "[J]", parents, inputs.poses)
+    beta_a = _arguments.check_required(name, "beta_a", beta_a, "[J]", parents, inputs.poses)
     nu0 = depth + 1 if nu0 is None else nu0
     numbers = {"alpha0": alpha0, "kappa0": kappa0, "psi0": psi0, "nu0": nu0}
     for key, number in numbers.items():

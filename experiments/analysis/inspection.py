@@ -103,7 +103,7 @@ def _capsule_figures(
     """Draw reconstructions and tweaks (with a decoder), couplings and their entropy, by name."""
     objective, layer = trainer.objective, trainer.network.capsules
     children, _, parents, _ = layer.weights.shape
-    count = max(1, MAX_COUPLINGS // (layer.num_iterations * children * parents))
+    count = max(1, MAX_COUPLINGS // (layer.routing.num_iterations * children * parents))
     has_decoder = (
         isinstance(objective, objectives.CapsuleClassification) and objective.reconstruction_weight
     )

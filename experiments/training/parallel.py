@@ -206,7 +206,7 @@ class SplitCapsules(nnx.Module):
         """Map poses `[B, I, P]` to poses `[B, J, D]`, replicated."""
         route = functools.partial(
             capsjax.dynamic_routing,
-            gradient=self.layer.gradient,
+            gradient=self.layer.routing.gradient,
             implementation=self.layer.implementation,
         )
         return self._split(route, poses, P())
@@ -223,7 +223,7 @@ class SplitCapsules(nnx.Module):
             return route(
                 poses.astype(layer.dtype),
                 weights.astype(layer.dtype),
-                num_iterations=layer.num_iterations,
+                num_iterations=layer.routing.num_iterations,
                 bias=bias,
                 axis_name=CAPSULES,
             )
