@@ -107,7 +107,7 @@ def test_settings_reach_the_routing(monkeypatch):
         calls.append(settings)
         return capsjax.dynamic_routing(poses, weights, **settings)
 
-    monkeypatch.setattr(nn, "dynamic_routing", record)
+    monkeypatch.setattr("capsjax.nn.routings.dynamic_routing", record)
     images = jax.ShapeDtypeStruct((2, 28, 28, 1), jnp.float32)
     settings = {"num_iterations": 2, "gradient": "last", "implementation": "reference"}
     for wanted in settings, {"num_iterations": 3, "gradient": "full", "implementation": None}:
