@@ -97,6 +97,7 @@ class CapsNet(nnx.Module):
             num_iterations=num_iterations,
             gradient=gradient,
             bias=capsule_bias,
+            weights_init=nn.votes_init,
             implementation=implementation,
             dtype=dtype,
             rngs=rngs,
