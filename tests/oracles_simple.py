@@ -49,14 +49,9 @@ def softmax(logits, parent_mask):
     """Over the last axis of `[B, I, J]`; 0 for a child whose logits are all -infinity."""
     if parent_mask is not None:
         logits = np.where(np.asarray(parent_mask)[:, None], logits, -np.inf)
-    couplings = np.zeros_like(logits)
-    for e, i in np.ndindex(logits.shape[:2]):
-        reachable = logits[e, i].real > -np.inf
-        if reachable.any():
-            own = logits[e, i, reachable]
-            exponentials = np.exp(own - own.real.max())
-            couplings[e, i, reachable] = exponentials / exponentials.sum()
-    return couplings
+    largest = logits.real.max(-1, keepdims=True)
+    exponentials = np.exp(logits - np.where(largest > -np.inf, largest, 0))
+    return quotient(exponentials, exponentials.sum(-1, keepdims=True))
 
 
 def weighted_sums(couplings, votes):

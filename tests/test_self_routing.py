@@ -16,9 +16,6 @@ from capsjax.kernels.vote_passes.passes import Implementation
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SMALL_TILES = Implementation("xla", XlaConfig(children=4, examples=2))
-IMPLEMENTATIONS = pytest.mark.parametrize(
-    "implementation", ["reference", SMALL_TILES], ids=["reference", "xla"]
-)
 
 
 class Options(NamedTuple):
@@ -31,7 +28,7 @@ class Options(NamedTuple):
     mask: bool = False
     parent_mask: bool = False
     silent: bool = False  # all activations of the first example are 0
-    sizes: tuple[int, int, int, int, int, int] = (3, 5, 2, 3, 4, 3)  # B, I, R, P, J, E
+    sizes: tuple[int, int, int, int, int, int] = (3, 5, 2, 2, 4, 3)  # B, I, R, P, J, E
 
 
 OPTIONS = {
@@ -45,6 +42,8 @@ OPTIONS = {
     "all": Options(True, "IPJE", True, "BIJ", True, True, True),
     "all, shared by all": Options(True, "PE", True, "BIJ", True, True, True),
 }
+# Cases in which the definition with stored votes is compared too.
+STORED = ["one child", "prior", "all", "all, shared by all"]
 
 
 def make(options):
@@ -130,8 +129,11 @@ def _float64():
         yield
 
 
-@IMPLEMENTATIONS
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [(name, SMALL_TILES) for name in OPTIONS] + [(name, "reference") for name in STORED],
+    ids=[*OPTIONS, *(f"{name}, reference" for name in STORED)],
+)
 def test_options_match_the_oracle(name, implementation):
     options = OPTIONS[name]
     arrays, masks, cotangents = make(options)
@@ -140,8 +142,7 @@ def test_options_match_the_oracle(name, implementation):
     assert_exact(values_and_gradients(function, arrays, cotangents), exact(options))
 
 
-@IMPLEMENTATIONS
-def test_padding_of_nan_changes_nothing(implementation):
+def test_padding_of_nan_changes_nothing():
     options = OPTIONS["all"]
     arrays, masks, cotangents = jax.tree.map(jnp.asarray, make(options))
     poses, activations, *others = arrays
@@ -151,7 +152,7 @@ def test_padding_of_nan_changes_nothing(implementation):
         jnp.where(hidden, jnp.nan, activations),
         *others,
     )
-    function = partial(route, implementation=implementation, **masks)
+    function = partial(route, **masks)
     assert_exact(values_and_gradients(function, arrays, cotangents), exact(options))
 
 
@@ -217,9 +218,8 @@ def test_scan_and_remat():
 # A convolution: the dense routing on windows that are cut out by hand.
 
 
-@IMPLEMENTATIONS
 @pytest.mark.parametrize(("stride", "matrix"), [(1, False), (2, True)])
-def test_a_convolution_routes_each_window(stride, matrix, implementation):
+def test_a_convolution_routes_each_window(stride, matrix):
     rng = np.random.default_rng(1)
     kernel, rows = (2, 3), (2,) * matrix
 
@@ -256,9 +256,10 @@ def test_a_convolution_routes_each_window(stride, matrix, implementation):
         )
         return tuple(x.reshape(2, h, w, *x.shape[1:]) for x in found)
 
-    convolution = partial(route, stride=stride, implementation=implementation, **masks)
-    found = values_and_gradients(convolution, arrays, cotangents)
-    assert_exact(found, values_and_gradients(dense, arrays, cotangents))
+    wanted = values_and_gradients(dense, arrays, cotangents)
+    for implementation in ("xla", "reference"):
+        convolution = partial(route, stride=stride, implementation=implementation, **masks)
+        assert_exact(values_and_gradients(convolution, arrays, cotangents), wanted)
 
 
 def test_an_empty_batch_and_several_batch_axes():

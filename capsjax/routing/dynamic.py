@@ -57,6 +57,9 @@ def dynamic_routing(
     Source: Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules", section 2 and
     procedure 1, https://arxiv.org/abs/1710.09829.
 
+    Controls (Paik, Kwak and Kim, https://arxiv.org/abs/1907.13327): one iteration has uniform
+    couplings, and random ones with `prior=scale * jax.random.normal(key, (I, J))`.
+
     Args:
       poses: `[..., I, P]`, floating. Sums are accumulated in float32 at least; matrix products
         follow `jax.default_matmul_precision`.
