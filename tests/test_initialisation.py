@@ -31,7 +31,8 @@ def poses_of(in_capsules, in_length, *, batch=16):
 
 def first_layer_length(shape, weights_init):
     """Root mean square length of the weighted sums with uniform couplings, before the squash."""
-    layer = nn.Capsules(*shape, num_iterations=1, weights_init=weights_init, rngs=nnx.Rngs(0))
+    routing = nn.DynamicRouting(num_iterations=1)
+    layer = nn.Capsules(*shape, routing=routing, weights_init=weights_init, rngs=nnx.Rngs(0))
     squashed = capsjax.lengths(layer(poses_of(*shape[:2])))
     return math.sqrt(jnp.mean(squashed / (1 - squashed)))
 
