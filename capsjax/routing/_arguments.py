@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from capsjax import shapes
@@ -332,7 +333,8 @@ def _check_range(function: str, name: str, array: Array) -> None:
     """Raise ValueError if a known number is outside [0, 1]; traced arrays are not known."""
     if isinstance(array, jax.core.Tracer) or array.size == 0:
         return
-    low, high = float(jnp.min(array)), float(jnp.max(array))
+    known = np.asarray(array, np.float64)  # NumPy, because under jit JAX would trace it
+    low, high = known.min(), known.max()
     if not (low >= 0 and high <= 1):
         raise ValueError(f"{function}: {name} must be in [0, 1], got {low:g} to {high:g}")
 
