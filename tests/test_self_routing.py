@@ -177,6 +177,17 @@ def test_activations_sum_to_one_over_the_parents():
     np.testing.assert_allclose(activations.sum(-1), [0, 1, 1], atol=1e-12)
 
 
+def test_the_range_of_known_activations_is_checked_inside_of_jit_too():
+    poses, activations, weights, routing_weights, *_ = make(OPTIONS["vectors"])[0]
+
+    @jax.jit
+    def routed(poses):
+        return capsjax.self_routing(poses, jnp.asarray(activations), weights, routing_weights)
+
+    wanted = capsjax.self_routing(poses, activations, weights, routing_weights)
+    assert_exact(routed(poses), wanted)
+
+
 def test_vmap_over_examples_and_over_weights():
     arrays, masks, _ = jax.tree.map(jnp.asarray, make(OPTIONS["all"]))
     wanted = jax.jit(partial(route, **masks))(*arrays)
