@@ -312,3 +312,110 @@ def test_convolutions_equal_the_oracle(name, sizes, competition, implementation)
     results, gradients = oracles.complex_step(run, list(arrays.values()), cotangents)
     wanted = results, dict(zip(arrays, gradients, strict=True))
     assert_equal(found, wanted, error=1e-11 if name == "em_routing" else 1e-9)
+
+
+def test_masked_children_and_parents_are_as_if_absent():
+    sizes = (2, 5, 2, 2, 4, 2)
+    arrays = {name: jnp.asarray(array) for name, array in arrays_of(sizes).items()}
+    mask, parent_mask = jnp.array([1, 0, 1, 1, 0], bool), jnp.array([1, 1, 0, 1], bool)
+    for name in ("em_routing", "variational_bayes_routing"):
+        route = getattr(capsjax, name)
+        poisoned = arrays | {"poses": arrays["poses"].at[:, 1].set(jnp.nan)}
+        found = route(**poisoned, mask=mask, parent_mask=parent_mask)
+        i, j = np.flatnonzero(mask), np.flatnonzero(parent_mask)
+        less = {
+            "poses": arrays["poses"][:, i],
+            "activations": arrays["activations"][:, i],
+            "weights": arrays["weights"][i][:, :, j],
+            "beta_u": arrays["beta_u"][j],
+            "beta_a": arrays["beta_a"][j],
+            "coordinates": arrays["coordinates"][i],
+        }
+        wanted = route(**less)
+        assert_equal([x[:, j] for x in found], list(wanted))
+        assert not any(np.any(x[:, 2]) for x in found)
+
+
+def test_routing_is_a_function_under_jit_vmap_scan_and_export():
+    sizes = (3, 4, 2, 2, 3, 2)
+    arrays = {name: jnp.asarray(array) for name, array in arrays_of(sizes).items()}
+    poses, activations = arrays.pop("poses"), arrays.pop("activations")
+
+    def route(poses, activations):
+        return capsjax.em_routing(poses, activations, **arrays)
+
+    wanted = route(poses, activations)
+    assert_equal(jax.jit(jax.vmap(route))(poses, activations), wanted)
+    scanned = jax.lax.scan(lambda carry, x: (carry, route(*x)), 0, (poses, activations))[1]
+    assert_equal(scanned, wanted)
+    batch = jax.export.symbolic_shape("n")
+    symbolic = [jax.ShapeDtypeStruct((*batch, *x.shape[1:]), x.dtype) for x in (poses, activations)]
+    exported = jax.export.export(jax.jit(route))(*symbolic)
+    assert_equal(exported.call(poses, activations), wanted)
+
+
+def test_float32_is_enough_for_votes_far_from_zero():
+    # Means are 1000 standard deviations from 0: raw second moments would lose all digits.
+    sizes = (2, 200, 4, 4, 5, 4)
+    arrays = arrays_of(sizes)
+    arrays["coordinates"][:] = 3000.0
+    exact = value_and_gradients(capsjax.em_routing, arrays, cotangents_of(sizes))
+    single = {name: array.astype(np.float32) for name, array in arrays.items()}
+    found = value_and_gradients(
+        capsjax.em_routing, single, [x.astype(np.float32) for x in cotangents_of(sizes)]
+    )
+    assert_equal(found[0][1], exact[0][1], error=1e-4)
+    # A unit in the last place of 3000 is 2e-4.
+    assert_equal(found[0][0] - 3000, exact[0][0] - 3000, error=5e-3)
+    assert_equal(found[1]["weights"], exact[1]["weights"], error=5e-3)
+
+
+OK = {
+    "poses": np.ones((2, 6, 4, 4), np.float32),
+    "activations": np.full((2, 6), 0.5, np.float32),
+    "weights": np.ones((6, 4, 3, 4), np.float32),
+    "beta_u": np.zeros(3, np.float32),
+    "beta_a": np.zeros(3, np.float32),
+}
+WRONG = [
+    ({"activations": OK["activations"] + 1}, r"activations must be in \[0, 1\], got 1.5 to 1.5"),
+    ({"activations": OK["activations"] * np.nan}, r"activations must be in \[0, 1\]"),
+    ({"activations": OK["activations"][:, :5]}, r"activations must have shape \[..., I\] = \[2, 6"),
+    ({"activations": OK["activations"][0, 0]}, r"activations must have shape .* got \(\) and"),
+    (
+        {"weights": OK["weights"][:5]},
+        r"weights must have shape \[I, P, J, E\] = \[6, 4, any, any\]",
+    ),
+    ({"beta_u": np.zeros(4, np.float32)}, r"beta_u must have shape \[J\] = \[3\], got \(4,\)"),
+    (
+        {"coordinates": np.zeros((6, 16), np.float32)},
+        r"coordinates must have shape \[I, R, E\] = \[6, 4, 4\], got \(6, 16\)",
+    ),
+    ({"num_iterations": 0}, "num_iterations must be an integer of at least 1, got 0"),
+    ({"competition": "all"}, "competition must be one of types, positions, got 'all'"),
+    ({"stride": 0, "competition": "types"}, "stride must be an integer of at least 1, got 0"),
+    ({"stride": 1}, r"poses must have shape|activations must have shape"),
+]
+WRONG_EM = [
+    ({"inverse_temperature": -1.0}, "inverse_temperature must be at least 0, got -1.0"),
+    (
+        {"inverse_temperature": np.ones(2)},
+        r"inverse_temperature must be a number or have shape \[T\] = \(3,\), got \(2,\)",
+    ),
+    ({"min_variance": 0}, "min_variance must be a number above 0, got 0"),
+]
+WRONG_VB = [
+    ({"kappa0": -1.0}, "kappa0 must be a number above 0, got -1.0"),
+    ({"nu0": 15}, "nu0 must be a number above 15, got 15"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [("em_routing", *case) for case in WRONG + WRONG_EM]
+    + [("variational_bayes_routing", *case) for case in WRONG + WRONG_VB],
+)
+def test_wrong_arguments_are_refused_in_one_sentence(name, changes, message):
+    with pytest.raises(ValueError, match=f"^{name}: ({message})") as error:
+        getattr(capsjax, name)(**OK | changes)
+    assert "\n" not in str(error.value)
