@@ -13,7 +13,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle_self_attention as oracle
+import self_attention_oracle as oracle
 from jax import P
 from jax.sharding import AxisType, NamedSharding
 from sharded_programs import found, make_mesh

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
-import oracles_simple
 import pytest
+import routing_oracles
 
 import capsjax
 
@@ -58,7 +58,7 @@ def test_one_iteration_has_couplings_that_no_vote_changes(name, leaky):
         squares = (sums * sums).sum(-1, keepdims=True)
         return (sums * np.sqrt(squares) / (1 + squares),)
 
-    (outputs,), gradients = oracles_simple.with_gradients(weighted, (poses, weights), (cotangent,))
+    (outputs,), gradients = routing_oracles.with_gradients(weighted, (poses, weights), (cotangent,))
     for found, wanted in zip(
         jax.tree.leaves(run(poses, weights)), (outputs, *gradients), strict=True
     ):

@@ -370,6 +370,53 @@ def test_float32_is_enough_for_votes_far_from_zero():
     assert_equal(found[1]["weights"], exact[1]["weights"], error=5e-3)
 
 
+def test_parts_of_the_batch_do_not_change_a_convolution(monkeypatch):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "poses": rng.normal(size=(4, 5, 5, 2, 2, 2)),
+        "activations": rng.uniform(size=(4, 5, 5, 2)),
+        "weights": rng.normal(size=(3, 3, 2, 2, 3, 2)),
+        "beta_u": rng.normal(size=3),
+        "beta_a": rng.normal(size=3),
+    }
+    cotangents = rng.normal(size=(4, 3, 3, 3, 2, 2)), rng.normal(size=(4, 3, 3, 3))
+    prior = jnp.asarray(rng.normal(size=(4, 3, 3, 3, 3, 2, 3)))
+    settings = {"stride": 1, "inverse_temperature": 1.0, "prior": prior}
+    wanted = value_and_gradients(capsjax.em_routing, arrays, cotangents, **settings)
+    jax.clear_caches()
+    monkeypatch.setattr("capsjax.kernels.vote_passes.windows.OFFSET_VOTES", 1)
+    found = value_and_gradients(capsjax.em_routing, arrays, cotangents, **settings)
+    assert_equal(found, wanted)
+
+
+CASES = {
+    "dense": ((8, 2048), (2048, 4, 16, 4), {}),
+    "types": ((8, 16, 16, 32), (3, 3, 32, 4, 8, 4), {"stride": 1, "competition": "types"}),
+    "positions": ((8, 16, 16, 32), (3, 3, 32, 4, 8, 4), {"stride": 1}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_votes_are_not_stored(case):
+    leading, weights, settings = CASES[case]
+    parents = weights[-2]
+
+    def loss(poses, activations, weights):
+        betas = jnp.zeros(parents, jnp.float32)
+        found = capsjax.em_routing(
+            poses, activations, weights, beta_u=betas, beta_a=betas, **settings
+        )
+        return sum(jnp.sum(x * x) for x in found)
+
+    arguments = [
+        jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((*leading, 4, 4), leading, weights)
+    ]
+    compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arguments).compile()
+    rows = 8 if case == "dense" else 8 * 14 * 14
+    votes = 4 * rows * np.prod(weights[:-3]) * parents * 16
+    assert compiled.memory_analysis().temp_size_in_bytes < votes / 3
+
+
 OK = {
     "poses": np.ones((2, 6, 4, 4), np.float32),
     "activations": np.full((2, 6), 0.5, np.float32),

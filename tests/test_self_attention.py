@@ -6,8 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle_self_attention as oracle
 import pytest
+import self_attention_oracle as oracle
 import sharded_self_attention
 import tolerances
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles_simple as oracles
 import pytest
+import routing_oracles as oracles
 
 import capsjax
 from capsjax.kernels.vote_passes.config import XlaConfig

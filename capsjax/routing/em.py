@@ -22,8 +22,8 @@ class Params(NamedTuple):
 
     beta_u: Array  # [J]
     beta_a: Array  # [J]
-    inverse_temperatures: Array  # [T]
-    cost_scales: Array  # [T]
+    inverse_temperature: Array  # [T]
+    cost_scale: Array  # [T]
     min_variance: Array  # scalar
 
 
@@ -167,8 +167,8 @@ def _step(
     variances = divide(moments.second, moments.mass) + params.min_variance
     logs = jnp.log(variances)
     cost = jnp.sum(params.beta_u[None, :, None] + 0.5 * logs, -1) * moments.mass
-    evidence = params.beta_a[None] - params.cost_scales[t - 1] * cost
-    evidence = params.inverse_temperatures[t - 1] * evidence
+    evidence = params.beta_a[None] - params.cost_scale[t - 1] * cost
+    evidence = params.inverse_temperature[t - 1] * evidence
     bias = jax.nn.log_sigmoid(evidence) - 0.5 * jnp.sum(logs, -1)
     # The constant of the normal density is the same for all parents.
     state = State(k=bias, z=moments.first, q=1 / variances)

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from capsjax.kernels.dtypes import accumulation_dtype
@@ -32,8 +33,8 @@ from capsjax.kernels.vote_passes.passes import (
 )
 
 COMPETITIONS = ("types", "positions")
-# Numbers in the votes of one offset, 32 MB in float32: several such arrays are live at once.
-OFFSET_VOTES = 2**23
+# Numbers in the votes of one offset, 4 MB in float32: about eight such arrays are live at once.
+OFFSET_VOTES = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,8 +366,10 @@ def _normaliser(windows: Windows, spec: Spec, inputs: Inputs, state: State) -> A
     """Compute the normalisers [B, H, W, A], -infinity for a child without a reachable parent."""
     dtype = accumulation_dtype(inputs.poses.dtype)
     map_of = inputs.poses[..., 0, 0]
-    if windows.starts_at_types and passes.is_uniform(inputs, state):
-        return jnp.full_like(map_of, jnp.log(spec.num_parents + spec.leaky), dtype)
+    if passes.is_uniform(inputs, state):
+        # Without a loop over logits of 0, which XLA would constant-fold for seconds.
+        parents = spec.num_parents * _memberships(windows, inputs) + spec.leaky
+        return jnp.broadcast_to(jnp.log(jnp.asarray(parents, dtype))[..., None], map_of.shape)
 
     def add(total: Array, index: Array) -> tuple[Array, None]:
         tile = _tile(windows, inputs, index)
@@ -377,6 +380,20 @@ def _normaliser(windows: Windows, spec: Spec, inputs: Inputs, state: State) -> A
 
     start = jnp.full_like(map_of, 0.0 if spec.leaky else -jnp.inf, dtype)
     return _scan(inputs, add, start)[0]
+
+
+def _memberships(windows: Windows, inputs: Inputs) -> np.ndarray:
+    """Return how many windows contain each position, `[1, H, W]`; 1 if `starts_at_types`."""
+    along = []
+    for size, kernel, count in zip(
+        inputs.poses.shape[1:3], inputs.weights.shape[:2], grid(windows, inputs), strict=True
+    ):
+        starts = windows.stride * np.arange(count)[:, None]
+        inside = (np.arange(size) >= starts) & (np.arange(size) < starts + kernel)
+        along.append(inside.sum(0))
+    counts = along[0][:, None] * along[1]
+    # A position outside of all windows has no parents, and any normaliser.
+    return np.where(windows.starts_at_types | (counts == 0), 1, counts)[None]
 
 
 def _couplings(
@@ -390,6 +407,9 @@ def _couplings(
     index: Array,
 ) -> Array:
     """Compute the couplings of one offset, [B·h·w, A, J]."""
+    if passes.is_uniform(inputs, state):
+        own = jnp.exp(-_window(windows, inputs, index, normaliser))[..., None]
+        return jnp.broadcast_to(own, votes.shape[:3])
     logits = reference.logits(spec, tile, state, votes)
     own = _window(windows, inputs, index, normaliser)[..., None]
     own = jnp.where(own > -jnp.inf, own, 0)

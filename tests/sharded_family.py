@@ -1,4 +1,4 @@
-"""Simple routings on four host devices: the programs of `test_sharded_simple.py`, in one process.
+"""Routings on four host devices: the programs of `test_sharded_family.py`, in one process.
 
 Prints what it found as one JSON object: by program, then by case.
 """
@@ -70,6 +70,34 @@ def carrying(poses, weights, logits, temperature, **settings):
     return kmeans(poses, weights, logits, temperature, **settings)
 
 
+def em(poses, activations, weights, beta_u, beta_a, prior, **settings):
+    return capsjax.em_routing(
+        poses,
+        activations,
+        weights,
+        beta_u=beta_u,
+        beta_a=beta_a,
+        prior=prior,
+        inverse_temperature=1.0,
+        min_variance=0.1,
+        **settings,
+    )
+
+
+def variational_bayes(poses, activations, weights, beta_u, beta_a, prior, **settings):
+    mask = jnp.array([True, False, True])
+    return capsjax.variational_bayes_routing(
+        poses,
+        activations,
+        weights,
+        beta_u=beta_u,
+        beta_a=beta_a,
+        prior=prior,
+        parent_mask=mask,
+        **settings,
+    )
+
+
 def arguments():
     """By algorithm its arrays, and the letters of their axes."""
     rng = np.random.default_rng(0)
@@ -84,8 +112,13 @@ def arguments():
         step: ("BIP", "IPJD", "BJD", "D"),
         kmeans: ("BIP", "IPJD", "BIJ", ""),
         carrying: ("BIP", "PD", "BIJ", ""),
+        em: ("BIP", "BI", "IPJD", "J", "J", "IJ"),
+        variational_bayes: ("BIP", "BI", "IPJD", "J", "J", "BIJ"),
     }
     found = {f: ([normal(x) for x in names], names) for f, names in letters.items()}
+    for gated in em, variational_bayes:
+        arrays, _ = found[gated]
+        arrays[1] = jax.nn.sigmoid(arrays[1])
     arrays, _ = found[self_routing]
     arrays[1] = jax.nn.sigmoid(arrays[1]).at[0].set(0)
     arrays[4] = arrays[4].at[1, 2].set(-jnp.inf)
@@ -115,8 +148,8 @@ def over_capsules():
         specs = tuple(P(*("capsules" if x == "I" else None for x in names)) for names in letters)
         wanted = value_and_gradients(function, arrays)
         ways = [("xla", True), ("xla", False)]
-        # The definition too, for one routing with gates and one whose first state has a gradient.
-        ways += [("reference", True)] if function in (self_routing, step) else []
+        # The definition too: with gates, with a first state that has a gradient, with means.
+        ways += [("reference", True)] if function in (self_routing, step, em) else []
         for implementation, check_vma in ways:
             sharded = jax.shard_map(
                 partial(function, axis_name="capsules", implementation=implementation),
