@@ -2,31 +2,12 @@
 
 They follow the papers' procedures literally. Parents of a convolution are all output capsules of
 all positions, which a child may reach or not, so that nothing here knows about windows' offsets.
-Gradients are those of `complex_step`. The letters are those of `capsjax.shapes`; N is a number of
-positions of parents, 1 if all children reach all parents.
+Gradients are those of `routing_oracles.with_gradients`. The letters are those of `capsjax.shapes`;
+N is a number of positions of parents, 1 if all children reach all parents.
 """
 
 import numpy as np
 import scipy.special
-
-
-def complex_step(function, arrays, cotangents):
-    """Results of `function(*arrays)`, and the gradients of Σ cotangent · result, entry by entry.
-
-    The derivative is the imaginary part after a step of 1e-30 i, exact to rounding, because every
-    function here is analytic.
-    """
-    results = [result.real for result in function(*arrays)]
-    gradients = []
-    for k, array in enumerate(arrays):
-        gradient = np.zeros(array.shape)
-        for at in np.ndindex(array.shape):
-            moved = [np.array(x, np.complex128) for x in arrays]
-            moved[k][at] += 1e-30j
-            pairs = zip(function(*moved), cotangents, strict=True)
-            gradient[at] = sum((result.imag * ct).sum() for result, ct in pairs) / 1e-30
-        gradients.append(gradient)
-    return results, gradients
 
 
 def dense_votes(poses, weights, coordinates=None):

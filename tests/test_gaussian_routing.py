@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import routing_oracles
 
 import capsjax
 
@@ -107,7 +108,7 @@ def em_oracle(arrays, cotangents, *, prior=None, parent_mask=None, last=False, *
             **settings,
         )[2]
     run = functools.partial(run, constant=constant)
-    results, gradients = oracles.complex_step(run, list(arrays.values()), cotangents)
+    results, gradients = routing_oracles.with_gradients(run, list(arrays.values()), cotangents)
     return results, dict(zip(names, gradients, strict=True))
 
 
@@ -197,7 +198,7 @@ def vb_oracle(arrays, cotangents, *, parent_mask=None, prior=None, **settings):
         mask = np.ones(base.shape[-1], bool) if parent_mask is None else parent_mask
         return mean * mask[:, None, None], logits[:, 0] * mask
 
-    results, gradients = oracles.complex_step(run, list(arrays.values()), cotangents)
+    results, gradients = routing_oracles.with_gradients(run, list(arrays.values()), cotangents)
     return results, dict(zip(names, gradients, strict=True))
 
 
@@ -309,7 +310,7 @@ def test_convolutions_equal_the_oracle(name, sizes, competition, implementation)
             mean, other = oracles.variational_bayes(*own, num_iterations=3, axes=axes)
         return mean.reshape(B, h, w, J, R, E), other.reshape(B, h, w, J)
 
-    results, gradients = oracles.complex_step(run, list(arrays.values()), cotangents)
+    results, gradients = routing_oracles.with_gradients(run, list(arrays.values()), cotangents)
     wanted = results, dict(zip(arrays, gradients, strict=True))
     assert_equal(found, wanted, error=1e-11 if name == "em_routing" else 1e-9)
 

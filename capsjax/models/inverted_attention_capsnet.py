@@ -10,13 +10,12 @@ from jax.typing import DTypeLike
 
 from capsjax import nn
 from capsjax.conv import strided_conv
+from capsjax.models._blocks import EPSILON, NormalisedConvolution
 from capsjax.routing.inverted_attention import (
     inverted_attention_routing,
     inverted_attention_step,
 )
 
-# Of the authors' batch normalisation.
-EPSILON, MOMENTUM = 1e-5, 0.9
 # R, P and E of all poses.
 SIDE = 4
 
@@ -74,7 +73,7 @@ class InvertedAttentionCapsNet(nnx.Module):
                 "InvertedAttentionCapsNet: image_shape must be at least 13 pixels high and wide "
                 f"for its convolutions, got {image_shape}"
             )
-        self.convolution = _Normalised(in_channels, channels[0], 3, 1, dtype=dtype, rngs=rngs)
+        self.convolution = _convolution(in_channels, channels[0], 3, 1, dtype=dtype, rngs=rngs)
         stages = [(channels[0], 1)] * blocks[0] + [(channels[1], 2)]
         stages += [(channels[1], 1)] * (blocks[1] - 1)
         residual, inputs = [], channels[0]
@@ -147,12 +146,12 @@ class _ResidualBlock(nnx.Module):
     def __init__(
         self, inputs: int, outputs: int, stride: int, *, dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
-        self.first = _Normalised(inputs, outputs, 3, stride, dtype=dtype, rngs=rngs)
-        self.second = _Normalised(outputs, outputs, 3, 1, dtype=dtype, rngs=rngs)
+        self.first = _convolution(inputs, outputs, 3, stride, dtype=dtype, rngs=rngs)
+        self.second = _convolution(outputs, outputs, 3, 1, dtype=dtype, rngs=rngs)
         self.shortcut = (
             None
             if stride == 1 and inputs == outputs
-            else _Normalised(inputs, outputs, 1, stride, dtype=dtype, rngs=rngs)
+            else _convolution(inputs, outputs, 1, stride, dtype=dtype, rngs=rngs)
         )
 
     def __call__(self, x: Array, *, training: bool) -> Array:
@@ -162,31 +161,16 @@ class _ResidualBlock(nnx.Module):
         return jax.nn.relu(y + beside)
 
 
-class _Normalised(nnx.Module):
-    """A convolution without bias, padded to keep the map's size, and a batch normalisation."""
-
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        kernel_size: int,
-        stride: int,
-        *,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ) -> None:
-        shape = kernel_size, kernel_size, inputs, outputs
-        self.kernel = nnx.Param(jax.nn.initializers.he_normal()(rngs.params(), shape))
-        wide = jnp.promote_types(dtype, jnp.float32)
-        self.normalisation = nnx.BatchNorm(
-            outputs, momentum=MOMENTUM, epsilon=EPSILON, dtype=wide, rngs=rngs
-        )
-        self.stride, self.dtype = stride, dtype
-
-    def __call__(self, images: Array, *, training: bool) -> Array:
-        """Map `[B, H, W, C]` to `[B, h, w, O]`."""
-        padding = self.kernel.shape[0] // 2
-        around = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-        images = jnp.pad(images.astype(self.dtype), around)
-        maps = strided_conv(images, self.kernel[...].astype(self.dtype), stride=self.stride)
-        return self.normalisation(maps, use_running_average=not training).astype(self.dtype)
+def _convolution(
+    inputs: int, outputs: int, kernel_size: int, stride: int, *, dtype: DTypeLike, rngs: nnx.Rngs
+) -> NormalisedConvolution:
+    """Return a normalised convolution, padded to keep the map's size if the stride is 1."""
+    return NormalisedConvolution(
+        inputs,
+        outputs,
+        kernel_size=kernel_size,
+        stride=stride,
+        padding=kernel_size // 2,
+        dtype=dtype,
+        rngs=rngs,
+    )

@@ -1,5 +1,7 @@
 """SR-CapsNet, the self-routing network of Hahn, Pyeon and Kim (2019)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,11 +9,8 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from capsjax import nn
-from capsjax.conv import strided_conv
+from capsjax.models._blocks import NormalisedConvolution, batch_norm
 from capsjax.routing.self_routing import self_routing
-
-# Of the authors' batch normalisation.
-EPSILON, MOMENTUM = 1e-5, 0.9
 
 
 class SRCapsNet(nnx.Module):
@@ -58,9 +57,16 @@ class SRCapsNet(nnx.Module):
                 "SRCapsNet: image_shape must be at least 9 pixels high and wide for its "
                 f"convolutions, got {image_shape}"
             )
-        self.convolution = _Normalised(channels, conv_channels, 7, 2, dtype=dtype, rngs=rngs)
-        self.poses = _Normalised(conv_channels, types * length, 5, 1, dtype=dtype, rngs=rngs)
-        self.activations = _Normalised(conv_channels, types, 5, 1, dtype=dtype, rngs=rngs)
+        padded: Any = {"padding": 1, "dtype": dtype, "rngs": rngs}
+        self.convolution = NormalisedConvolution(
+            channels, conv_channels, kernel_size=7, stride=2, **padded
+        )
+        self.poses = NormalisedConvolution(
+            conv_channels, types * length, kernel_size=5, stride=1, **padded
+        )
+        self.activations = NormalisedConvolution(
+            conv_channels, types, kernel_size=5, stride=1, **padded
+        )
         self.conv_capsules = nn.ConvCapsules(
             types,
             length,
@@ -73,7 +79,7 @@ class SRCapsNet(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        self.normalisation = _norm(types * length, dtype, rngs)
+        self.normalisation = batch_norm(types * length, dtype, rngs)
         children = _after(grid[0], 3, 2) * _after(grid[1], 3, 2) * types
         self.routing_weights = nnx.Param(jnp.zeros((children, length, num_classes)))
         self.routing_bias = nnx.Param(jnp.zeros((children, num_classes)))
@@ -103,37 +109,6 @@ class SRCapsNet(nnx.Module):
             routing_bias=self.routing_bias[...],
         )
         return found
-
-
-class _Normalised(nnx.Module):
-    """A convolution without bias, with padding 1, and a batch normalisation."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        stride: int,
-        *,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ) -> None:
-        shape = kernel_size, kernel_size, in_channels, out_channels
-        self.kernel = nnx.Param(jax.nn.initializers.he_normal()(rngs.params(), shape))
-        self.normalisation = _norm(out_channels, dtype, rngs)
-        self.stride, self.dtype = stride, dtype
-
-    def __call__(self, images: Array, *, training: bool) -> Array:
-        around = ((0, 0), (1, 1), (1, 1), (0, 0))
-        images = jnp.pad(images.astype(self.dtype), around)
-        maps = strided_conv(images, self.kernel[...].astype(self.dtype), stride=self.stride)
-        return self.normalisation(maps, use_running_average=not training).astype(self.dtype)
-
-
-def _norm(channels: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.BatchNorm:
-    """Return a batch normalisation, which computes in float32 at least."""
-    wide = jnp.promote_types(dtype, jnp.float32)
-    return nnx.BatchNorm(channels, momentum=MOMENTUM, epsilon=EPSILON, dtype=wide, rngs=rngs)
 
 
 def _after(size: int, kernel_size: int, stride: int) -> int:

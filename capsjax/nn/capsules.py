@@ -11,7 +11,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from capsjax.kernels.dtypes import accumulation_dtype
-from capsjax.nn.routings import DynamicRouting, EMRouting, Routing, Sizes
+from capsjax.nn.routings import DynamicRouting, EMRouting, Given, Routing, Sizes
 from capsjax.routing.dynamic import routing_couplings
 
 
@@ -374,14 +374,15 @@ def _routed(
     parameters: Mapping[str, Any] | None = None,
     **common: Any,
 ) -> Any:
-    poses, activations = layer.routing(
+    given = Given(
         poses.astype(layer.dtype),
         None if activations is None else activations.astype(layer.dtype),
         weights.astype(layer.dtype),
         _parameters(layer) if parameters is None else parameters,
-        sizes=layer.sizes,
-        **common,
+        layer.sizes,
+        common,
     )
+    poses, activations = layer.routing(given)
     return poses if activations is None else (poses, activations)
 
 

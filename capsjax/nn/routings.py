@@ -5,6 +5,7 @@ calls the function. Fields are that function's arguments. The letters are those 
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -39,6 +40,17 @@ class Sizes(NamedTuple):
         return (self.rows or 1) * self.columns
 
 
+class Given(NamedTuple):
+    """What a layer gives to its routing in a call."""
+
+    poses: Array
+    activations: Any  # an array or None: the routing determines which
+    weights: Array
+    parameters: Mapping[str, Any]  # by name, in the accumulation dtype
+    sizes: Sizes
+    common: Mapping[str, Any]  # arguments that every function has
+
+
 class Routing(Protocol):
     """What a layer needs to know about a routing algorithm."""
 
@@ -53,17 +65,8 @@ class Routing(Protocol):
         """Return the initial values of its parameters, in float32."""
         ...
 
-    def __call__(
-        self,
-        poses: Array,
-        activations: Any,
-        weights: Array,
-        parameters: Mapping[str, Any],
-        *,
-        sizes: Sizes,
-        **common: Any,
-    ) -> tuple[Array, Array | None]:
-        """Route, and return poses and activations; `common` are arguments of every function."""
+    def __call__(self, given: Given) -> tuple[Array, Array | None]:
+        """Route, and return poses, and activations if there are any."""
         ...
 
 
@@ -88,26 +91,16 @@ class DynamicRouting:
             return {}
         return {"bias": jnp.full((sizes.parents, sizes.depth), self.bias, jnp.float32)}
 
-    def __call__(
-        self,
-        poses: Array,
-        activations: Any,
-        weights: Array,
-        parameters: Mapping[str, Any],
-        *,
-        sizes: Sizes,
-        **common: Any,
-    ) -> tuple[Array, Array | None]:
+    def __call__(self, given: Given) -> tuple[Array, Array | None]:
         """Route poses to poses; there are no activations."""
-        del activations, sizes
         outputs = dynamic_routing(
-            poses,
-            weights,
+            given.poses,
+            given.weights,
             num_iterations=self.num_iterations,
             gradient=self.gradient,
             leaky=self.leaky,
-            **parameters,
-            **common,
+            **given.parameters,
+            **given.common,
         )
         return outputs, None
 
@@ -136,26 +129,20 @@ class EMRouting:
         """Return the initial costs, `[J]` each."""
         return _betas(sizes)
 
-    def __call__(
-        self,
-        poses: Array,
-        activations: Any,
-        weights: Array,
-        parameters: Mapping[str, Any],
-        *,
-        sizes: Sizes,
-        **common: Any,
-    ) -> tuple[Array, Array | None]:
+    def __call__(self, given: Given) -> tuple[Array, Array | None]:
         """Route poses and activations to poses and activations."""
         settings = dataclasses.asdict(self)
         if self.cost_scale is None:
-            children = sizes.children
-            for size in sizes.windows:
-                children *= size
-            settings["cost_scale"] = 100 * sizes.parents / children
-        if "stride" not in common:
-            del settings["competition"]
-        return em_routing(poses, activations, weights, **settings, **parameters, **common)
+            children = math.prod((*given.sizes.windows, given.sizes.children))
+            settings["cost_scale"] = 100 * given.sizes.parents / children
+        return em_routing(
+            given.poses,
+            given.activations,
+            given.weights,
+            **settings,
+            **given.parameters,
+            **given.common,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,21 +172,15 @@ class VariationalBayesRouting:
         """Return the initial beta_u and beta_a, `[J]` each."""
         return _betas(sizes)
 
-    def __call__(
-        self,
-        poses: Array,
-        activations: Any,
-        weights: Array,
-        parameters: Mapping[str, Any],
-        *,
-        sizes: Sizes,
-        **common: Any,
-    ) -> tuple[Array, Array | None]:
+    def __call__(self, given: Given) -> tuple[Array, Array | None]:
         """Route poses and activations to poses and activations."""
-        del sizes
-        settings = dataclasses.asdict(self)
         poses, logits = variational_bayes_routing(
-            poses, activations, weights, **settings, **parameters, **common
+            given.poses,
+            given.activations,
+            given.weights,
+            **dataclasses.asdict(self),
+            **given.parameters,
+            **given.common,
         )
         return poses, jax.nn.sigmoid(logits)
 
@@ -223,25 +204,15 @@ class SelfRouting:
             "routing_bias": jnp.zeros((*leading, sizes.parents)),
         }
 
-    def __call__(
-        self,
-        poses: Array,
-        activations: Any,
-        weights: Array,
-        parameters: Mapping[str, Any],
-        *,
-        sizes: Sizes,
-        **common: Any,
-    ) -> tuple[Array, Array | None]:
+    def __call__(self, given: Given) -> tuple[Array, Array | None]:
         """Route poses and activations to poses and activations."""
-        del sizes
         return self_routing(
-            poses,
-            activations,
-            weights,
-            parameters["routing_weights"].astype(poses.dtype),
-            routing_bias=parameters["routing_bias"],
-            **common,
+            given.poses,
+            given.activations,
+            given.weights,
+            given.parameters["routing_weights"].astype(given.poses.dtype),
+            routing_bias=given.parameters["routing_bias"],
+            **given.common,
         )
 
 
@@ -259,19 +230,12 @@ class SelfAttentionRouting:
         """Return the initial bias of the couplings, `[I, J]`."""
         return {"couplings_bias": jnp.zeros((sizes.children, sizes.parents))}
 
-    def __call__(
-        self,
-        poses: Array,
-        activations: Any,
-        weights: Array,
-        parameters: Mapping[str, Any],
-        *,
-        sizes: Sizes,
-        **common: Any,
-    ) -> tuple[Array, Array | None]:
+    def __call__(self, given: Given) -> tuple[Array, Array | None]:
         """Route poses to poses; there are no activations."""
-        del activations, sizes
-        return self_attention_routing(poses, weights, **parameters, **common), None
+        outputs = self_attention_routing(
+            given.poses, given.weights, **given.parameters, **given.common
+        )
+        return outputs, None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,23 +258,17 @@ class InvertedAttentionRouting:
         shape = (sizes.depth,) if sizes.rows is None else (sizes.rows, sizes.columns)
         return {"scale": jnp.ones(shape), "offset": jnp.zeros(shape)}
 
-    def __call__(
-        self,
-        poses: Array,
-        activations: Any,
-        weights: Array,
-        parameters: Mapping[str, Any],
-        *,
-        sizes: Sizes,
-        **common: Any,
-    ) -> tuple[Array, Array | None]:
+    def __call__(self, given: Given) -> tuple[Array, Array | None]:
         """Route poses to poses; there are no activations."""
-        del activations
-        matrix = sizes.rows is not None
-        settings = dataclasses.asdict(self)
-        return inverted_attention_routing(
-            poses, weights, matrix=matrix, **settings, **parameters, **common
-        ), None
+        outputs = inverted_attention_routing(
+            given.poses,
+            given.weights,
+            matrix=given.sizes.rows is not None,
+            **dataclasses.asdict(self),
+            **given.parameters,
+            **given.common,
+        )
+        return outputs, None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,22 +289,14 @@ class KMeansRouting:
 
     def parameters(self, sizes: Sizes) -> dict[str, Array]:
         """Return no parameters."""
-        del sizes
         return {}
 
-    def __call__(
-        self,
-        poses: Array,
-        activations: Any,
-        weights: Array,
-        parameters: Mapping[str, Any],
-        *,
-        sizes: Sizes,
-        **common: Any,
-    ) -> tuple[Array, Array | None]:
+    def __call__(self, given: Given) -> tuple[Array, Array | None]:
         """Route poses to poses; there are no activations."""
-        del activations, sizes, parameters
-        return kmeans_routing(poses, weights, **dataclasses.asdict(self), **common), None
+        outputs = kmeans_routing(
+            given.poses, given.weights, **dataclasses.asdict(self), **given.common
+        )
+        return outputs, None
 
 
 def _betas(sizes: Sizes) -> dict[str, Array]:

@@ -34,9 +34,7 @@ class Checked(NamedTuple):
     @property
     def depth(self) -> int:
         """Return D, the length of a vote."""
-        if self.windows is None:
-            return votes_depth(self.inputs)
-        return self.inputs.poses.shape[4] * self.inputs.weights.shape[-1]
+        return votes_depth(self.inputs)
 
     def placed(self, x: Array) -> Array:
         """Return results `[B, J, ...]` with the caller's batch axes, grid, and matrices.
@@ -327,7 +325,7 @@ def _prior_shape(
     if windows is None or weights.ndim < 2:
         return full, 1
     sizes = zip(full[-3:-1], weights.shape[:2], strict=True)
-    places = tuple((size - kernel) // windows.stride + 1 for size, kernel in sizes)
+    places = tuple(windows.count(*both) for both in sizes)
     return (*full[:-3], *places, *weights.shape[:2], full[-1]), 3
 
 

@@ -11,7 +11,7 @@ from capsjax.kernels.dtypes import accumulation_dtype
 from capsjax.kernels.vote_passes.passes import Implementation, Moments, Spec, State
 from capsjax.kernels.vote_passes.reference import divide
 from capsjax.kernels.vote_passes.unroll import Routing, unroll
-from capsjax.kernels.vote_passes.windows import Windows, grid
+from capsjax.kernels.vote_passes.windows import Windows, grid, offsets, window
 from capsjax.routing import _arguments
 
 
@@ -172,20 +172,14 @@ def _logits_of_windows(
     windows: Windows, checked: _arguments.Checked, routing_weights: Array, dtype: DTypeLike
 ) -> Array:
     """Compute logits `[B, h, w, K, L, I, J]`, one offset at a time instead of from patches."""
-    poses, stride = checked.inputs.poses, windows.stride
-    height, width = grid(windows, checked.inputs)
-    rows, columns = routing_weights.shape[:2]
-    span = (height - 1) * stride + 1, (width - 1) * stride + 1
+    inputs = checked.inputs
+    kernel_shape = routing_weights.shape[:2]
+    each = routing_weights.reshape(-1, *routing_weights.shape[2:])
 
-    def one_offset(offset: Array) -> Array:
-        row, column = offset // columns, offset % columns
-        size = poses.shape[0], *span, *poses.shape[3:]
-        found = lax.dynamic_slice(poses, (0, row, column, 0, 0, 0), size)
-        found = found[:, ::stride, ::stride]
-        letters = "bhwirp,irpj->bhwij"
-        own = routing_weights[row, column]
-        return jnp.einsum(letters, found, own, preferred_element_type=dtype)
+    def one_offset(index: Array) -> Array:
+        poses = window(windows, inputs, index, inputs.poses)
+        return jnp.einsum("birp,irpj->bij", poses, each[index], preferred_element_type=dtype)
 
-    logits = lax.map(one_offset, jnp.arange(rows * columns))
-    logits = jnp.moveaxis(logits, 0, 3)
-    return logits.reshape(*logits.shape[:3], rows, columns, *logits.shape[4:])
+    logits = jnp.moveaxis(lax.map(one_offset, offsets(inputs)), 0, 1)  # [B·h·w, K·L, I, J]
+    shape = inputs.poses.shape[0], *grid(windows, inputs), *kernel_shape, *logits.shape[2:]
+    return logits.reshape(shape)

@@ -211,7 +211,7 @@ def has_examples(inputs: Inputs) -> Inputs:
 
 def votes_depth(inputs: Inputs) -> int:
     """Return D, the length of a vote."""
-    rows, length = inputs.poses.shape[2:]
+    rows, length = inputs.poses.shape[-2:]
     return length if inputs.weights is None else rows * inputs.weights.shape[-1]
 
 

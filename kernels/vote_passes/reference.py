@@ -137,6 +137,18 @@ def divide(sums: Array, mass: Array) -> Array:
     return jnp.where(nonzero[..., None], sums / jnp.where(nonzero, mass, 1)[..., None], 0)
 
 
+def merge(a: Moments, b: Moments, *, axis: int = -1) -> Moments:
+    """Merge central moments of disjoint sets of children (Chan, Golub and LeVeque 1979).
+
+    `axis` is that of D in the mean.
+    """
+    mass = a.mass + b.mass
+    fraction = jnp.expand_dims(b.mass / jnp.where(mass > 0, mass, 1), axis)
+    step = b.first - a.first
+    second = a.second + b.second + step * step * fraction * jnp.expand_dims(a.mass, axis)
+    return Moments(mass, a.first + fraction * step, second)
+
+
 def votes_of(inputs: Inputs) -> Array:
     """Compute the votes `[B, I, J, D]`, or `[B, I, 1, D]` if all parents share them."""
     dtype = accumulation_dtype(inputs.poses.dtype)

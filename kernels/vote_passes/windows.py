@@ -46,11 +46,15 @@ class Windows:
     # Whether uniform couplings are 1/J, although the parents of several windows compete.
     starts_at_types: bool = False
 
+    def count(self, size: int, kernel_size: int) -> int:
+        """Return the number of windows along an axis."""
+        return (size - kernel_size) // self.stride + 1
+
 
 def grid(windows: Windows, inputs: Inputs) -> tuple[int, int]:
     """Return h and w, the number of windows along both axes."""
     sizes = zip(inputs.poses.shape[1:3], inputs.weights.shape[:2], strict=True)
-    height, width = ((size - kernel) // windows.stride + 1 for size, kernel in sizes)
+    height, width = (windows.count(*both) for both in sizes)
     return height, width
 
 
@@ -97,7 +101,6 @@ def chain(
     implementation: Implementation | None,
 ) -> tuple[State, Any]:
     """Compute the cotangent of the state, and what `input_gradients` needs of each offset."""
-    zeros = jax.tree.map(jnp.zeros_like, term.state)
     if windows.competition == "types":
 
         def add(total: State, index: Array) -> tuple[State, Array]:
@@ -105,7 +108,7 @@ def chain(
             found, kept = passes.chain(spec, tile, term, implementation=implementation)
             return jax.tree.map(jnp.add, total, found), kept
 
-        return _scan(inputs, add, zeros)
+        return _scan(inputs, add, jax.tree.map(jnp.zeros_like, term.state))
 
     def some_examples(inputs: Inputs, term: Term) -> tuple[Any, None]:
         term = term._replace(kept=_kept(windows, spec, inputs, term))
@@ -134,7 +137,6 @@ def input_gradients(
 ) -> Inputs:
     """Compute the input gradients summed over `terms`, at constant couplings or through them."""
     dtype = accumulation_dtype(inputs.poses.dtype)
-    offsets = [None if term.kept is None else term.kept for term in terms]
 
     def accumulated(inputs: Inputs, gradients: Callable[..., Inputs], kept: Any) -> Inputs:
         """Sum what `gradients(tile, index, kept)` returns for each offset into whole arrays."""
@@ -149,7 +151,7 @@ def input_gradients(
 
         zeros = partial(jnp.zeros_like, dtype=dtype)
         start = jax.tree.map(zeros, (inputs.poses, inputs.gates))
-        (poses, gates), (weights, prior) = lax.scan(add, start, (_offsets(inputs), kept))
+        (poses, gates), (weights, prior) = lax.scan(add, start, (offsets(inputs), kept))
         weights = weights.reshape(inputs.weights.shape)
         if inputs.prior is not None and inputs.prior.ndim == 4:
             prior = prior.reshape(inputs.prior.shape)
@@ -170,7 +172,7 @@ def input_gradients(
                 implementation=implementation,
             )
 
-        found = accumulated(inputs, gradients, offsets)
+        found = accumulated(inputs, gradients, [term.kept for term in terms])
     else:
 
         def some_examples(inputs: Inputs, terms: Sequence[Term]) -> tuple[Any, Any]:
@@ -221,7 +223,7 @@ def patches(windows: Windows, inputs: Inputs) -> tuple[Inputs, reference.Softmax
 
     This is the definition for the implementation "reference", which stores patches and votes.
     """
-    indices = _offsets(inputs)
+    indices = offsets(inputs)
     tiles = [_tile(windows, inputs, index) for index in range(len(indices))]
     weights = inputs.weights.reshape(-1, *inputs.weights.shape[3:])
     prior = inputs.prior
@@ -269,40 +271,35 @@ def patches(windows: Windows, inputs: Inputs) -> tuple[Inputs, reference.Softmax
 # Children of one offset.
 
 
-def _offsets(inputs: Inputs) -> Array:
+def offsets(inputs: Inputs) -> Array:
     """Return the numbers of the K·L offsets."""
     height, width = inputs.weights.shape[:2]
     return jnp.arange(height * width)
 
 
 def _scan(inputs: Inputs, step: Callable[..., Any], start: Any) -> Any:
-    return lax.scan(step, start, _offsets(inputs))
+    return lax.scan(step, start, offsets(inputs))
 
 
-def _window(windows: Windows, inputs: Inputs, index: Any, x: Array) -> Array:
+def window(windows: Windows, inputs: Inputs, index: Any, x: Array) -> Array:
     """Return what all windows contain at one offset of a map [B, H, W, …]: rows [B·h·w, …]."""
     found = lax.dynamic_slice(x, *_slice(windows, inputs, index, x))
     found = found[:, :: windows.stride, :: windows.stride]
     return found.reshape(-1, *x.shape[3:])
 
 
-def _add_window(windows: Windows, inputs: Inputs, index: Array, total: Array, rows: Array) -> Array:
-    """Add rows to a map, where `_window` takes them from."""
-    start, size = _slice(windows, inputs, index, total)
-    part = lax.dynamic_slice(total, start, size)
-    at = part.at[:, :: windows.stride, :: windows.stride]
-    rows = rows.astype(total.dtype)
-    rows = rows.reshape(total.shape[0], *grid(windows, inputs), *total.shape[3:])
-    return lax.dynamic_update_slice(total, at.add(rows), start)
+def _add_window(windows: Windows, inputs: Inputs, index: Any, total: Array, rows: Array) -> Array:
+    """Add rows to a map, where `window` takes them from."""
+    return _put_window(windows, inputs, index, total, window(windows, inputs, index, total) + rows)
 
 
-def _put_window(windows: Windows, inputs: Inputs, index: Array, total: Array, rows: Array) -> Array:
-    """Replace rows of a map, where `_window` takes them from."""
+def _put_window(windows: Windows, inputs: Inputs, index: Any, total: Array, rows: Array) -> Array:
+    """Replace rows of a map, where `window` takes them from."""
     start, size = _slice(windows, inputs, index, total)
     part = lax.dynamic_slice(total, start, size)
     at = part.at[:, :: windows.stride, :: windows.stride]
     rows = rows.reshape(total.shape[0], *grid(windows, inputs), *total.shape[3:])
-    return lax.dynamic_update_slice(total, at.set(rows), start)
+    return lax.dynamic_update_slice(total, at.set(rows.astype(total.dtype)), start)
 
 
 def _slice(windows: Windows, inputs: Inputs, index: Any, x: Array) -> tuple[Any, Any]:
@@ -320,7 +317,7 @@ def _row_and_column(inputs: Inputs, index: Any) -> tuple[Any, Any]:
 
 def _tile(windows: Windows, inputs: Inputs, index: Any) -> Inputs:
     """Return the inputs of a dense pass over the children of one offset."""
-    window = partial(_window, windows, inputs, index)
+    at_offset = partial(window, windows, inputs, index)
     place = _row_and_column(inputs, index)
     prior = inputs.prior
     if prior is not None and prior.ndim == 4:
@@ -329,9 +326,9 @@ def _tile(windows: Windows, inputs: Inputs, index: Any) -> Inputs:
         prior = prior[(slice(None), slice(None), slice(None), *place)]
         prior = prior.reshape(-1, *prior.shape[3:])
     return Inputs(
-        window(inputs.poses),
+        at_offset(inputs.poses),
         inputs.weights[place],
-        None if inputs.gates is None else window(inputs.gates),
+        None if inputs.gates is None else at_offset(inputs.gates),
         prior,
         parent_mask=inputs.parent_mask,
     )
@@ -340,7 +337,7 @@ def _tile(windows: Windows, inputs: Inputs, index: Any) -> Inputs:
 def _no_moments(windows: Windows, spec: Spec, inputs: Inputs) -> Moments:
     height, width = grid(windows, inputs)
     rows = inputs.poses.shape[0] * height * width
-    shape = rows, spec.num_parents, inputs.poses.shape[4] * inputs.weights.shape[-1]
+    shape = rows, spec.num_parents, passes.votes_depth(inputs)
     sums = jnp.zeros_like(inputs.poses, accumulation_dtype(inputs.poses.dtype), shape)
     central = spec.moments == "central"
     mass = sums[..., 0] if spec.mass or central else None
@@ -348,14 +345,10 @@ def _no_moments(windows: Windows, spec: Spec, inputs: Inputs) -> Moments:
 
 
 def _merge(spec: Spec, a: Moments, b: Moments) -> Moments:
-    """Merge moments of disjoint sets of children (central: Chan, Golub and LeVeque 1979)."""
+    """Merge moments of disjoint sets of children."""
     if spec.moments == "sums":
         return jax.tree.map(jnp.add, a, b)
-    mass = a.mass + b.mass
-    fraction = (b.mass / jnp.where(mass > 0, mass, 1))[..., None]
-    step = b.first - a.first
-    second = a.second + b.second + step * step * fraction * a.mass[..., None]
-    return Moments(mass, a.first + fraction * step, second)
+    return reference.merge(a, b)
 
 
 # Competition over positions too: each child has one normaliser, the log of the sum over all windows
@@ -374,7 +367,7 @@ def _normaliser(windows: Windows, spec: Spec, inputs: Inputs, state: State) -> A
     def add(total: Array, index: Array) -> tuple[Array, None]:
         tile = _tile(windows, inputs, index)
         logits = reference.logits(spec, tile, state, reference.votes_of(tile))
-        before = _window(windows, inputs, index, total)
+        before = window(windows, inputs, index, total)
         both = jnp.logaddexp(before, jax.nn.logsumexp(logits, -1))
         return _put_window(windows, inputs, index, total, both), None
 
@@ -408,10 +401,10 @@ def _couplings(
 ) -> Array:
     """Compute the couplings of one offset, [B·h·w, A, J]."""
     if passes.is_uniform(inputs, state):
-        own = jnp.exp(-_window(windows, inputs, index, normaliser))[..., None]
+        own = jnp.exp(-window(windows, inputs, index, normaliser))[..., None]
         return jnp.broadcast_to(own, votes.shape[:3])
     logits = reference.logits(spec, tile, state, votes)
-    own = _window(windows, inputs, index, normaliser)[..., None]
+    own = window(windows, inputs, index, normaliser)[..., None]
     own = jnp.where(own > -jnp.inf, own, 0)
     return jnp.where(logits > -jnp.inf, jnp.exp(logits - own), 0)
 
@@ -444,7 +437,7 @@ def _factors(
     normaliser, shares = term.kept
     couplings = _couplings(windows, spec, inputs, tile, term.state, votes, normaliser, index)
     d_weights = reference.coupling_gradient(spec, votes, term)
-    d_logits = couplings * (d_weights - _window(windows, inputs, index, shares)[..., None])
+    d_logits = couplings * (d_weights - window(windows, inputs, index, shares)[..., None])
     if tile.gates is not None:
         d_logits *= tile.gates.astype(d_logits.dtype)[..., None]
     return couplings, d_weights, d_logits
@@ -462,7 +455,7 @@ def _over_examples(
     parts = 1
     if isinstance(batch, int) and batch > 0:
         votes = height * width * inputs.poses.shape[3] * spec.num_parents
-        votes *= inputs.poses.shape[4] * inputs.weights.shape[-1]
+        votes *= passes.votes_depth(inputs)
         fitting = max(1, OFFSET_VOTES // votes)
         parts = next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= fitting)
     if parts == 1:

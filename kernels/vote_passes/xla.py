@@ -84,7 +84,7 @@ def moments(spec: Spec, inputs: Inputs, state: State, *, config: XlaConfig) -> M
         mean = _divide(first, mass)
         differences = votes - mean[None]
         second = _sum_halves(weights[:, :, None] * differences * differences, 0)
-        return _merge(carry, Moments(mass, mean, second)), None
+        return reference.merge(carry, Moments(mass, mean, second), axis=1), None
 
     tiles = _split(config, spec, inputs)
     zeros = partial(_zeros, inputs)
@@ -340,15 +340,6 @@ def _divide(sums: Array, mass: Array) -> Array:
     """Divide sums `[J, D, m]` by a mass `[J, m]`; return 0 where the mass is 0."""
     inverse = jnp.where(mass > 0, 1 / jnp.where(mass > 0, mass, 1), 0)
     return sums * inverse[:, None]
-
-
-def _merge(a: Moments, b: Moments) -> Moments:
-    """Merge central moments of disjoint sets of children (Chan, Golub and LeVeque 1979)."""
-    mass = a.mass + b.mass
-    fraction = (b.mass / jnp.where(mass > 0, mass, 1))[:, None]
-    step = b.first - a.first
-    second = a.second + b.second + step * step * fraction * a.mass[:, None]
-    return Moments(mass, a.first + fraction * step, second)
 
 
 def _sum_halves(x: Array, axis: int) -> Array:

@@ -1,0 +1,45 @@
+"""Blocks that several networks share."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+from capsjax.conv import strided_conv
+
+# Defaults of PyTorch's batch normalisation, whose momentum of 0.1 is here 0.9.
+EPSILON, MOMENTUM = 1e-5, 0.9
+
+
+def batch_norm(channels: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.BatchNorm:
+    """Return a batch normalisation, which computes in float32 at least."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return nnx.BatchNorm(channels, momentum=MOMENTUM, epsilon=EPSILON, dtype=wide, rngs=rngs)
+
+
+class NormalisedConvolution(nnx.Module):
+    """A convolution without bias, zero-padded, and a batch normalisation."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        kernel_size: int,
+        stride: int,
+        padding: int,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        shape = kernel_size, kernel_size, in_channels, out_channels
+        self.kernel = nnx.Param(jax.nn.initializers.he_normal()(rngs.params(), shape))
+        self.normalisation = batch_norm(out_channels, dtype, rngs)
+        self.stride, self.padding, self.dtype = stride, padding, dtype
+
+    def __call__(self, images: Array, *, training: bool) -> Array:
+        """Map `[B, H, W, C]` to `[B, h, w, O]`; in training, by statistics of the batch."""
+        around = (self.padding, self.padding)
+        images = jnp.pad(images.astype(self.dtype), ((0, 0), around, around, (0, 0)))
+        maps = strided_conv(images, self.kernel[...].astype(self.dtype), stride=self.stride)
+        return self.normalisation(maps, use_running_average=not training).astype(self.dtype)
