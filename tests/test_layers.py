@@ -102,6 +102,29 @@ def test_class_capsules_add_the_coordinates_of_each_position_to_the_votes():
     assert np.abs(without(poses, activations)[0] - wanted[0]).max() > 0.1
 
 
+@pytest.mark.parametrize("layer", ["dense", "windows", "classes"])
+def test_the_scale_of_the_cost_counts_all_children_of_a_parent(layer, monkeypatch):
+    scales = []
+
+    def record(poses, activations, weights, **settings):
+        scales.append(settings["cost_scale"])
+        return capsjax.em_routing(poses, activations, weights, **settings)
+
+    monkeypatch.setattr("capsjax.nn.routings.em_routing", record)
+    settings = {"rows": 4, "routing": nn.EMRouting(1, cost_scale=None), "rngs": nnx.Rngs(0)}
+    build, leading, children = {
+        "dense": (lambda: nn.Capsules(6, 4, 3, 4, **settings), (6,), 6),
+        "windows": (
+            lambda: nn.ConvCapsules(2, 4, 3, 4, kernel_size=3, **settings),
+            (4, 4, 2),
+            18,
+        ),
+        "classes": (lambda: nn.ClassCapsules(2, 4, 3, 4, **settings), (4, 5, 2), 40),
+    }[layer]
+    build()(*inputs_of(settings["routing"], 1, *leading, rows=4))
+    assert scales == [100 * 3 / children]
+
+
 ERRORS = {
     "no activations": (
         lambda: nn.Capsules(6, 4, 3, 4, routing=nn.EMRouting(), rngs=nnx.Rngs(0))(normal(2, 6, 4)),

@@ -133,8 +133,9 @@ class EMRouting:
         """Route poses and activations to poses and activations."""
         settings = dataclasses.asdict(self)
         if self.cost_scale is None:
-            children = math.prod((*given.sizes.windows, given.sizes.children))
-            settings["cost_scale"] = 100 * given.sizes.parents / children
+            # The weights have an axis, or several, of all children of a parent.
+            *children, _, parents, _ = given.weights.shape
+            settings["cost_scale"] = 100 * parents / math.prod(children)
         return em_routing(
             given.poses,
             given.activations,
