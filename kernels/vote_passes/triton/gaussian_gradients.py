@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.core import ShapedArray
 from jax.experimental import pallas as pl
 
@@ -84,15 +84,17 @@ def gradients_of_inputs(
         children = children_of(sizes, warps, count, pl.program_id(0))
 
         def one_tile(step: Array, carry: tuple[()]) -> tuple[()]:
-            step = step.astype(jnp.int32)
-            tile = Tile(sizes, warps, split * tiles + step)
+            # Past the last tile that one again, which is not stored.
+            inside = split * tiles + step < sizes.tiles
+            tile = Tile(sizes, warps, jnp.minimum(split * tiles + step, sizes.tiles - 1))
             results = Gradients(*all_results)
-            _Program(tile, *refs, results, children, split, step == 0, constant_couplings).run()
+            own = children
+            if splits * tiles != sizes.tiles:
+                own = children._replace(exist=[exists & inside for exists in children.exist])
+            _Program(tile, *refs, results, own, split, step == 0, constant_couplings).run()
             return carry
 
-        # A program at the end has fewer tiles, so that no example needs a mask.
-        count_own = tiles if sizes.tiles % tiles == 0 else sizes.tiles - split * tiles
-        lax.fori_loop(0, jnp.minimum(tiles, count_own), one_tile, ())
+        loop(tiles, one_tile, ())
 
     prior = None
     if operands.prior is not None and not constant_couplings:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.core import ShapedArray
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
@@ -248,20 +248,21 @@ def _over_children(
         k = None if parents.k is None else tile.load(parents.k, j)
 
         def one_child(step: Array, sums: Sums) -> Sums:
-            i = portion * steps + step.astype(jnp.int32)
+            i = jnp.minimum(portion * steps + step, sizes.capsules - 1)
+            inside = portion * steps + step < sizes.capsules
             votes = tile.votes(operands, tile.load_pose(operands, i), i, j)
             if found is None:
-                vote = _Vote(votes, [], tile.equal_weight(operands, i), i)
-                return add(tile, vote, refs, known, sums)
-            logit = tile.start_logit(operands, k, i, j)
-            logit, differences = tile.logit(logit, votes, gaussian)
-            weight = exp2(tile, logit - tile.load(found.normaliser, i))
+                weight, differences = tile.equal_weight(operands, i), []
+            else:
+                logit = tile.start_logit(operands, k, i, j)
+                logit, differences = tile.logit(logit, votes, gaussian)
+                weight = exp2(tile, logit - tile.load(found.normaliser, i))
+            if ranges * steps != sizes.capsules:
+                weight = jnp.where(inside, weight, 0.0)
             return add(tile, _Vote(votes, differences, weight, i), refs, known, sums)
 
         nothing = [tile.zero] * depth
-        # A range that is shorter has fewer steps, so that no child needs a mask.
-        end = jnp.minimum(steps, sizes.capsules - portion * steps)
-        sums = lax.fori_loop(0, end, one_child, Sums(tile.zero, nothing, nothing))
+        sums = loop(steps, one_child, Sums(tile.zero, nothing, nothing))
         tile.store(results[0], sums.zeroth, portion, at, exists=exists)
         for d in range(depth):
             tile.store(results[1], sums.first[d], portion, at, d, exists=exists)
