@@ -5,11 +5,11 @@ examples each. So all sums over P, D or R stay in a thread, and no kernel has sh
 barriers. Arrays have four numbers last and the examples next to last, so that a thread loads 16
 bytes at once and a warp 512 bytes in sequence. What is absent from four numbers is zero.
 
-Logits are to the base 2. A gaussian is a scale s, s² = q log2(e) / 2, and an offset h = s z:
+Logits are to the base 2. A gaussian is a scale s, s² = q log2(e) / 2, and an offset h = -s z:
 
-    l = prior + k - Σ_d (s v - h)²
+    l = prior + k - Σ_d (s v + h)²
 
-The difference s v - h is rounded once, so it is as accurate as v - z. A square that is multiplied
+The difference s v + h is rounded once, so it is as accurate as v - z. A square that is multiplied
 out would lose all digits where the mean is large beside the standard deviation.
 """
 
@@ -23,13 +23,13 @@ from jax.experimental.pallas import triton as pltriton
 
 from capsjax.kernels.vote_passes.config import TRITON_GAUSSIAN_EXAMPLES as EXAMPLES
 from capsjax.kernels.vote_passes.config import power_of_two
-from capsjax.kernels.vote_passes.triton.tiles import LOG2_E, exchange_lanes, fma
+from capsjax.kernels.vote_passes.triton.tiles import LOG2_E, exchange_lanes, fma, fnma
 
 # Numbers of a load: 16 bytes.
 FOUR = 4
 # Most sums over the examples that are stored at once.
 SUMS = 16
-# The least precision. Gradients by the precision are sums of (s v - h)², divided by s²; where votes
+# The least precision. Gradients by the precision are sums of (s v + h)², divided by s²; where votes
 # are below 1e8 a logit does not notice that a precision is not 0.
 LEAST_PRECISION = 1e-20
 
@@ -171,7 +171,7 @@ def examples_first(sizes: Sizes, x: Array) -> Array:
 def gaussians(z: Array, q: Array) -> tuple[Array, Array]:
     """Return scales and offsets for means and precisions."""
     scale = jnp.sqrt(jnp.maximum(q, LEAST_PRECISION) * (LOG2_E / 2))
-    return scale, scale * z
+    return scale, -scale * z
 
 
 def pad(x: Array, sizes: dict[int, int]) -> Array:
@@ -299,9 +299,9 @@ class Tile:
         """Compute logits, and the scaled differences of votes and means, `[D]`."""
         if gaussian is None:
             return start, []
-        differences = [fma(self, s, v, -h) for v, s, h in zip(votes, *gaussian, strict=True)]
+        differences = [fma(self, s, v, h) for v, s, h in zip(votes, *gaussian, strict=True)]
         for x in differences:
-            start = fma(self, -x, x, start)
+            start = fnma(self, x, x, start)
         return start, differences
 
     def cotangent(

@@ -191,7 +191,7 @@ def logit_gradients(
     parents: Parents,
     found: Statistics,
 ) -> Sums:
-    """Compute the sums of dl, dl x and dl x², where x = s v - h, for each range of children."""
+    """Compute the sums of dl, dl x and dl x², where x = s v + h, for each range of children."""
 
     def start(tile: Tile, parents: Parents, j: Array) -> Any:
         return tile.load(parents.d_mass, j), tile.load_cotangents(parents, j)
