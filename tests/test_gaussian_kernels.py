@@ -52,7 +52,6 @@ SMALL = TritonGaussianConfig(
     statistics_warps=2,
     statistics_children=2,
     gradients_warps=2,
-    gradients_children=2,
     gradients_splits=1,
 )
 IMPLEMENTATIONS = {

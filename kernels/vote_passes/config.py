@@ -289,9 +289,8 @@ class TritonGaussianConfig:
     # The walks over the parents for the statistics of each child's softmax.
     statistics_warps: int  # they share states in the cache
     statistics_children: int  # of a warp, for which a state is loaded once
-    # The same for the gradients of the inputs.
+    # The walk over the parents for the gradients of the inputs, with one child for each warp.
     gradients_warps: int
-    gradients_children: int
     gradients_splits: int  # programs along the examples; each has partial sums in memory
 
 
@@ -301,23 +300,21 @@ TRITON_GAUSSIAN_EXAMPLES = 32
 TRITON_GAUSSIAN_WARPS = (4, 2, 1)
 # How much longer a step of one warp takes that shares no loads with others.
 TRITON_GAUSSIAN_UNSHARED = 0.25
-# Most children of a warp, by registers: statistics need their poses, gradients also the gradients
-# of poses and votes, and those of coordinates if there are any.
-TRITON_GAUSSIAN_STATISTICS = 4
-TRITON_GAUSSIAN_GRADIENTS = {False: 2, True: 1}
+# Most children of a warp whose poses fit into registers beside the parents' states. The gradients
+# of a second child's pose and vote do not.
+TRITON_GAUSSIAN_CHILDREN = 4
 # Loading a parent's states takes as long as this part of one child's arithmetic.
 TRITON_GAUSSIAN_LOADS = 0.2
 
 
 def triton_gaussian_config_for(
-    case: Case, *, processors: int | None = None, has_coordinates: bool = False
+    case: Case, *, processors: int | None = None
 ) -> TritonGaussianConfig:
     """Return the configuration for a case: that whose busiest multiprocessor has least to do.
 
     Args:
       case: Sizes and dtype.
       processors: Multiprocessors of the device; None if unknown.
-      has_coordinates: Whether the votes have coordinates.
     """
     processors = processors or TRITON_PROCESSORS
     tiles = -(-case.batch // TRITON_GAUSSIAN_EXAMPLES)
@@ -348,28 +345,24 @@ def triton_gaussian_config_for(
             sums.append(((steps + 1) * busiest(others * ranges, warps), warps, ranges))
     statistics, gradients = [], []
     size = 4 * case.capsules * case.parents * length * columns
-    for warps, children in itertools.product(
-        TRITON_GAUSSIAN_WARPS, range(1, TRITON_GAUSSIAN_STATISTICS + 1)
-    ):
-        groups = -(-case.capsules // (warps * children))
-        work = children + TRITON_GAUSSIAN_LOADS
-        statistics.append((work * busiest(groups * tiles, warps), warps, children))
-        if children > TRITON_GAUSSIAN_GRADIENTS[has_coordinates]:
-            continue
+    for warps in TRITON_GAUSSIAN_WARPS:
+        for children in range(1, TRITON_GAUSSIAN_CHILDREN + 1):
+            programs = -(-case.capsules // (warps * children)) * tiles
+            time = (children + TRITON_GAUSSIAN_LOADS) * busiest(programs, warps)
+            statistics.append((time, warps, children))
+        groups = -(-case.capsules // warps)
         for splits, steps in parts(tiles, size, groups):
-            time = work * steps * busiest(groups * splits, warps)
-            gradients.append((time, warps, children, splits))
+            gradients.append((steps * busiest(groups * splits, warps), warps, splits))
     # The first of equals, which has the fewest parts.
     _, sums_warps, ranges = min(sums, key=lambda x: x[0])
     _, statistics_warps, statistics_children = min(statistics, key=lambda x: x[0])
-    _, gradients_warps, gradients_children, splits = min(gradients, key=lambda x: x[0])
+    _, gradients_warps, splits = min(gradients, key=lambda x: x[0])
     return TritonGaussianConfig(
         sums_warps=sums_warps,
         sums_ranges=ranges,
         statistics_warps=statistics_warps,
         statistics_children=statistics_children,
         gradients_warps=gradients_warps,
-        gradients_children=gradients_children,
         gradients_splits=splits,
     )
 

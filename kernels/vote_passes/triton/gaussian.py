@@ -71,10 +71,7 @@ def config_for(spec: Spec, inputs: Inputs, *, device: Device) -> TritonGaussianC
             f"routing: R·P and R·E, with P and E rounded up to multiples of 4, must be at most "
             f"{MAX_NUMBERS}, got R = {sizes.rows}, P = {sizes.length} and E = {sizes.columns}"
         )
-    case = case_of(spec, inputs)
-    config = triton_gaussian_config_for(
-        case, processors=device.processors, has_coordinates=inputs.coordinates is not None
-    )
+    config = triton_gaussian_config_for(case_of(spec, inputs), processors=device.processors)
     of_examples = 1 if inputs.prior is None or inputs.prior.ndim == 2 else sizes.parents
     largest = max(
         sizes.capsules * sizes.padded_batch * max(MAX_NUMBERS, of_examples),

@@ -1,7 +1,7 @@
 """The Triton kernel for the gradients of the inputs of passes with gaussian logits.
 
-A program owns a few children, whose gradients of weights then have one place, and takes tiles of
-examples one after the other. It walks over the parents once for all iterations.
+A warp owns a child, whose gradients of weights then have one place, and takes tiles of examples one
+after the other. It walks over the parents once for all iterations.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,6 @@ from capsjax.kernels.vote_passes.triton.gaussian_tiles import (
     Tile,
 )
 from capsjax.kernels.vote_passes.triton.gaussian_walks import (
-    Children,
     call,
     children_of,
     float32,
@@ -74,24 +73,23 @@ def gradients_of_inputs(
     constant_couplings: bool,
 ) -> Gradients:
     """Compute the gradients of poses, weights, prior and coordinates, and of gates in part."""
-    warps, count = config.gradients_warps, config.gradients_children
+    warps = config.gradients_warps
     tiles = pl.cdiv(sizes.tiles, config.gradients_splits)
     splits = pl.cdiv(sizes.tiles, tiles)
     I, J = sizes.capsules, sizes.parents  # noqa: E741
 
     def kernel(refs: tuple[Operands, list[Iteration]], *all_results: Any) -> None:
         split = pl.program_id(1)
-        children = children_of(sizes, warps, count, pl.program_id(0))
+        (i,), (to,), (exists,) = children_of(sizes, warps, 1, pl.program_id(0))
 
         def one_tile(step: Array, carry: tuple[()]) -> tuple[()]:
             # Past the last tile that one again, which is not stored.
             inside = split * tiles + step < sizes.tiles
             tile = Tile(sizes, warps, jnp.minimum(split * tiles + step, sizes.tiles - 1))
             results = Gradients(*all_results)
-            own = children
-            if splits * tiles != sizes.tiles:
-                own = children._replace(exist=[exists & inside for exists in children.exist])
-            _Program(tile, *refs, results, own, split, step == 0, constant_couplings).run()
+            stores = exists if splits * tiles == sizes.tiles else exists & inside
+            child = _Child(tile, *refs, results, i, to, stores, split, step == 0)
+            child.run(constant_couplings=constant_couplings)
             return carry
 
         loop(tiles, one_tile, ())
@@ -112,7 +110,7 @@ def gradients_of_inputs(
     found = call(
         kernel,
         (operands, list(iterations)),
-        grid=(pl.cdiv(I, warps * count), splits),
+        grid=(pl.cdiv(I, warps), splits),
         results=results,
         warps=warps,
         sizes=sizes,
@@ -121,133 +119,114 @@ def gradients_of_inputs(
     return Gradients(*found)
 
 
-class _Program(NamedTuple):
-    """A program's work on one tile of examples."""
+class _Child(NamedTuple):
+    """A child of each warp, and a tile of examples."""
 
     tile: Tile
     operands: Operands
     iterations: Sequence[Iteration]
     results: Gradients
-    children: Children
+    i: Array  # indices to load from, `[n]`
+    to: Array  # indices to store to
+    exists: Array  # whether to store
     split: Array  # index of the program along the examples
     is_first: Array  # whether nothing was stored before that grows
-    constant_couplings: bool
 
-    def run(self) -> None:
+    def run(self, *, constant_couplings: bool) -> None:
         """Compute and store all gradients."""
         tile, sizes, operands = self.tile, self.tile.sizes, self.operands
-        children = self.children.at
-        poses = [tile.load_pose(operands, i) for i in children]
-        softmaxes = [
-            [None if x is None else tile.load_statistics(x, i) for i in children]
-            for _, x in self.iterations
-        ]
-        equal = [tile.equal_weight(operands, i) for i in children]
+        pose = tile.load_pose(operands, self.i)
 
-        def one_parent(j: Array, sums: list[_OfChild]) -> list[_OfChild]:
-            votes = [
-                tile.votes(operands, pose, i, j) for pose, i in zip(poses, children, strict=True)
-            ]
-            found = [_OfVote([tile.zero] * sizes.depth, tile.zero, tile.zero) for _ in children]
-            for (parents, _), softmax in zip(self.iterations, softmaxes, strict=True):
-                found = self.add_iteration(parents, j, equal, softmax, votes, found)
-            return [
-                self.add_parent(m, j, *of_child)
-                for m, of_child in enumerate(zip(poses, found, sums, strict=True))
-            ]
+        def one_parent(j: Array, so_far: _OfChild) -> _OfChild:
+            votes = tile.votes(operands, pose, self.i, j)
+            found = _OfVote([tile.zero] * sizes.depth, tile.zero, tile.zero)
+            for iteration in self.iterations:
+                found = self.add_iteration(iteration, j, votes, found, constant_couplings)
+            return self.add_parent(j, pose, found, so_far)
 
         start = _OfChild(
             [[tile.zero] * sizes.padded_length] * sizes.rows,
             tile.zero,
             [] if operands.coordinates is None else [tile.zero] * sizes.depth,
         )
-        found = loop(sizes.parents, one_parent, [start] * len(children))
-        for m, of_child in enumerate(found):
-            self.store(m, of_child)
+        self.store(loop(sizes.parents, one_parent, start))
 
     def add_iteration(
         self,
-        parents: Parents,
+        iteration: Iteration,
         j: Array,
-        equal: list[Array],
-        softmax: list[Any],
-        votes: list[list[Array]],
-        so_far: list[_OfVote],
-    ) -> list[_OfVote]:
-        """Add the gradients of one iteration to those of each child's vote."""
-        tile = self.tile
-        gaussian = tile.load_gaussian(parents, j)
-        cotangents = tile.load_cotangents(parents, j)
-        d_mass = tile.load(parents.d_mass, j)
-        k = None if parents.k is None else tile.load(parents.k, j)
-        found = []
-        for m, (d_votes, d_logit, d_gate) in enumerate(so_far):
-            d_gated, slopes = tile.cotangent(d_mass, votes[m], cotangents)
-            if softmax[m] is None:
-                weight = equal[m]
-                d_gate = fma(tile, d_gated, tile.zero + 1 / tile.sizes.parents, d_gate)
-            else:
-                start = tile.start_logit(self.operands, k, self.children.at[m], j)
-                logit, differences = tile.logit(start, votes[m], gaussian)
-                weight = exp2(tile, logit - softmax[m].normaliser)
-            d_votes = [
-                fma(tile, weight, slope, v) for slope, v in zip(slopes, d_votes, strict=True)
-            ]
-            if softmax[m] is not None and not self.constant_couplings:
-                term = weight * (d_gated - softmax[m].share)
-                d_logit = d_logit + term
-                if gaussian is not None:
-                    # q (v - z) is the difference times 2 ln(2) s.
-                    factor = term * (-2 * LN_2)
-                    d_votes = [
-                        fma(tile, factor * s, x, v)
-                        for s, x, v in zip(gaussian[0], differences, d_votes, strict=True)
-                    ]
-            found.append(_OfVote(d_votes, d_logit, d_gate))
-        return found
+        votes: list[Array],
+        so_far: _OfVote,
+        constant_couplings: bool,
+    ) -> _OfVote:
+        """Add the gradients of one iteration to those of the vote for a parent."""
+        tile, i, (parents, softmax) = self.tile, self.i, iteration
+        d_vote, d_logit, d_gate = so_far
+        cotangents, d_mass = tile.load_cotangents(parents, j), tile.load(parents.d_mass, j)
+        d_gated, slopes = tile.cotangent(d_mass, votes, cotangents)
+        if softmax is None:
+            weight = tile.equal_weight(self.operands, i)
+            d_gate = fma(tile, d_gated, tile.zero + 1 / tile.sizes.parents, d_gate)
+        else:
+            # Statistics are loaded again for each parent: in registers there would be two numbers
+            # for every iteration.
+            gaussian = tile.load_gaussian(parents, j)
+            k = None if parents.k is None else tile.load(parents.k, j)
+            start = tile.start_logit(self.operands, k, i, j)
+            logit, differences = tile.logit(start, votes, gaussian)
+            weight = exp2(tile, logit - tile.load(softmax.normaliser, i))
+        d_vote = [fma(tile, weight, slope, d) for slope, d in zip(slopes, d_vote, strict=True)]
+        if softmax is not None and not constant_couplings:
+            term = weight * (d_gated - tile.load(softmax.share, i))
+            d_logit = d_logit + term
+            if gaussian is not None:
+                # q (v - z) is the difference times 2 ln(2) s.
+                factor = term * (-2 * LN_2)
+                d_vote = [
+                    fma(tile, factor * s, x, d)
+                    for s, x, d in zip(gaussian[0], differences, d_vote, strict=True)
+                ]
+        return _OfVote(d_vote, d_logit, d_gate)
 
     def add_parent(
-        self, m: int, j: Array, pose: list[list[Array]], of_vote: _OfVote, so_far: _OfChild
+        self, j: Array, pose: list[list[Array]], of_vote: _OfVote, so_far: _OfChild
     ) -> _OfChild:
-        """Add a parent's gradients to those of a child; store those of weights and prior."""
-        tile, sizes = self.tile, self.tile.sizes
-        i, to, exists = (x[m] for x in self.children)
-        d_votes = [
-            of_vote.vote[r * sizes.padded_columns :][: sizes.padded_columns]
-            for r in range(sizes.rows)
-        ]
+        """Add a parent's gradients to those of the child; store those of weights and prior."""
+        tile, sizes, results = self.tile, self.tile.sizes, self.results
+        columns = sizes.padded_columns
+        d_vote = [of_vote.vote[r * columns :][:columns] for r in range(sizes.rows)]
         d_pose = [list(row) for row in so_far.pose]
         d_weights = []
         for p in range(sizes.padded_length):
-            weights = tile.load_weights(self.operands, i, j, p)
+            weights = tile.load_weights(self.operands, self.i, j, p, again=True)
             for r in range(sizes.rows):
-                for d_vote, w in zip(d_votes[r], weights, strict=True):
-                    d_pose[r][p] = fma(tile, d_vote, w, d_pose[r][p])
-            for e in range(sizes.padded_columns):
-                total = pose[0][p] * d_votes[0][e]
+                for d, w in zip(d_vote[r], weights, strict=True):
+                    d_pose[r][p] = fma(tile, d, w, d_pose[r][p])
+            for e in range(columns):
+                total = pose[0][p] * d_vote[0][e]
                 for r in range(1, sizes.rows):
-                    total = fma(tile, pose[r][p], d_votes[r][e], total)
+                    total = fma(tile, pose[r][p], d_vote[r][e], total)
                 d_weights.append(total)
-        tile.grow(self.results.weights, (self.split, to, j), d_weights, self.is_first, exists)
-        if self.results.prior is not None and self.operands.prior.ndim == 2:
-            at = self.split, to, j
-            tile.grow(self.results.prior, at, [of_vote.logit], self.is_first, exists)
-        elif self.results.prior is not None:
-            tile.store(self.results.prior, of_vote.logit, to, j, exists=exists)
+        at = self.split, self.to, j
+        tile.grow(results.weights, at, d_weights, self.is_first, self.exists)
+        if results.prior is not None and self.operands.prior.ndim == 2:
+            tile.grow(results.prior, at, [of_vote.logit], self.is_first, self.exists)
+        elif results.prior is not None:
+            tile.store(results.prior, of_vote.logit, self.to, j, exists=self.exists)
         coordinates = so_far.coordinates
         if coordinates:
             coordinates = [x + d for x, d in zip(coordinates, of_vote.vote, strict=True)]
         return _OfChild(d_pose, so_far.gate + of_vote.gate, coordinates)
 
-    def store(self, m: int, of_child: _OfChild) -> None:
-        """Store the gradients of a child."""
+    def store(self, found: _OfChild) -> None:
+        """Store the gradients of the child."""
         tile, results = self.tile, self.results
-        _, to, exists = (x[m] for x in self.children)
-        for r, row in enumerate(of_child.pose):
+        for r, row in enumerate(found.pose):
             for p, x in enumerate(row):
-                tile.store(results.poses, x.astype(results.poses.dtype), to, r, p, exists=exists)
+                x = x.astype(results.poses.dtype)
+                tile.store(results.poses, x, self.to, r, p, exists=self.exists)
         if results.gates is not None:
-            tile.store(results.gates, of_child.gate, to, exists=exists)
+            tile.store(results.gates, found.gate, self.to, exists=self.exists)
         if results.coordinates is not None:
-            at = self.split, to
-            tile.grow(results.coordinates, at, of_child.coordinates, self.is_first, exists)
+            at = self.split, self.to
+            tile.grow(results.coordinates, at, found.coordinates, self.is_first, self.exists)

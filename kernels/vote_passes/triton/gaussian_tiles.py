@@ -120,8 +120,13 @@ def restore_poses(sizes: Sizes, x: Array) -> Array:
 
 
 def prepare_weights(sizes: Sizes, weights: Array) -> Array:
-    """Return weights `[I, P, J, E]` as `[I, J, P, E/4, 4]`."""
-    x = pad(weights, {1: sizes.padded_length, 3: sizes.padded_columns}).swapaxes(1, 2)
+    """Return weights `[I, P, J, E]` as `[I, J, P, E/4, 4]`, in float32.
+
+    Poses keep their dtype, but the weights would be converted once for each tile of examples.
+    """
+    x = pad(
+        weights.astype(jnp.float32), {1: sizes.padded_length, 3: sizes.padded_columns}
+    ).swapaxes(1, 2)
     return x.reshape(*x.shape[:3], -1, FOUR)
 
 
@@ -217,10 +222,17 @@ class Tile:
         """Store one number of each example, for the warps that exist, `[n]`."""
         pltriton.store(self.place(ref, at, self.example), x, mask=self.broadcast(exists))
 
-    def load_fours(self, ref: Any, *at: Any, examples: bool = True) -> list[Array]:
-        """Load all numbers from the last three axes, `[count, B, 4]`, or without B: `[n, 32]` each.
+    def load_fours(
+        self, ref: Any, *at: Any, examples: bool = True, again: bool = False
+    ) -> list[Array]:
+        """Load the numbers of the last axes, `[count, B, 4]` or `[count, 4]`: `[n, 32]` each.
 
-        `examples` tells whether each example has its own.
+        Args:
+          ref: The array.
+          at: Indices of the axes before.
+          examples: Whether each example has its own numbers.
+          again: Whether the thread has loaded them before, and does so again to save registers. The
+            hint that it is the last time keeps the compiler from reusing the first load.
         """
         shape = (self.warps, EXAMPLES, FOUR)
         indices = [x if _is_one(x) else self.broadcast(x, 1) for x in at]
@@ -231,7 +243,9 @@ class Tile:
             last = [jnp.broadcast_to(self.example[None, :, None], shape), *last]
         found = []
         for k in range(ref.shape[len(at)]):
-            x = pltriton.load(ref.at[(*indices, k, *last)]).astype(jnp.float32)
+            place = ref.at[(*indices, k, *last)]
+            x = pltriton.load(place, eviction_policy="evict_first" if again else None)
+            x = x.astype(jnp.float32)
             # Halving twice takes no instructions; indexing would go through shared memory.
             even, odd = lax.unstack(x.reshape(self.warps, EXAMPLES, 2, 2), axis=-1)
             (a, c), (b, d) = lax.unstack(even, axis=-1), lax.unstack(odd, axis=-1)
@@ -242,9 +256,11 @@ class Tile:
         """Load the poses of children, `[R][P]`."""
         return [self.load_fours(operands.poses, i, row) for row in range(self.sizes.rows)]
 
-    def load_weights(self, operands: Operands, i: Array, j: Array, p: int) -> list[Array]:
+    def load_weights(
+        self, operands: Operands, i: Array, j: Array, p: int, *, again: bool = False
+    ) -> list[Array]:
         """Load a row of weights, `[E]`."""
-        return self.load_fours(operands.weights, i, j, p, examples=False)
+        return self.load_fours(operands.weights, i, j, p, examples=False, again=again)
 
     def load_coordinates(self, operands: Operands, i: Array) -> list[Array] | None:
         """Load the coordinates of children, `[D]`."""
@@ -273,10 +289,6 @@ class Tile:
         load = self.load_shared if operands.prior.ndim == 2 else self.load
         prior = load(operands.prior, i, j)
         return prior if k is None else k + prior
-
-    def load_statistics(self, softmax: Statistics, i: Array) -> Statistics:
-        """Load the statistics of children."""
-        return Statistics(*(None if x is None else self.load(x, i) for x in softmax))
 
     def equal_weight(self, operands: Operands, i: Array) -> Array:
         """Compute the weight of votes whose couplings are equal."""

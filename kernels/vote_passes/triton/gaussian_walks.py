@@ -252,7 +252,8 @@ def _over_children(
             inside = portion * steps + step < sizes.capsules
             votes = tile.votes(operands, tile.load_pose(operands, i), i, j)
             if found is None:
-                weight, differences = tile.equal_weight(operands, i), []
+                weight = tile.equal_weight(operands, i)
+                differences: list[Array] = []
             else:
                 logit = tile.start_logit(operands, k, i, j)
                 logit, differences = tile.logit(logit, votes, gaussian)
