@@ -103,7 +103,7 @@ def make(problem):
     poses = normal(1.0, batch, children, rows, length, dtype=problem.dtype)
     weights = normal(length**-0.5, children, length, parents, columns, dtype=problem.dtype)
     if problem.mean:  # the weight of a constant pose component
-        poses, weights = poses.at[..., -1].set(1), weights.at[:, -1].add(problem.mean)
+        poses, weights = poses.at[..., 1].set(1), weights.at[:, 1].add(problem.mean)
     inputs = Inputs(
         poses,
         weights,
@@ -153,9 +153,7 @@ def all_passes(spec, implementation, inputs, states, cotangents):
     terms = [Term(*one) for one in zip(states, moments, cotangents, strict=True)]
     d_state, kept = passes.chain(spec, inputs, terms[1], **settings)
     terms[1] = terms[1]._replace(kept=kept)
-    return Results(
-        moments, d_state, passes.input_gradients(spec, inputs, terms, **settings)
-    )
+    return Results(moments, d_state, passes.input_gradients(spec, inputs, terms, **settings))
 
 
 def run(problem, implementation):

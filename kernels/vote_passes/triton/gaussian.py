@@ -31,7 +31,6 @@ from capsjax.kernels.vote_passes.triton.gaussian_tiles import (
     Statistics,
     examples_first,
     examples_last,
-    gaussians,
     prepare_coordinates,
     prepare_poses,
     prepare_states,
@@ -40,6 +39,7 @@ from capsjax.kernels.vote_passes.triton.gaussian_tiles import (
     restore_poses,
     restore_states,
     restore_weights,
+    scale_of,
 )
 from capsjax.kernels.vote_passes.triton.tiles import LOG2_E
 
@@ -89,20 +89,22 @@ def moments(
     """Compute the central moments."""
     sizes = _sizes(spec, inputs, interpret)
     operands = _operands(sizes, inputs)
-    parents = _parents(sizes, inputs, state)
+    parents = _parents(sizes, inputs, state, state.z)
+    center = None if state.z is None else prepare_states(sizes, state.z)
     softmax = None
     if not is_uniform(inputs, state):
-        softmax = gaussian_walks.statistics(config, sizes, operands, parents, share=False)
-    found = gaussian_walks.moments(config, sizes, operands, parents, softmax)
+        softmax = gaussian_walks.statistics(config, sizes, operands, parents, center, share=False)
+    found = gaussian_walks.moments(config, sizes, operands, parents, center, softmax)
     # Merge the ranges of children (Chan, Golub and LeVeque 1979).
     mass = jnp.sum(found.zeroth, 0)
     share = found.zeroth / jnp.where(mass > 0, mass, 1)[None]
     mean = jnp.sum(share[:, :, None] * found.first, 0)
     shift = found.first - mean[None]
     second = jnp.sum(found.second + found.zeroth[:, :, None] * shift * shift, 0)
-    return Moments(
-        examples_first(sizes, mass), restore_states(sizes, mean), restore_states(sizes, second)
-    )
+    mass, mean = examples_first(sizes, mass), restore_states(sizes, mean)
+    if state.z is not None:
+        mean = jnp.where(mass[..., None] > 0, mean + state.z, 0)
+    return Moments(mass, mean, restore_states(sizes, second))
 
 
 def chain(
@@ -113,18 +115,18 @@ def chain(
         return State(), nothing_kept(inputs)
     sizes = _sizes(spec, inputs, interpret)
     operands = _operands(sizes, inputs)
-    parents = _parents(sizes, inputs, term.state, term)
-    softmax = gaussian_walks.statistics(config, sizes, operands, parents, share=True)
-    found = gaussian_walks.logit_gradients(config, sizes, operands, parents, softmax)
+    mean = term.moments.first
+    parents, center = _parents(sizes, inputs, term.state, mean, term), prepare_states(sizes, mean)
+    softmax = gaussian_walks.statistics(config, sizes, operands, parents, center, share=True)
+    found = gaussian_walks.logit_gradients(config, sizes, operands, parents, center, softmax)
     d_k: MaybeArray = None
     d_z: MaybeArray = None
     d_q: MaybeArray = None
     if term.state.k is not None:
         d_k = examples_first(sizes, jnp.sum(found.zeroth, 0))
     if term.state.q is not None:
-        q = term.state.q
-        scale, _ = gaussians(term.state.z, q)
-        d_z = restore_states(sizes, jnp.sum(found.first, 0)) * (q / scale)
+        scale = scale_of(term.state.q)
+        d_z = restore_states(sizes, jnp.sum(found.first, 0)) * (term.state.q / scale)
         d_q = restore_states(sizes, jnp.sum(found.second, 0)) * (-0.5 / (scale * scale))
     kept = jnp.stack([softmax.normaliser, softmax.share])
     return State(k=d_k, z=d_z, q=d_q), examples_first(sizes, kept)
@@ -143,19 +145,29 @@ def input_gradients(
     sizes = _sizes(spec, inputs, interpret)
     operands = _operands(sizes, inputs)
     has_gates = inputs.gates is not None
+    # Of the last iteration, which is nearest to those of the others: means converge.
+    mean = terms[-1].moments.first
+    center = prepare_states(sizes, mean)
     iterations = []
     for term in terms:
-        parents, softmax = _parents(sizes, inputs, term.state, term), None
+        parents, softmax = _parents(sizes, inputs, term.state, mean, term), None
         if is_uniform(inputs, term.state):
             pass
         elif term.kept is None:
             share = has_gates or not constant_couplings
-            softmax = gaussian_walks.statistics(config, sizes, operands, parents, share=share)
+            softmax = gaussian_walks.statistics(
+                config, sizes, operands, parents, center, share=share
+            )
         else:
             softmax = Statistics(*examples_last(sizes, term.kept))
         iterations.append(Iteration(parents, softmax))
     found = gradients_of_inputs(
-        config, sizes, operands, iterations, constant_couplings=constant_couplings
+        config,
+        sizes,
+        operands,
+        iterations,
+        center,
+        constant_couplings=constant_couplings,
     )
     d_gates = None
     if has_gates:
@@ -205,17 +217,34 @@ def _operands(sizes: Sizes, inputs: Inputs) -> Operands:
     )
 
 
-def _parents(sizes: Sizes, inputs: Inputs, state: State, term: Term | None = None) -> Parents:
-    """Return the arrays of a pass; those of the moments only if its term is given."""
+def _parents(
+    sizes: Sizes,
+    inputs: Inputs,
+    state: State,
+    center: MaybeArray,
+    term: Term | None = None,
+) -> Parents:
+    """Return the arrays of a pass.
+
+    Args:
+      sizes: Sizes of the problem.
+      inputs: Those of the pass.
+      state: That of the pass.
+      center: `[B, J, D]`, from which votes are computed on; None for 0, if the state has no mean.
+      term: Given if the arrays of the moments are wanted, too.
+    """
     masked = masks.masked(inputs, state)
     found: dict[str, Any] = {}
     if masked.k is not None:
         found["k"] = examples_last(sizes, masked.k * LOG2_E)
     if masked.q is not None:
-        found["gaussians"] = prepare_states(sizes, *gaussians(masked.z, masked.q))
+        scale = scale_of(masked.q)
+        offsets = [] if center is masked.z else [-scale * (masked.z - center)]
+        found["gaussian"] = prepare_states(sizes, scale, *offsets)
     if term is not None:
         mass, mean, _ = term.moments
         first = reference.divide(term.cotangent.first, mass)
+        offsets = [] if center is mean else [mean - center]
         found["d_mass"] = examples_last(sizes, term.cotangent.mass)
-        found["cotangents"] = prepare_states(sizes, mean, first, term.cotangent.second)
+        found["cotangents"] = prepare_states(sizes, first, term.cotangent.second, *offsets)
     return Parents(**found)

@@ -69,6 +69,7 @@ def gradients_of_inputs(
     sizes: Sizes,
     operands: Operands,
     iterations: Sequence[Iteration],
+    center: Any,
     *,
     constant_couplings: bool,
 ) -> Gradients:
@@ -78,7 +79,7 @@ def gradients_of_inputs(
     splits = pl.cdiv(sizes.tiles, tiles)
     I, J = sizes.capsules, sizes.parents  # noqa: E741
 
-    def kernel(refs: tuple[Operands, list[Iteration]], *all_results: Any) -> None:
+    def kernel(refs: tuple[Operands, list[Iteration], Any], *all_results: Any) -> None:
         split = pl.program_id(1)
         (i,), (to,), (exists,) = children_of(sizes, warps, 1, pl.program_id(0))
 
@@ -109,7 +110,7 @@ def gradients_of_inputs(
     )
     found = call(
         kernel,
-        (operands, list(iterations)),
+        (operands, list(iterations), center),
         grid=(pl.cdiv(I, warps), splits),
         results=results,
         warps=warps,
@@ -125,6 +126,7 @@ class _Child(NamedTuple):
     tile: Tile
     operands: Operands
     iterations: Sequence[Iteration]
+    center: Any
     results: Gradients
     i: Array  # indices to load from, `[n]`
     to: Array  # indices to store to
@@ -138,7 +140,8 @@ class _Child(NamedTuple):
         pose = tile.load_pose(operands, self.i)
 
         def one_parent(j: Array, so_far: _OfChild) -> _OfChild:
-            votes = tile.votes(operands, pose, self.i, j)
+            center = tile.load_center(self.center, j)
+            votes = tile.votes(operands, pose, center, self.i, j)
             found = _OfVote([tile.zero] * sizes.depth, tile.zero, tile.zero)
             for iteration in self.iterations:
                 found = self.add_iteration(iteration, j, votes, found, constant_couplings)
@@ -162,7 +165,7 @@ class _Child(NamedTuple):
         """Add the gradients of one iteration to those of the vote for a parent."""
         tile, i, (parents, softmax) = self.tile, self.i, iteration
         d_vote, d_logit, d_gate = so_far
-        cotangents, d_mass = tile.load_cotangents(parents, j), tile.load(parents.d_mass, j)
+        cotangents, d_mass = tile.load_states(parents.cotangents, j), tile.load(parents.d_mass, j)
         d_gated, slopes = tile.cotangent(d_mass, votes, cotangents)
         if softmax is None:
             weight = tile.equal_weight(self.operands, i)
@@ -170,7 +173,7 @@ class _Child(NamedTuple):
         else:
             # Statistics are loaded again for each parent: in registers there would be two numbers
             # for every iteration.
-            gaussian = tile.load_gaussian(parents, j)
+            gaussian = tile.load_states(parents.gaussian, j)
             k = None if parents.k is None else tile.load(parents.k, j)
             start = tile.start_logit(self.operands, k, i, j)
             logit, differences = tile.logit(start, votes, gaussian)

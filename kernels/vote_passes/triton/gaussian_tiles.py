@@ -5,12 +5,15 @@ examples each. So all sums over P, D or R stay in a thread, and no kernel has sh
 barriers. Arrays have four numbers last and the examples next to last, so that a thread loads 16
 bytes at once and a warp 512 bytes in sequence. What is absent from four numbers is zero.
 
-Logits are to the base 2. A gaussian is a scale s, s² = q log2(e) / 2, and an offset h = -s z:
+Votes are computed from a center of their parent on, so that they are differences: a mean that is
+large beside the standard deviation is subtracted before sums are rounded. Logits are to the base 2.
+A gaussian is a scale s, s² = q log2(e) / 2, and an offset of its mean z:
 
-    l = prior + k - Σ_d (s v + h)²
+    l = prior + k - Σ_d (s v + h)²,    h = -s (z - center)
 
-The difference s v + h is rounded once, so it is as accurate as v - z. A square that is multiplied
-out would lose all digits where the mean is large beside the standard deviation.
+The center is z in the first pass, which knows no better, and else the mean of the moments. With a
+center of 0 the rounding of h would be an error that all children have in common, which grows with
+their number; squares that are multiplied out would lose all digits.
 """
 
 from collections.abc import Sequence
@@ -29,7 +32,7 @@ from capsjax.kernels.vote_passes.triton.tiles import LOG2_E, exchange_lanes, fma
 FOUR = 4
 # Most sums over the examples that are stored at once.
 SUMS = 16
-# The least precision. Gradients by the precision are sums of (s v + h)², divided by s²; where votes
+# The least precision. Gradients by the precision are sums of (s v + h)² divided by s²; where votes
 # are below 1e8 a logit does not notice that a precision is not 0.
 LEAST_PRECISION = 1e-20
 
@@ -90,9 +93,10 @@ class Parents(NamedTuple):
     """What parents contribute to a pass; None for absent ones."""
 
     k: Any = None  # [J, B], biases of the logits to the base 2
-    gaussians: Any = None  # [J, 2, D/4, B, 4]: s and h
+    gaussian: Any = None  # [J, 1 or 2, D/4, B, 4]: s, and h unless it is 0
     d_mass: Any = None  # [J, B], cotangents of the mass
-    # [J, 3, D/4, B, 4]: the means of the moments, and the cotangents of mean / mass and second
+    # [J, 2 or 3, D/4, B, 4]: cotangents of mean / mass and second, and the moments' mean from the
+    # center on unless it is 0.
     cotangents: Any = None
 
 
@@ -173,10 +177,9 @@ def examples_first(sizes: Sizes, x: Array) -> Array:
     return jnp.moveaxis(x[..., : sizes.batch], -1, 0)
 
 
-def gaussians(z: Array, q: Array) -> tuple[Array, Array]:
-    """Return scales and offsets for means and precisions."""
-    scale = jnp.sqrt(jnp.maximum(q, LEAST_PRECISION) * (LOG2_E / 2))
-    return scale, -scale * z
+def scale_of(precision: Array) -> Array:
+    """Return the scales of gaussians."""
+    return jnp.sqrt(jnp.maximum(precision, LEAST_PRECISION) * (LOG2_E / 2))
 
 
 def pad(x: Array, sizes: dict[int, int]) -> Array:
@@ -268,10 +271,24 @@ class Tile:
             return None
         return self.load_fours(operands.coordinates, i, examples=False)
 
-    def votes(self, operands: Operands, pose: list[list[Array]], i: Array, j: Array) -> list[Array]:
-        """Compute the votes of children for parents, `[D]`."""
+    def load_center(self, center: Any, j: Array) -> list[Array] | None:
+        """Load the centers of parents, `[D]`; None stands for 0."""
+        return None if center is None else self.load_fours(center, j, 0)
+
+    def votes(
+        self,
+        operands: Operands,
+        pose: list[list[Array]],
+        center: list[Array] | None,
+        i: Array,
+        j: Array,
+    ) -> list[Array]:
+        """Compute the votes of children for parents, from the center on, `[D]`."""
         sizes = self.sizes
         found = self.load_coordinates(operands, i)
+        if center is not None:
+            start = [self.zero] * sizes.depth if found is None else found
+            found = [x - c for x, c in zip(start, center, strict=True)]
         for p in range(sizes.padded_length):
             row = self.load_weights(operands, i, j, p)
             terms = [(pose[r][p], w) for r in range(sizes.rows) for w in row]
@@ -295,15 +312,11 @@ class Tile:
         weight = jnp.full_like(self.zero, 1 / self.sizes.parents)
         return weight if operands.gates is None else weight * self.load(operands.gates, i)
 
-    def load_gaussian(self, parents: Parents, j: Array) -> list[list[Array]] | None:
-        """Load the scale and the offset of parents."""
-        if parents.gaussians is None:
+    def load_states(self, ref: Any, j: Array) -> list[list[Array]] | None:
+        """Load all states of parents from `[J, states, D/4, B, 4]`; None if there are none."""
+        if ref is None:
             return None
-        return [self.load_fours(parents.gaussians, j, index) for index in range(2)]
-
-    def load_cotangents(self, parents: Parents, j: Array) -> list[list[Array]]:
-        """Load the mean and the cotangents of parents."""
-        return [self.load_fours(parents.cotangents, j, index) for index in range(3)]
+        return [self.load_fours(ref, j, index) for index in range(ref.shape[1])]
 
     def logit(
         self, start: Array, votes: list[Array], gaussian: list[list[Array]] | None
@@ -311,7 +324,11 @@ class Tile:
         """Compute logits, and the scaled differences of votes and means, `[D]`."""
         if gaussian is None:
             return start, []
-        differences = [fma(self, s, v, h) for v, s, h in zip(votes, *gaussian, strict=True)]
+        if len(gaussian) == 1:
+            differences = [s * v for s, v in zip(*gaussian, votes, strict=True)]
+        else:
+            triples = zip(*gaussian, votes, strict=True)
+            differences = [fma(self, s, v, h) for s, h, v in triples]
         for x in differences:
             start = fnma(self, x, x, start)
         return start, differences
@@ -320,12 +337,14 @@ class Tile:
         self, start: Array, votes: list[Array], cotangents: list[list[Array]]
     ) -> tuple[Array, list[Array]]:
         """Compute the cotangents of gated couplings, and those of the votes at couplings of 1."""
+        first, second, *mean = cotangents
+        if mean:
+            votes = [v - m for v, m in zip(votes, mean[0], strict=True)]
         total, of_votes = start, []
-        for v, mean, first, second in zip(votes, *cotangents, strict=True):
-            y = v - mean
-            slope = fma(self, second, y, first)
+        for y, f, m in zip(votes, first, second, strict=True):
+            slope = fma(self, m, y, f)
             total = fma(self, slope, y, total)
-            of_votes.append(fma(self, second, y, slope))
+            of_votes.append(fma(self, m, y, slope))
         return total, of_votes
 
     def sums(self, xs: Sequence[Array]) -> Array:

@@ -78,27 +78,31 @@ def statistics(
     sizes: Sizes,
     operands: Operands,
     parents: Parents,
+    center: Any,
     *,
     share: bool,
 ) -> Statistics:
     """Compute the statistics of each child's softmax; with the share if `share`."""
     warps, count = config.statistics_warps, config.statistics_children
 
-    def kernel(refs: tuple[Operands, Parents], normaliser_ref: Any, share_ref: Any = None) -> None:
-        operands, parents = refs
+    def kernel(
+        refs: tuple[Operands, Parents, Any], normaliser_ref: Any, share_ref: Any = None
+    ) -> None:
+        operands, parents, center_ref = refs
         tile = Tile(sizes, warps, pl.program_id(1))
         children = children_of(sizes, warps, count, pl.program_id(0))
         poses = [tile.load_pose(operands, i) for i in children.at]
 
         def one_parent(j: Array, carry: list[tuple[Array, ...]]) -> list[tuple[Array, ...]]:
-            gaussian = tile.load_gaussian(parents, j)
+            center = tile.load_center(center_ref, j)
+            gaussian = tile.load_states(parents.gaussian, j)
             k = None if parents.k is None else tile.load(parents.k, j)
             if share:
-                cotangents = tile.load_cotangents(parents, j)
+                cotangents = tile.load_states(parents.cotangents, j)
                 d_mass = tile.load(parents.d_mass, j)
             found = []
             for i, pose, (largest, total, *weighted) in zip(children.at, poses, carry, strict=True):
-                votes = tile.votes(operands, pose, i, j) if share or gaussian else []
+                votes = tile.votes(operands, pose, center, i, j) if share or gaussian else []
                 logit, _ = tile.logit(tile.start_logit(operands, k, i, j), votes, gaussian)
                 top = jnp.maximum(largest, logit)
                 shrink, e = exp2(tile, largest - top), exp2(tile, logit - top)
@@ -125,7 +129,7 @@ def statistics(
     return Statistics(
         *call(
             kernel,
-            (operands, parents),
+            (operands, parents, center),
             grid=(pl.cdiv(sizes.capsules, warps * count), sizes.tiles),
             results=[of_children] * (1 + share),
             warps=warps,
@@ -157,9 +161,10 @@ def moments(
     sizes: Sizes,
     operands: Operands,
     parents: Parents,
+    center: Any,
     found: Statistics | None,
 ) -> Sums:
-    """Compute mass, mean and squares around the mean, for each range of children.
+    """Compute mass, mean from the center on, and squares around it, for each range of children.
 
     The mean is updated by one vote after the other (West 1979).
     """
@@ -180,7 +185,7 @@ def moments(
             [fma(tile, factor * x, x, m) for x, m in zip(steps, sums.second, strict=True)],
         )
 
-    refs = operands, parents, found
+    refs = operands, parents, center, found
     return _over_children(config, sizes, refs, start, add, sizes.depth, "routing_gaussian_moments")
 
 
@@ -189,17 +194,18 @@ def logit_gradients(
     sizes: Sizes,
     operands: Operands,
     parents: Parents,
+    center: Any,
     found: Statistics,
 ) -> Sums:
     """Compute the sums of dl, dl x and dl x², where x = s v + h, for each range of children."""
 
     def start(tile: Tile, parents: Parents, j: Array) -> Any:
-        return tile.load(parents.d_mass, j), tile.load_cotangents(parents, j)
+        return tile.load(parents.d_mass, j), tile.load_states(parents.cotangents, j)
 
     def add(tile: Tile, vote: _Vote, refs: Any, known: Any, sums: Sums) -> Sums:
         d_mass, cotangents = known
         d_gated, _ = tile.cotangent(d_mass, vote.votes, cotangents)
-        d_logit = vote.weight * (d_gated - tile.load(refs[2].share, vote.at))
+        d_logit = vote.weight * (d_gated - tile.load(refs[3].share, vote.at))
         terms = [d_logit * x for x in vote.differences]
         pairs = zip(terms, vote.differences, sums.second, strict=True)
         return Sums(
@@ -208,15 +214,15 @@ def logit_gradients(
             [fma(tile, term, x, total) for term, x, total in pairs],
         )
 
-    depth = 0 if parents.gaussians is None else sizes.depth
-    refs = operands, parents, found
+    depth = 0 if parents.gaussian is None else sizes.depth
+    refs = operands, parents, center, found
     return _over_children(config, sizes, refs, start, add, depth, "routing_gaussian_chain")
 
 
 def _over_children(
     config: TritonGaussianConfig,
     sizes: Sizes,
-    operands: tuple[Operands, Parents, Statistics | None],
+    operands: tuple[Operands, Parents, Any, Statistics | None],
     start: Callable[..., Any],
     add: Callable[..., Sums],
     depth: int,
@@ -237,20 +243,21 @@ def _over_children(
     steps = pl.cdiv(sizes.capsules, config.sums_ranges)
     ranges = pl.cdiv(sizes.capsules, steps)
 
-    def kernel(refs: tuple[Operands, Parents, Statistics | None], *results: Any) -> None:
-        operands, parents, found = refs
+    def kernel(refs: tuple[Operands, Parents, Any, Statistics | None], *results: Any) -> None:
+        operands, parents, center_ref, found = refs
         tile = Tile(sizes, warps, pl.program_id(1))
         portion = pl.program_id(2)
         at = pl.program_id(0) * warps + tile.warp
         j, exists = jnp.minimum(at, sizes.parents - 1), at < sizes.parents
-        gaussian, known = tile.load_gaussian(parents, j), start(tile, parents, j)
+        center, gaussian = tile.load_center(center_ref, j), tile.load_states(parents.gaussian, j)
+        known = start(tile, parents, j)
         # The child's own part of a logit is loaded in the loop, the parent's before it.
         k = None if parents.k is None else tile.load(parents.k, j)
 
         def one_child(step: Array, sums: Sums) -> Sums:
             i = jnp.minimum(portion * steps + step, sizes.capsules - 1)
             inside = portion * steps + step < sizes.capsules
-            votes = tile.votes(operands, tile.load_pose(operands, i), i, j)
+            votes = tile.votes(operands, tile.load_pose(operands, i), center, i, j)
             if found is None:
                 weight = tile.equal_weight(operands, i)
                 differences: list[Array] = []
