@@ -101,10 +101,9 @@ def moments(
     mean = jnp.sum(share[:, :, None] * found.first, 0)
     shift = found.first - mean[None]
     second = jnp.sum(found.second + found.zeroth[:, :, None] * shift * shift, 0)
-    mass, mean = examples_first(sizes, mass), restore_states(sizes, mean)
-    if state.z is not None:
-        mean = jnp.where(mass[..., None] > 0, mean + state.z, 0)
-    return Moments(mass, mean, restore_states(sizes, second))
+    return Moments(
+        examples_first(sizes, mass), restore_states(sizes, mean), restore_states(sizes, second)
+    )
 
 
 def chain(

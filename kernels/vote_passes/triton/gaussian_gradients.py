@@ -165,7 +165,7 @@ class _Child(NamedTuple):
         """Add the gradients of one iteration to those of the vote for a parent."""
         tile, i, (parents, softmax) = self.tile, self.i, iteration
         d_vote, d_logit, d_gate = so_far
-        cotangents, d_mass = tile.load_states(parents.cotangents, j), tile.load(parents.d_mass, j)
+        cotangents, d_mass = tile.load_cotangents(parents, j), tile.load(parents.d_mass, j)
         d_gated, slopes = tile.cotangent(d_mass, votes, cotangents)
         if softmax is None:
             weight = tile.equal_weight(self.operands, i)
@@ -173,7 +173,7 @@ class _Child(NamedTuple):
         else:
             # Statistics are loaded again for each parent: in registers there would be two numbers
             # for every iteration.
-            gaussian = tile.load_states(parents.gaussian, j)
+            gaussian = tile.load_gaussian(parents, j)
             k = None if parents.k is None else tile.load(parents.k, j)
             start = tile.start_logit(self.operands, k, i, j)
             logit, differences = tile.logit(start, votes, gaussian)

@@ -5,15 +5,14 @@ examples each. So all sums over P, D or R stay in a thread, and no kernel has sh
 barriers. Arrays have four numbers last and the examples next to last, so that a thread loads 16
 bytes at once and a warp 512 bytes in sequence. What is absent from four numbers is zero.
 
-Votes are computed from a center of their parent on, so that they are differences: a mean that is
-large beside the standard deviation is subtracted before sums are rounded. Logits are to the base 2.
-A gaussian is a scale s, s² = q log2(e) / 2, and an offset of its mean z:
+Logits are to the base 2, and computed from votes from a center of their parent on. A gaussian is a
+scale s, s² = q log2(e) / 2, and an offset of its mean z:
 
-    l = prior + k - Σ_d (s v + h)²,    h = -s (z - center)
+    l = prior + k - Σ_d (s (v - center) + h)²,    h = -s (z - center)
 
-The center is z in the first pass, which knows no better, and else the mean of the moments. With a
-center of 0 the rounding of h would be an error that all children have in common, which grows with
-their number; squares that are multiplied out would lose all digits.
+The center is z, or in gradients the mean of the moments, so that a mean that is large beside the
+standard deviation costs no digits. With a center of 0, the rounding of h would be an error that all
+children have in common, which grows with their number. Multiplied out, squares would lose all.
 """
 
 from collections.abc import Sequence
@@ -312,10 +311,15 @@ class Tile:
         weight = jnp.full_like(self.zero, 1 / self.sizes.parents)
         return weight if operands.gates is None else weight * self.load(operands.gates, i)
 
-    def load_states(self, ref: Any, j: Array) -> list[list[Array]] | None:
-        """Load all states of parents from `[J, states, D/4, B, 4]`; None if there are none."""
-        if ref is None:
-            return None
+    def load_gaussian(self, parents: Parents, j: Array) -> list[list[Array]] | None:
+        """Load the scales of parents, and the offsets unless they are 0."""
+        return None if parents.gaussian is None else self._load_states(parents.gaussian, j)
+
+    def load_cotangents(self, parents: Parents, j: Array) -> list[list[Array]]:
+        """Load the cotangents of parents, and the means from the center on unless they are 0."""
+        return self._load_states(parents.cotangents, j)
+
+    def _load_states(self, ref: Any, j: Array) -> list[list[Array]]:
         return [self.load_fours(ref, j, index) for index in range(ref.shape[1])]
 
     def logit(

@@ -95,10 +95,10 @@ def statistics(
 
         def one_parent(j: Array, carry: list[tuple[Array, ...]]) -> list[tuple[Array, ...]]:
             center = tile.load_center(center_ref, j)
-            gaussian = tile.load_states(parents.gaussian, j)
+            gaussian = tile.load_gaussian(parents, j)
             k = None if parents.k is None else tile.load(parents.k, j)
             if share:
-                cotangents = tile.load_states(parents.cotangents, j)
+                cotangents = tile.load_cotangents(parents, j)
                 d_mass = tile.load(parents.d_mass, j)
             found = []
             for i, pose, (largest, total, *weighted) in zip(children.at, poses, carry, strict=True):
@@ -164,7 +164,7 @@ def moments(
     center: Any,
     found: Statistics | None,
 ) -> Sums:
-    """Compute mass, mean from the center on, and squares around it, for each range of children.
+    """Compute mass, mean and squares around the mean, for each range of children.
 
     The mean is updated by one vote after the other (West 1979).
     """
@@ -186,7 +186,9 @@ def moments(
         )
 
     refs = operands, parents, center, found
-    return _over_children(config, sizes, refs, start, add, sizes.depth, "routing_gaussian_moments")
+    return _over_children(
+        config, sizes, refs, start, add, sizes.depth, "routing_gaussian_moments", is_far=True
+    )
 
 
 def logit_gradients(
@@ -200,7 +202,7 @@ def logit_gradients(
     """Compute the sums of dl, dl x and dl x², where x = s v + h, for each range of children."""
 
     def start(tile: Tile, parents: Parents, j: Array) -> Any:
-        return tile.load(parents.d_mass, j), tile.load_states(parents.cotangents, j)
+        return tile.load(parents.d_mass, j), tile.load_cotangents(parents, j)
 
     def add(tile: Tile, vote: _Vote, refs: Any, known: Any, sums: Sums) -> Sums:
         d_mass, cotangents = known
@@ -216,7 +218,9 @@ def logit_gradients(
 
     depth = 0 if parents.gaussian is None else sizes.depth
     refs = operands, parents, center, found
-    return _over_children(config, sizes, refs, start, add, depth, "routing_gaussian_chain")
+    return _over_children(
+        config, sizes, refs, start, add, depth, "routing_gaussian_chain", is_far=False
+    )
 
 
 def _over_children(
@@ -227,6 +231,8 @@ def _over_children(
     add: Callable[..., Sums],
     depth: int,
     name: str,
+    *,
+    is_far: bool,
 ) -> Sums:
     """Walk over ranges of children, with a parent's sums in a thread.
 
@@ -238,6 +244,8 @@ def _over_children(
       add: `add(tile, vote, operands, known, sums)` returns the sums with a child added.
       depth: D of the sums; 0 if only those without D are wanted.
       name: Of the kernel.
+      is_far: Whether the center may be far from the votes, so that sums of votes from there on had
+        its rounding.
     """
     warps = config.sums_warps
     steps = pl.cdiv(sizes.capsules, config.sums_ranges)
@@ -249,7 +257,7 @@ def _over_children(
         portion = pl.program_id(2)
         at = pl.program_id(0) * warps + tile.warp
         j, exists = jnp.minimum(at, sizes.parents - 1), at < sizes.parents
-        center, gaussian = tile.load_center(center_ref, j), tile.load_states(parents.gaussian, j)
+        center, gaussian = tile.load_center(center_ref, j), tile.load_gaussian(parents, j)
         known = start(tile, parents, j)
         # The child's own part of a logit is loaded in the loop, the parent's before it.
         k = None if parents.k is None else tile.load(parents.k, j)
@@ -257,13 +265,17 @@ def _over_children(
         def one_child(step: Array, sums: Sums) -> Sums:
             i = jnp.minimum(portion * steps + step, sizes.capsules - 1)
             inside = portion * steps + step < sizes.capsules
-            votes = tile.votes(operands, tile.load_pose(operands, i), center, i, j)
+            pose = tile.load_pose(operands, i)
+            votes = tile.votes(operands, pose, None if is_far else center, i, j)
             if found is None:
                 weight = tile.equal_weight(operands, i)
                 differences: list[Array] = []
             else:
                 logit = tile.start_logit(operands, k, i, j)
-                logit, differences = tile.logit(logit, votes, gaussian)
+                near = votes
+                if is_far and center is not None:
+                    near = [v - c for v, c in zip(votes, center, strict=True)]
+                logit, differences = tile.logit(logit, near, gaussian)
                 weight = exp2(tile, logit - tile.load(found.normaliser, i))
             if ranges * steps != sizes.capsules:
                 weight = jnp.where(inside, weight, 0.0)
