@@ -216,7 +216,10 @@ def test_far_means_cost_no_more_digits_than_in_the_plain_form(mean):
 
 
 def test_states_far_from_the_votes_cost_few_digits():
-    """Parents whose couplings underflow have no mass in float32, so here no parent collapses."""
+    """Here no parent collapses: couplings below 2^-126 are 0 in float32.
+
+    A parent that has only such couplings has a mean, and gradients through it, in float64 alone.
+    """
     problem = PROBLEMS["gates"]._replace(jump=40.0)
     wanted = exact(problem)
     assert wanted.moments[1].mass.min() > 1e-6
