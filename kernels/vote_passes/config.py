@@ -300,9 +300,9 @@ TRITON_GAUSSIAN_EXAMPLES = 32
 TRITON_GAUSSIAN_WARPS = (4, 2, 1)
 # How much longer a step of one warp takes that shares no loads with others.
 TRITON_GAUSSIAN_UNSHARED = 0.25
-# Most children of a warp whose poses fit into registers beside the parents' states. The gradients
+# Most children of a warp whose poses fit into registers beside the states of parents. The gradients
 # of a second child's pose and vote do not.
-TRITON_GAUSSIAN_CHILDREN = 4
+TRITON_GAUSSIAN_CHILDREN = 3
 # Loading a parent's states takes as long as this part of one child's arithmetic.
 TRITON_GAUSSIAN_LOADS = 0.2
 
