@@ -190,6 +190,61 @@ def test_floors_of_a_kernel_written_by_hand(target, tmp_path):
     assert found["floor_us"] == max(found["memory_us"], kernel["issue_us"])
 
 
+# Expectation maximisation at the class layer of matrix capsules: 1152 children of 128 examples.
+GAUSSIANS = """
+import json, pathlib, sys
+import jax, jax.numpy as jnp
+from capsjax.kernels.vote_passes.passes import Implementation, Inputs, Spec, State, device_named
+from capsjax.kernels.vote_passes.unroll import Routing, unroll
+from experiments.compilers import arithmetic, floors, targets
+from experiments.compilers.data_sheets import TARGETS
+
+target = sys.argv[1]
+
+def step(t, carry, moments, params):
+    variance = moments.second / moments.mass[..., None] + 0.1
+    state = State(k=-jnp.log(variance).sum(-1) / 2, z=moments.first, q=1 / variance)
+    return carry, state, (moments.first, moments.mass)
+
+spec = Spec(10, logits="gaussian", moments="central")
+routing = Routing(spec, step, 3, implementation=Implementation("triton"))
+
+def value_and_gradients(*inputs):
+    outputs, vjp = jax.vjp(lambda *inputs: unroll(routing, Inputs(*inputs)), *inputs)
+    return outputs, vjp(outputs)
+
+sizes = (128, 1152, 4, 4), (1152, 4, 10, 4), (128, 1152)
+shapes = [jax.ShapeDtypeStruct(size, "float32") for size in sizes]
+compiled = targets.compile_for(target, value_and_gradients, *shapes)
+known = targets.described(TARGETS[target])
+device = device_named(known.device_kind, known.num_cores)
+own = arithmetic.kernels(value_and_gradients, *shapes, platform="cuda", device=device)
+found = floors.program(TARGETS[target], pathlib.Path(sys.argv[2]), compiled.as_text(), own)
+temporary = compiled.memory_analysis().temp_size_in_bytes / 1e6
+print(json.dumps({**found, "temporary_mb": temporary}))
+"""
+
+
+@pytest.mark.parametrize("target", [p.values[0] for p in implementations(only=("h100",))][:1])
+def test_gaussian_kernels_need_registers_alone(target, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", GAUSSIANS, target, str(tmp_path)],
+        env=targets.environment(target, tmp_path),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    kernels = [kernel for kernel in found["kernels"] if kernel["pallas"]]
+    # Statistics, moments of equal couplings and others, chain, gradients.
+    assert len(kernels) >= 5
+    for kernel in kernels:
+        assert kernel["registers"] <= REGISTERS, kernel
+        assert (kernel["spills"], kernel["shared_memory"], kernel["barriers"]) == (0, 0, 0), kernel
+    assert sum(kernel["calls"] * kernel["issue_us"] for kernel in kernels) <= 110
+    assert found["temporary_mb"] <= 20
+
+
 @pytest.mark.parametrize(("target", "implementation"), implementations())
 def test_votes_are_not_stored(target, implementation):
     case = CASES["capsnet_mnist"]

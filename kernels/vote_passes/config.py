@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -276,6 +277,94 @@ def _triton_split(
         time *= slower_in_steps if steps > 1 else 1
         found.append((time, examples, -(-count // steps)))
     return min(found)
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonGaussianConfig:
+    """Tile sizes of the Pallas-Triton kernels for gaussian logits. Each warp has 32 examples."""
+
+    # The walks over the children, with the sums of one parent for each warp.
+    sums_warps: int  # parents of a program, which share the poses in the cache
+    sums_ranges: int  # programs along the children; each has partial sums in memory
+    # The walks over the parents for the statistics of each child's softmax.
+    statistics_warps: int  # they share states in the cache
+    statistics_children: int  # of a warp, for which a state is loaded once
+    # The walk over the parents for the gradients of the inputs, with one child for each warp.
+    gradients_warps: int
+    gradients_splits: int  # programs along the examples; each has partial sums in memory
+
+
+# Examples of a tile: the lanes of a warp.
+TRITON_GAUSSIAN_EXAMPLES = 32
+# Candidate warps of a program; 8 with 200 registers each fill a multiprocessor at once.
+TRITON_GAUSSIAN_WARPS = (4, 2, 1)
+# How much longer a step of one warp takes that shares no loads with others.
+TRITON_GAUSSIAN_UNSHARED = 0.25
+# Most children of a warp whose poses fit into registers beside the states of parents. The gradients
+# of a second child's pose and vote do not.
+TRITON_GAUSSIAN_CHILDREN = 3
+# Loading a parent's states takes as long as this part of one child's arithmetic.
+TRITON_GAUSSIAN_LOADS = 0.2
+
+
+def triton_gaussian_config_for(
+    case: Case, *, processors: int | None = None
+) -> TritonGaussianConfig:
+    """Return the configuration for a case: that whose busiest multiprocessor has least to do.
+
+    Args:
+      case: Sizes and dtype.
+      processors: Multiprocessors of the device; None if unknown.
+    """
+    processors = processors or TRITON_PROCESSORS
+    tiles = -(-case.batch // TRITON_GAUSSIAN_EXAMPLES)
+    columns = case.depth // case.rows
+    columns, length = _round_up(columns, 4), _round_up(case.length, 4)
+
+    def busiest(programs: int, warps: int) -> float:
+        """Return the time that the busiest multiprocessor takes for a step of all its programs."""
+        blocks = -(-programs // processors)
+        resident = min(blocks * warps, TRITON_ENOUGH_WARPS)
+        sharing = 1 + TRITON_GAUSSIAN_UNSHARED / warps
+        return blocks * warps * sharing * TRITON_ENOUGH_WARPS / resident
+
+    def parts(count: int, size: int, others: int) -> Iterator[tuple[int, int]]:
+        """Yield numbers of programs for units in sequence, and the units of each."""
+        most = max(1, TRITON_PARTIAL_SUMS // size)
+        waves = max(1, TRITON_WAVES * processors // others)
+        for number in range(1, min(count, most, waves) + 1):
+            steps = -(-count // number)
+            yield -(-count // steps), steps
+
+    sums = []
+    size = 4 * case.parents * 2 * case.rows * columns * tiles * TRITON_GAUSSIAN_EXAMPLES
+    for warps in TRITON_GAUSSIAN_WARPS:
+        others = -(-case.parents // warps) * tiles
+        for ranges, steps in parts(case.capsules, size, others):
+            # A program loads states and stores sums, which takes about a step.
+            sums.append(((steps + 1) * busiest(others * ranges, warps), warps, ranges))
+    statistics, gradients = [], []
+    size = 4 * case.capsules * case.parents * length * columns
+    for warps in TRITON_GAUSSIAN_WARPS:
+        for children in range(1, TRITON_GAUSSIAN_CHILDREN + 1):
+            programs = -(-case.capsules // (warps * children)) * tiles
+            time = (children + TRITON_GAUSSIAN_LOADS) * busiest(programs, warps)
+            statistics.append((time, warps, children))
+        groups = -(-case.capsules // warps)
+        for splits, steps in parts(tiles, size, groups):
+            gradients.append((steps * busiest(groups * splits, warps), warps, splits))
+    # The first of equals, which has the fewest parts.
+    _, sums_warps, ranges = min(sums, key=lambda x: x[0])
+    _, statistics_warps, statistics_children = min(statistics, key=lambda x: x[0])
+    _, gradients_warps, splits = min(gradients, key=lambda x: x[0])
+    return TritonGaussianConfig(
+        sums_warps=sums_warps,
+        sums_ranges=ranges,
+        statistics_warps=statistics_warps,
+        statistics_children=statistics_children,
+        gradients_warps=gradients_warps,
+        gradients_splits=splits,
+    )
 
 
 def power_of_two(n: int) -> int:

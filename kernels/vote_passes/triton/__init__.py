@@ -1,13 +1,21 @@
-"""Pallas-Triton kernels for NVIDIA GPUs (sm_80 and newer), of the passes with linear logits."""
+"""Pallas-Triton kernels for NVIDIA GPUs (sm_80 and newer).
+
+They are of two kinds: for linear logits with sums, and for gaussian logits with central moments.
+"""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax import Array
 
 from capsjax.kernels.dispatch import Unsupported
 from capsjax.kernels.vote_passes import linear
-from capsjax.kernels.vote_passes.config import TritonConfig, triton_config_for
+from capsjax.kernels.vote_passes.config import (
+    TritonConfig,
+    TritonGaussianConfig,
+    triton_config_for,
+)
 from capsjax.kernels.vote_passes.passes import (
     Device,
     Inputs,
@@ -17,6 +25,7 @@ from capsjax.kernels.vote_passes.passes import (
     Term,
     case_of,
 )
+from capsjax.kernels.vote_passes.triton import gaussian
 from capsjax.kernels.vote_passes.triton.gradients import Iteration, gradients_of_inputs
 from capsjax.kernels.vote_passes.triton.sums import Parents, Wanted, weighted_sums
 
@@ -27,13 +36,19 @@ MAX_DEPTH = 64
 OLDEST = 8, 0
 
 
-def config_for(spec: Spec, inputs: Inputs, *others: object, device: Device) -> TritonConfig:
+def config_for(
+    spec: Spec, inputs: Inputs, *others: object, device: Device
+) -> TritonConfig | TritonGaussianConfig:
     """Return the configuration for a pass.
 
     Raises:
-      Unsupported: `linear.check` refuses the pass, or P or D is too large.
+      Unsupported: The kernels do not accept the pass, or an array is too large for them.
     """
     del others
+    if device.capability is not None and device.capability < OLDEST:
+        raise Unsupported(f"routing: {device.kind} is older than sm_80, which this kernel needs")
+    if spec.logits == "gaussian":
+        return gaussian.config_for(spec, inputs, device=device)
     linear.check(spec, inputs, device, platform="cuda")
     case = case_of(spec, inputs)
     if case.length > MAX_LENGTH or case.depth > MAX_DEPTH:
@@ -43,15 +58,13 @@ def config_for(spec: Spec, inputs: Inputs, *others: object, device: Device) -> T
         )
     if max(x.size for x in jax.tree.leaves(inputs)) >= 2**31:
         raise Unsupported("routing: arrays of this kernel must have fewer than 2**31 elements")
-    if device.capability is not None and device.capability < OLDEST:
-        raise Unsupported(f"routing: {device.kind} is older than sm_80, which this kernel needs")
     return triton_config_for(case, processors=device.processors, capability=device.capability)
 
 
-def moments(
-    spec: Spec, inputs: Inputs, state: State, *, config: TritonConfig, interpret: bool
-) -> Moments:
+def moments(spec: Spec, inputs: Inputs, state: State, *, config: Any, interpret: bool) -> Moments:
     """Compute the moments: sums over children of couplings times votes."""
+    if spec.logits == "gaussian":
+        return gaussian.moments(spec, inputs, state, config=config, interpret=interpret)
     parents = Parents(*linear.state(inputs, state))
     wanted = Wanted(mass=spec.mass)
     found = weighted_sums(
@@ -61,9 +74,11 @@ def moments(
 
 
 def chain(
-    spec: Spec, inputs: Inputs, term: Term, *, config: TritonConfig, interpret: bool
+    spec: Spec, inputs: Inputs, term: Term, *, config: Any, interpret: bool
 ) -> tuple[State, Array]:
     """Compute the cotangent of the state, and keep the statistics of the softmax."""
+    if spec.logits == "gaussian":
+        return gaussian.chain(spec, inputs, term, config=config, interpret=interpret)
     wanted = Wanted(sums=term.state.b is not None, mass=term.state.k is not None, kept=True)
     found = weighted_sums(
         config,
@@ -82,10 +97,19 @@ def input_gradients(
     terms: Sequence[Term],
     *,
     constant_couplings: bool,
-    config: TritonConfig,
+    config: Any,
     interpret: bool,
 ) -> Inputs:
     """Compute the gradients of the inputs, summed over `terms`."""
+    if spec.logits == "gaussian":
+        return gaussian.input_gradients(
+            spec,
+            inputs,
+            terms,
+            constant_couplings=constant_couplings,
+            config=config,
+            interpret=interpret,
+        )
     operands = linear.operands(inputs)
     settings = {"leaky": spec.leaky, "interpret": interpret}
     iterations = []

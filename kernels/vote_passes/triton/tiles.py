@@ -14,7 +14,7 @@ made in the kernels, so an interpreted kernel has the error that it has on a GPU
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -149,24 +149,47 @@ def _instruction(text: str, *operands: Array) -> Array:
     return found
 
 
-def fma(tiling: Tiling, a: Array, b: Array, c: Array) -> Array:
+class Runs(Protocol):
+    """What tells how a kernel is run."""
+
+    @property
+    def interpret(self) -> bool:
+        """Whether it is interpreted, so that instructions are JAX's own operations."""
+
+
+def fma(tiling: Runs, a: Array, b: Array, c: Array) -> Array:
     """Compute `a * b + c`, with one rounding."""
     return a * b + c if tiling.interpret else _instruction("fma.rn.f32 $0,$1,$2,$3;", a, b, c)
 
 
-def exp2(tiling: Tiling, x: Array) -> Array:
+def fnma(tiling: Runs, a: Array, b: Array, c: Array) -> Array:
+    """Compute `c - a * b`, with one rounding; a negation by JAX would be an instruction."""
+    if tiling.interpret:
+        return c - a * b
+    return _instruction("{.reg .f32 t; neg.f32 t,$1; fma.rn.f32 $0,t,$2,$3;}", a, b, c)
+
+
+def exp2(tiling: Runs, x: Array) -> Array:
     """Compute 2 to the power of x."""
     return jnp.exp2(x) if tiling.interpret else _instruction("ex2.approx.ftz.f32 $0,$1;", x)
 
 
-def log2(tiling: Tiling, x: Array) -> Array:
+def log2(tiling: Runs, x: Array) -> Array:
     """Compute the logarithm to the base 2."""
     return jnp.log2(x) if tiling.interpret else _instruction("lg2.approx.ftz.f32 $0,$1;", x)
 
 
-def reciprocal(tiling: Tiling, x: Array) -> Array:
+def reciprocal(tiling: Runs, x: Array) -> Array:
     """Compute 1 / x."""
     return 1 / x if tiling.interpret else _instruction("rcp.approx.ftz.f32 $0,$1;", x)
+
+
+def exchange_lanes(tiling: Runs, x: Array, bit: int) -> Array:
+    """Exchange numbers of a tile `[n, 32]` between the lanes of a warp that differ in a bit."""
+    if not tiling.interpret:
+        return _instruction(f"shfl.sync.bfly.b32 $0,$1,{bit},0x1f,0xffffffff;", x)
+    halves = x.reshape(len(x), -1, 2, bit)
+    return jnp.flip(halves, 2).reshape(x.shape)
 
 
 def placed_like(tiling: Tiling, x: Array, y: Array) -> Array:

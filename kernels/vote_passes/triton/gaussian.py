@@ -1,0 +1,249 @@
+"""The passes with gaussian logits and central moments, by the Triton kernels."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from capsjax.kernels.dispatch import Unsupported
+from capsjax.kernels.vote_passes import masks, reference
+from capsjax.kernels.vote_passes.config import TritonGaussianConfig, triton_gaussian_config_for
+from capsjax.kernels.vote_passes.passes import (
+    Device,
+    Inputs,
+    MaybeArray,
+    Moments,
+    Spec,
+    State,
+    Term,
+    case_of,
+    is_uniform,
+    nothing_kept,
+)
+from capsjax.kernels.vote_passes.triton import gaussian_walks
+from capsjax.kernels.vote_passes.triton.gaussian_gradients import Iteration, gradients_of_inputs
+from capsjax.kernels.vote_passes.triton.gaussian_tiles import (
+    Operands,
+    Parents,
+    Sizes,
+    Statistics,
+    examples_first,
+    examples_last,
+    prepare_coordinates,
+    prepare_poses,
+    prepare_states,
+    prepare_weights,
+    restore_coordinates,
+    restore_poses,
+    restore_states,
+    restore_weights,
+    scale_of,
+)
+from capsjax.kernels.vote_passes.triton.tiles import LOG2_E
+
+# Numbers of a pose and of a vote, padded: a thread has both in registers, and gradients of both.
+MAX_NUMBERS = 16
+
+
+def config_for(spec: Spec, inputs: Inputs, *, device: Device) -> TritonGaussianConfig:
+    """Return the configuration for a pass.
+
+    Raises:
+      Unsupported: The kernels do not accept the inputs, or R·P or R·E is too large.
+    """
+    dtype, weights = inputs.poses.dtype, inputs.weights
+    rules = {
+        f"must be float32 or bfloat16, got {dtype}": dtype in (jnp.float32, jnp.bfloat16),
+        "must have gaussian logits with central moments": spec.moments == "central",
+        "must not be leaky": not spec.leaky,
+        "must have weights [I, P, J, E]": weights is not None and weights.ndim == 4,
+        "must have a batch of known size": isinstance(inputs.poses.shape[0], int),
+        "must lie on one device (jax.shard_map, or Explicit axes)": device.num_devices == 1,
+    }
+    for rule, holds in rules.items():
+        if not holds:
+            raise Unsupported(f"routing: inputs of this kernel {rule}")
+    sizes = _sizes(spec, inputs, interpret=False)
+    if max(sizes.rows * sizes.padded_length, sizes.depth) > MAX_NUMBERS:
+        raise Unsupported(
+            f"routing: R·P and R·E, with P and E rounded up to multiples of 4, must be at most "
+            f"{MAX_NUMBERS}, got R = {sizes.rows}, P = {sizes.length} and E = {sizes.columns}"
+        )
+    config = triton_gaussian_config_for(case_of(spec, inputs), processors=device.processors)
+    of_examples = 1 if inputs.prior is None or inputs.prior.ndim == 2 else sizes.parents
+    largest = max(
+        sizes.capsules * sizes.padded_batch * max(MAX_NUMBERS, of_examples),
+        sizes.capsules * sizes.parents * sizes.padded_length * sizes.padded_columns,
+        sizes.parents * sizes.padded_batch * sizes.depth * max(3, config.sums_ranges),
+    )
+    if largest >= 2**31:
+        raise Unsupported("routing: arrays of this kernel must have fewer than 2**31 elements")
+    return config
+
+
+def moments(
+    spec: Spec, inputs: Inputs, state: State, *, config: TritonGaussianConfig, interpret: bool
+) -> Moments:
+    """Compute the central moments."""
+    sizes = _sizes(spec, inputs, interpret)
+    operands = _operands(sizes, inputs)
+    parents = _parents(sizes, inputs, state, state.z)
+    center = None if state.z is None else prepare_states(sizes, state.z)
+    softmax = None
+    if not is_uniform(inputs, state):
+        softmax = gaussian_walks.statistics(config, sizes, operands, parents, center, share=False)
+    found = gaussian_walks.moments(config, sizes, operands, parents, center, softmax)
+    # Merge the ranges of children (Chan, Golub and LeVeque 1979).
+    mass = jnp.sum(found.zeroth, 0)
+    share = found.zeroth / jnp.where(mass > 0, mass, 1)[None]
+    mean = jnp.sum(share[:, :, None] * found.first, 0)
+    shift = found.first - mean[None]
+    second = jnp.sum(found.second + found.zeroth[:, :, None] * shift * shift, 0)
+    return Moments(
+        examples_first(sizes, mass), restore_states(sizes, mean), restore_states(sizes, second)
+    )
+
+
+def chain(
+    spec: Spec, inputs: Inputs, term: Term, *, config: TritonGaussianConfig, interpret: bool
+) -> tuple[State, Array]:
+    """Compute the cotangent of the state, and keep the statistics of the softmax."""
+    if term.state.is_empty:
+        return State(), nothing_kept(inputs)
+    sizes = _sizes(spec, inputs, interpret)
+    operands = _operands(sizes, inputs)
+    mean = term.moments.first
+    parents, center = _parents(sizes, inputs, term.state, mean, term), prepare_states(sizes, mean)
+    softmax = gaussian_walks.statistics(config, sizes, operands, parents, center, share=True)
+    found = gaussian_walks.logit_gradients(config, sizes, operands, parents, center, softmax)
+    d_k: MaybeArray = None
+    d_z: MaybeArray = None
+    d_q: MaybeArray = None
+    if term.state.k is not None:
+        d_k = examples_first(sizes, jnp.sum(found.zeroth, 0))
+    if term.state.q is not None:
+        scale = scale_of(term.state.q)
+        d_z = restore_states(sizes, jnp.sum(found.first, 0)) * (term.state.q / scale)
+        d_q = restore_states(sizes, jnp.sum(found.second, 0)) * (-0.5 / (scale * scale))
+    kept = jnp.stack([softmax.normaliser, softmax.share])
+    return State(k=d_k, z=d_z, q=d_q), examples_first(sizes, kept)
+
+
+def input_gradients(
+    spec: Spec,
+    inputs: Inputs,
+    terms: Sequence[Term],
+    *,
+    constant_couplings: bool,
+    config: TritonGaussianConfig,
+    interpret: bool,
+) -> Inputs:
+    """Compute the gradients of the inputs, summed over `terms`."""
+    sizes = _sizes(spec, inputs, interpret)
+    operands = _operands(sizes, inputs)
+    has_gates = inputs.gates is not None
+    # Of the last iteration, which is nearest to those of the others: means converge.
+    mean = terms[-1].moments.first
+    center = prepare_states(sizes, mean)
+    iterations = []
+    for term in terms:
+        parents, softmax = _parents(sizes, inputs, term.state, mean, term), None
+        if is_uniform(inputs, term.state):
+            pass
+        elif term.kept is None:
+            share = has_gates or not constant_couplings
+            softmax = gaussian_walks.statistics(
+                config, sizes, operands, parents, center, share=share
+            )
+        else:
+            softmax = Statistics(*examples_last(sizes, term.kept))
+        iterations.append(Iteration(parents, softmax))
+    found = gradients_of_inputs(
+        config,
+        sizes,
+        operands,
+        iterations,
+        center,
+        constant_couplings=constant_couplings,
+    )
+    d_gates = None
+    if has_gates:
+        of_passes = [x.softmax.share for x in iterations if x.softmax is not None]
+        total = sum(of_passes if found.gates is None else [found.gates, *of_passes])
+        d_gates = masks.gates_gradient(inputs, examples_first(sizes, total))
+    d_prior = found.prior
+    if d_prior is not None and inputs.prior.ndim == 2:
+        d_prior = jnp.sum(d_prior, 0)[..., 0]
+    elif d_prior is not None:
+        d_prior = examples_first(sizes, d_prior)
+    elif inputs.prior is not None:
+        d_prior = jnp.zeros_like(inputs.prior)
+    d_coordinates = None
+    if inputs.coordinates is not None:
+        d_coordinates = restore_coordinates(sizes, jnp.sum(found.coordinates, 0))
+    gradients = Inputs(
+        restore_poses(sizes, found.poses),
+        restore_weights(sizes, jnp.sum(found.weights, 0)),
+        d_gates,
+        d_prior,
+        d_coordinates,
+    )
+    like = inputs._replace(parent_mask=None)
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), gradients, like)
+
+
+def _sizes(spec: Spec, inputs: Inputs, interpret: bool) -> Sizes:
+    batch, capsules, rows, length = inputs.poses.shape
+    columns = inputs.weights.shape[-1]
+    return Sizes(batch, capsules, rows, length, spec.num_parents, columns, interpret)
+
+
+def _operands(sizes: Sizes, inputs: Inputs) -> Operands:
+    prior, gates, coordinates = inputs.prior, masks.gates(inputs), inputs.coordinates
+    if prior is not None:
+        prior = masks.finite(prior.astype(jnp.float32)) * LOG2_E
+        prior = prior if prior.ndim == 2 else examples_last(sizes, prior)
+    if gates is not None:
+        gates = examples_last(sizes, jnp.broadcast_to(gates, (sizes.batch, sizes.capsules)))
+    return Operands(
+        prepare_poses(sizes, inputs.poses),
+        prepare_weights(sizes, inputs.weights),
+        None if coordinates is None else prepare_coordinates(sizes, coordinates),
+        prior,
+        gates,
+    )
+
+
+def _parents(
+    sizes: Sizes,
+    inputs: Inputs,
+    state: State,
+    center: MaybeArray,
+    term: Term | None = None,
+) -> Parents:
+    """Return the arrays of a pass.
+
+    Args:
+      sizes: Sizes of the problem.
+      inputs: Those of the pass.
+      state: That of the pass.
+      center: `[B, J, D]`, from which votes are computed on; None for 0, if the state has no mean.
+      term: Given if the arrays of the moments are wanted, too.
+    """
+    masked = masks.masked(inputs, state)
+    found: dict[str, Any] = {}
+    if masked.k is not None:
+        found["k"] = examples_last(sizes, masked.k * LOG2_E)
+    if masked.q is not None:
+        scale = scale_of(masked.q)
+        offsets = [] if center is masked.z else [-scale * (masked.z - center)]
+        found["gaussian"] = prepare_states(sizes, scale, *offsets)
+    if term is not None:
+        mass, mean, _ = term.moments
+        first = reference.divide(term.cotangent.first, mass)
+        offsets = [] if center is mean else [mean - center]
+        found["d_mass"] = examples_last(sizes, term.cotangent.mass)
+        found["cotangents"] = prepare_states(sizes, first, term.cotangent.second, *offsets)
+    return Parents(**found)

@@ -1,0 +1,302 @@
+"""The Triton kernels for gaussian logits: walks over the parents, and walks over the children.
+
+In a walk over the parents a thread keeps poses of a few children: it finds the statistics of each
+child's softmax, or its gradients. In a walk over the children a thread keeps the state and the
+sums of one parent. The statistics, two numbers of each child, make parents independent.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jax.core import ShapedArray
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+
+from capsjax.kernels.vote_passes.config import TritonGaussianConfig
+from capsjax.kernels.vote_passes.triton.gaussian_tiles import (
+    Operands,
+    Parents,
+    Sizes,
+    Statistics,
+    Tile,
+)
+from capsjax.kernels.vote_passes.triton.tiles import exp2, fma, log2, loop, reciprocal
+
+# Least number of normal size, so that its reciprocal is finite.
+TINY = float(jnp.finfo(jnp.float32).tiny)
+# Initial largest logit: finite, so that differences are, even if all logits are -infinity.
+LEAST = float(jnp.finfo(jnp.float32).min)
+
+
+def call(
+    kernel: Callable[..., None],
+    operands: Any,
+    *,
+    grid: tuple[int, ...],
+    results: Any,
+    warps: int,
+    sizes: Sizes,
+    name: str,
+) -> Any:
+    """Run a kernel `kernel(operands, *results)` on whole arrays."""
+    return pl.pallas_call(
+        kernel,
+        grid=grid,
+        out_shape=results,
+        interpret=sizes.interpret,
+        # Nothing is pipelined: the warps of other programs hide the latency of loads.
+        compiler_params=pltriton.CompilerParams(num_warps=warps, num_stages=1),
+        name=name,
+    )(operands)
+
+
+def float32(*shape: int) -> ShapedArray:
+    """Return the type of a float32 array."""
+    return ShapedArray(shape, jnp.float32)
+
+
+class Children(NamedTuple):
+    """The children of a program: several of each of n warps."""
+
+    at: list[Array]  # indices to load from, `[n]`; past the end that of the last child
+    to: list[Array]  # indices to store to
+    exist: list[Array]  # whether a child is not past the end
+
+
+def children_of(sizes: Sizes, warps: int, count: int, group: Array) -> Children:
+    """Return the children of a group, `count` for each warp."""
+    warp = jnp.arange(warps, dtype=jnp.int32)
+    to = [(group * count + m) * warps + warp for m in range(count)]
+    last = sizes.capsules - 1
+    return Children([jnp.minimum(i, last) for i in to], to, [i <= last for i in to])
+
+
+def statistics(
+    config: TritonGaussianConfig,
+    sizes: Sizes,
+    operands: Operands,
+    parents: Parents,
+    center: Any,
+    *,
+    share: bool,
+) -> Statistics:
+    """Compute the statistics of each child's softmax; with the share if `share`."""
+    warps, count = config.statistics_warps, config.statistics_children
+
+    def kernel(
+        refs: tuple[Operands, Parents, Any], normaliser_ref: Any, share_ref: Any = None
+    ) -> None:
+        operands, parents, center_ref = refs
+        tile = Tile(sizes, warps, pl.program_id(1))
+        children = children_of(sizes, warps, count, pl.program_id(0))
+        poses = [tile.load_pose(operands, i) for i in children.at]
+
+        def one_parent(j: Array, carry: list[tuple[Array, ...]]) -> list[tuple[Array, ...]]:
+            center = tile.load_center(center_ref, j)
+            gaussian = tile.load_gaussian(parents, j)
+            k = None if parents.k is None else tile.load(parents.k, j)
+            if share:
+                cotangents = tile.load_cotangents(parents, j)
+                d_mass = tile.load(parents.d_mass, j)
+            found = []
+            for i, pose, (largest, total, *weighted) in zip(children.at, poses, carry, strict=True):
+                votes = tile.votes(operands, pose, center, i, j) if share or gaussian else []
+                logit, _ = tile.logit(tile.start_logit(operands, k, i, j), votes, gaussian)
+                top = jnp.maximum(largest, logit)
+                shrink, e = exp2(tile, largest - top), exp2(tile, logit - top)
+                new = [top, fma(tile, total, shrink, e)]
+                if share:
+                    d_gated, _ = tile.cotangent(d_mass, votes, cotangents)
+                    new.append(fma(tile, weighted[0], shrink, e * d_gated))
+                found.append(tuple(new))
+            return found
+
+        start = (jnp.full_like(tile.zero, LEAST), *[tile.zero] * (1 + share))
+        found = loop(sizes.parents, one_parent, [start] * count)
+        for i, to, exists, (largest, total, *weighted) in zip(*children, found, strict=True):
+            # At least TINY: the total is 0 if each logit is -infinity, and then so are couplings.
+            total = jnp.maximum(total, TINY)
+            normaliser = largest + log2(tile, total)
+            if operands.gates is not None:
+                normaliser = normaliser - log2(tile, tile.load(operands.gates, i))
+            tile.store(normaliser_ref, normaliser, to, exists=exists)
+            if share:
+                tile.store(share_ref, weighted[0] * reciprocal(tile, total), to, exists=exists)
+
+    of_children = float32(sizes.capsules, sizes.padded_batch)
+    return Statistics(
+        *call(
+            kernel,
+            (operands, parents, center),
+            grid=(pl.cdiv(sizes.capsules, warps * count), sizes.tiles),
+            results=[of_children] * (1 + share),
+            warps=warps,
+            sizes=sizes,
+            name="routing_gaussian_statistics",
+        )
+    )
+
+
+class Sums(NamedTuple):
+    """Sums over a range of children; the last two are None if the parents have no gaussians."""
+
+    zeroth: Any  # [ranges, J, B]
+    first: Any  # [ranges, J, D, B]
+    second: Any  # [ranges, J, D, B]
+
+
+class _Vote(NamedTuple):
+    """What a walk over the children gives for one child."""
+
+    votes: list[Array]
+    differences: list[Array]  # scaled, of votes and means of the parents
+    weight: Array  # the coupling times the gate
+    at: Array  # index of the child
+
+
+def moments(
+    config: TritonGaussianConfig,
+    sizes: Sizes,
+    operands: Operands,
+    parents: Parents,
+    center: Any,
+    found: Statistics | None,
+) -> Sums:
+    """Compute mass, mean and squares around the mean, for each range of children.
+
+    The mean is updated by one vote after the other (West 1979).
+    """
+
+    def start(tile: Tile, parents: Parents, j: Array) -> None:
+        del tile, parents, j
+
+    def add(tile: Tile, vote: _Vote, refs: Any, known: None, sums: Sums) -> Sums:
+        del refs, known
+        mass = sums.zeroth + vote.weight
+        rate = vote.weight * reciprocal(tile, jnp.maximum(mass, TINY))
+        # Exactly 0 for the first vote, which is far from a mean of 0. `weight (1 - rate)` is not.
+        factor = rate * sums.zeroth
+        steps = [v - mean for v, mean in zip(vote.votes, sums.first, strict=True)]
+        return Sums(
+            mass,
+            [fma(tile, rate, x, m) for x, m in zip(steps, sums.first, strict=True)],
+            [fma(tile, factor * x, x, m) for x, m in zip(steps, sums.second, strict=True)],
+        )
+
+    refs = operands, parents, center, found
+    return _over_children(
+        config, sizes, refs, start, add, sizes.depth, "routing_gaussian_moments", is_far=True
+    )
+
+
+def logit_gradients(
+    config: TritonGaussianConfig,
+    sizes: Sizes,
+    operands: Operands,
+    parents: Parents,
+    center: Any,
+    found: Statistics,
+) -> Sums:
+    """Compute the sums of dl, dl x and dl x², where x = s v + h, for each range of children."""
+
+    def start(tile: Tile, parents: Parents, j: Array) -> Any:
+        return tile.load(parents.d_mass, j), tile.load_cotangents(parents, j)
+
+    def add(tile: Tile, vote: _Vote, refs: Any, known: Any, sums: Sums) -> Sums:
+        d_mass, cotangents = known
+        d_gated, _ = tile.cotangent(d_mass, vote.votes, cotangents)
+        d_logit = vote.weight * (d_gated - tile.load(refs[3].share, vote.at))
+        terms = [d_logit * x for x in vote.differences]
+        pairs = zip(terms, vote.differences, sums.second, strict=True)
+        return Sums(
+            sums.zeroth + d_logit,
+            [total + term for total, term in zip(sums.first, terms, strict=True)],
+            [fma(tile, term, x, total) for term, x, total in pairs],
+        )
+
+    depth = 0 if parents.gaussian is None else sizes.depth
+    refs = operands, parents, center, found
+    return _over_children(
+        config, sizes, refs, start, add, depth, "routing_gaussian_chain", is_far=False
+    )
+
+
+def _over_children(
+    config: TritonGaussianConfig,
+    sizes: Sizes,
+    operands: tuple[Operands, Parents, Any, Statistics | None],
+    start: Callable[..., Any],
+    add: Callable[..., Sums],
+    depth: int,
+    name: str,
+    *,
+    is_far: bool,
+) -> Sums:
+    """Walk over ranges of children, with a parent's sums in a thread.
+
+    Args:
+      config: Tile sizes.
+      sizes: Sizes of the problem.
+      operands: Those of the kernel; without statistics all couplings are equal.
+      start: `start(tile, parents, j)` loads what `add` needs of the parents.
+      add: `add(tile, vote, operands, known, sums)` returns the sums with a child added.
+      depth: D of the sums; 0 if only those without D are wanted.
+      name: Of the kernel.
+      is_far: Whether the center may be far from the votes, so that sums of votes from there on had
+        its rounding.
+    """
+    warps = config.sums_warps
+    steps = pl.cdiv(sizes.capsules, config.sums_ranges)
+    ranges = pl.cdiv(sizes.capsules, steps)
+
+    def kernel(refs: tuple[Operands, Parents, Any, Statistics | None], *results: Any) -> None:
+        operands, parents, center_ref, found = refs
+        tile = Tile(sizes, warps, pl.program_id(1))
+        portion = pl.program_id(2)
+        at = pl.program_id(0) * warps + tile.warp
+        j, exists = jnp.minimum(at, sizes.parents - 1), at < sizes.parents
+        center, gaussian = tile.load_center(center_ref, j), tile.load_gaussian(parents, j)
+        known = start(tile, parents, j)
+        # The child's own part of a logit is loaded in the loop, the parent's before it.
+        k = None if parents.k is None else tile.load(parents.k, j)
+
+        def one_child(step: Array, sums: Sums) -> Sums:
+            i = jnp.minimum(portion * steps + step, sizes.capsules - 1)
+            inside = portion * steps + step < sizes.capsules
+            pose = tile.load_pose(operands, i)
+            votes = tile.votes(operands, pose, None if is_far else center, i, j)
+            if found is None:
+                weight = tile.equal_weight(operands, i)
+                differences: list[Array] = []
+            else:
+                logit = tile.start_logit(operands, k, i, j)
+                near = votes
+                if is_far and center is not None:
+                    near = [v - c for v, c in zip(votes, center, strict=True)]
+                logit, differences = tile.logit(logit, near, gaussian)
+                weight = exp2(tile, logit - tile.load(found.normaliser, i))
+            if ranges * steps != sizes.capsules:
+                weight = jnp.where(inside, weight, 0.0)
+            return add(tile, _Vote(votes, differences, weight, i), refs, known, sums)
+
+        nothing = [tile.zero] * depth
+        sums = loop(steps, one_child, Sums(tile.zero, nothing, nothing))
+        tile.store(results[0], sums.zeroth, portion, at, exists=exists)
+        for d in range(depth):
+            tile.store(results[1], sums.first[d], portion, at, d, exists=exists)
+            tile.store(results[2], sums.second[d], portion, at, d, exists=exists)
+
+    zeroth = float32(ranges, sizes.parents, sizes.padded_batch)
+    others = float32(ranges, sizes.parents, depth, sizes.padded_batch)
+    found = call(
+        kernel,
+        operands,
+        grid=(pl.cdiv(sizes.parents, warps), sizes.tiles, ranges),
+        results=[zeroth, others, others] if depth else [zeroth],
+        warps=warps,
+        sizes=sizes,
+        name=name,
+    )
+    return Sums(*found, *[None] * (3 - len(found)))
