@@ -74,10 +74,6 @@ INPUTS = Inputs(struct(B, I, 1, P), struct(I, P, J, D), prior=struct(I, J))
 REFUSED = {  # how the arguments of a pass are changed, and what kernels say
     "float16": ({"poses": struct(B, I, 1, P, dtype="float16")}, "must be float32 or bfloat16"),
     "cosine": ({"spec": Spec(J, logits="cosine")}, "must have linear logits and sums"),
-    "gaussian": (
-        {"spec": Spec(J, logits="gaussian", moments="central")},
-        "must have linear logits and sums",
-    ),
     "matrices": ({"poses": struct(B, I, 2, P)}, "must have vectors as poses"),
     "shared weights": ({"weights": struct(P, J, D)}, r"must have weights \[I, P, J, D\]"),
     "votes": ({"weights": None}, r"must have weights \[I, P, J, D\]"),

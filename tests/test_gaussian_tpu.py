@@ -3,15 +3,33 @@
 from functools import cache
 from typing import NamedTuple
 
+import gaussian_programs as programs
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from capsjax.kernels.vote_passes import passes
-from capsjax.kernels.vote_passes.config import MosaicTpuGaussianConfig, TpuGroups
-from capsjax.kernels.vote_passes.passes import Implementation, Inputs, Moments, Spec, State, Term
+from capsjax.kernels.vote_passes.cases import Case
+from capsjax.kernels.vote_passes.config import (
+    TPU_MEMORY,
+    MosaicTpuGaussianConfig,
+    TpuGroups,
+    XlaConfig,
+    mosaic_tpu_gaussian_config_for,
+)
+from capsjax.kernels.vote_passes.mosaic_tpu import gaussian
+from capsjax.kernels.vote_passes.passes import (
+    Device,
+    Implementation,
+    Inputs,
+    Moments,
+    Spec,
+    State,
+    Term,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -30,26 +48,25 @@ class Problem(NamedTuple):
 
 EVERY = "gates", "k", "mask", "coordinates"
 PROBLEMS = {
-    "plain": Problem(),
-    "all": Problem(prior="IJ", options=EVERY),
     "all, prior of each example": Problem((60, 19, 3, 2, 2, 3), prior="BIJ", options=EVERY),
     "constant": Problem(prior="IJ", options=(*EVERY, "constant")),
-    "constant, without gates": Problem((60, 9, 3, 1, 2, 3), options=("constant",)),
+    "constant, without gates": Problem((60, 9, 3, 1, 3, 2), options=("constant",)),
     "matrices": Problem((60, 9, 2, 4, 2, 4), options=("gates",)),
-    "vectors": Problem((60, 10, 2, 1, 5, 3), options=("gates", "k")),
     "one of each": Problem((1, 1, 1, 1, 1, 1)),
     "gates of 0": Problem((3, 9, 2, 1, 2, 2), prior="IJ", options=("gates", "closed", "k")),
     # Two tiles of parents, and of examples.
     "many parents": Problem((2, 3, 130, 1, 2, 1), prior="IJ", options=("gates",)),
     "many examples": Problem((130, 9, 2, 1, 2, 2), prior="IJ", options=EVERY),
-    "far": Problem((60, 40, 3, 1, 3, 3), options=("coordinates", "gates"), far=1e3),
+    "far": Problem((60, 100, 3, 1, 3, 3), options=("coordinates", "gates"), far=1e3),
     "bfloat16": Problem((60, 13, 3, 1, 3, 3), prior="BIJ", options=EVERY, dtype="bfloat16"),
 }
 # Several blocks of children, for two cores, and groups of them in a block.
 SMALL = MosaicTpuGaussianConfig(TpuGroups(2, 1, 2**24), TpuGroups(2, 1, 2**24), cores=2)
-# Last places of the largest entry of a leaf, beside twice the error of the plain form. One is enough
-# where XLA's CPU compiler has no fused multiply-add (--xla_cpu_max_isa=SSE4_2), as a TPU has none.
-# With it, logits of the chain and of the gradients differ by a few last places.
+# Moments of small sets are merged, whose means are rounded: as many children in a tile.
+PLAIN = Implementation("xla", XlaConfig(children=16, examples=128))
+# Last places of the largest entry of a leaf, beside twice the error of the plain form: XLA's CPU
+# compiler contracts multiply-adds of two interpreted kernels differently, so that their logits
+# differ by a few last places, where a TPU, which has no such instruction, computes the same.
 UNITS = 8
 SMALL_KERNEL = Implementation("mosaic_tpu", SMALL, interpret=True)
 
@@ -157,7 +174,7 @@ def run(problem, implementation):
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_kernels_are_as_exact_as_the_plain_form(name):
     problem = PROBLEMS[name]
-    actual, plain = run(problem, SMALL_KERNEL), run(problem, Implementation("xla"))
+    actual, plain = run(problem, SMALL_KERNEL), run(problem, PLAIN)
     exactly = map(jax.tree.leaves_with_path, (actual, plain, exact(problem)))
     for (path, a), (_, p), (_, e) in zip(*exactly, strict=True):
         assert a.dtype == p.dtype
@@ -165,3 +182,137 @@ def test_kernels_are_as_exact_as_the_plain_form(name):
         unit = float(jnp.finfo(a.dtype).eps) * max(np.abs(e).max(), 1e-30)
         errors = [np.abs(np.asarray(x, np.float64) - e).max() / unit for x in (a, p)]
         assert errors[0] <= 2 * errors[1] + UNITS, (jax.tree_util.keystr(path), errors)
+
+
+def test_a_program_of_two_iterations_equals_the_definition():
+    rng = np.random.default_rng(0)
+
+    def random(x):
+        numbers = rng.random(x.shape, "float32")
+        return jnp.asarray(numbers < 0.7 if x.dtype == bool else numbers)
+
+    shapes = programs.arguments((4, 9, 3, 1, 2, 2), ("gates", "mask"))
+    inputs, _, cotangents = jax.tree.map(random, shapes)
+    arguments = inputs, jnp.asarray(0.7), cotangents
+
+    def run(implementation, dtype):
+        def cast(x):
+            return x if x.dtype == bool else x.astype(dtype)
+
+        function = programs.values_and_gradients(3, implementation=implementation)
+        return jax.jit(function)(*jax.tree.map(cast, arguments))
+
+    with jax.enable_x64(True):
+        wanted = run(Implementation("reference"), "float64")
+    found = run(SMALL_KERNEL, "float32")
+    for a, e in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        np.testing.assert_allclose(a, e, atol=3e-6 * max(1, np.abs(e).max()))
+
+
+def lowered(arguments, parents, *, device_kind="TPU v5 lite", **settings):
+    """The text of a program for values and gradients that is lowered for a TPU."""
+    device = AbstractDevice(device_kind, num_cores=1, platform="tpu")
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        program = jax.jit(programs.values_and_gradients(parents, **settings)).trace(*arguments)
+        return program.lower(lowering_platforms=("tpu",)).as_text()
+
+
+LOWERED = {
+    "classes": (programs.CLASSES, ("gates",), {"num_iterations": 3}),
+    "windows": (programs.WINDOWS, ("gates", "coordinates"), {}),
+    "vectors": (programs.VECTORS, programs.EVERY, {}),
+    "bfloat16": ((37, 11, 5, 2, 3, 4), programs.EVERY, {}),
+    "one of each": ((1, 1, 1, 1, 1, 1), (), {}),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "device_kind"), [*((name, "TPU v5 lite") for name in LOWERED), ("classes", "TPU v4")]
+)
+def test_programs_are_lowered_to_kernels(name, device_kind):
+    sizes, options, settings = LOWERED[name]
+    dtype = "bfloat16" if name == "bfloat16" else "float32"
+    arguments = programs.arguments(sizes, options, dtype)
+    text = lowered(arguments, sizes[2], device_kind=device_kind, **settings)
+    assert all(kernel in text for kernel in programs.KERNELS)
+    assert "stablehlo.while" not in text
+
+
+def test_one_iteration_needs_no_chain():
+    sizes = 3, 5, 2, 1, 2, 2
+    arguments = programs.arguments(sizes, ("gates",))
+    text = lowered(arguments, 2, num_iterations=1)
+    assert "gaussian_routing_chain" not in text
+    for settings in {"gradient": "last"}, {"gradient": "full"}:
+        text = lowered(arguments, 2, **settings)
+        assert all(kernel in text for kernel in programs.KERNELS)
+
+
+SMALL_SIZES = 3, 5, 2, 1, 2, 2
+REFUSED = {
+    "leaky": ({"leaky": True}, {}, "must not be leaky"),
+    "shared weights": ({}, {"weights": (2, 2, 2)}, r"must have weights \[I, P, J, E\]"),
+    "votes": ({}, {"weights": None}, r"must have weights \[I, P, J, E\]"),
+    "long": (
+        {},
+        {"poses": (3, 5, 1, 17), "weights": (5, 17, 2, 2)},
+        "must have R, P and E of at most 16, got 1, 17, 2",
+    ),
+    "large matrices": (
+        {},
+        {"poses": (3, 5, 5, 2), "weights": (5, 2, 2, 2)},
+        "must have R, P and E of at most 4, got 5, 2, 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_kernels_do_not_take_is_left_to_the_plain_form(name):
+    settings, changes, reason = REFUSED[name]
+    inputs, temperature, cotangents = programs.arguments(SMALL_SIZES, ())
+    for field, shape in changes.items():
+        inputs = inputs._replace(
+            **{field: None if shape is None else jax.ShapeDtypeStruct(shape, "float32")}
+        )
+    depth = passes.votes_depth(inputs)
+    cotangents = jax.ShapeDtypeStruct((3, 2, depth), "float32"), cotangents[1]
+    arguments = inputs, temperature, cotangents
+    assert "gaussian_routing" not in lowered(arguments, 2, **settings)
+    with pytest.raises(passes.Unsupported, match=f"routing: inputs of this kernel {reason}"):
+        lowered(arguments, 2, implementation="mosaic_tpu", **settings)
+
+
+def test_float64_and_batches_of_unknown_size_are_left_to_the_plain_form():
+    inputs, *_ = programs.arguments(SMALL_SIZES, ())
+    spec, batch = Spec(2, "gaussian", "central"), jax.export.symbolic_shape("b")[0]
+    for poses, reason in {
+        jax.ShapeDtypeStruct((3, 5, 1, 2), "float64"): "must be float32 or bfloat16, got float64",
+        jax.ShapeDtypeStruct((batch, 5, 1, 2), "float32"): "must have a batch of known size",
+    }.items():
+        with pytest.raises(passes.Unsupported, match=reason):
+            gaussian.config_for(spec, inputs._replace(poses=poses), State(), device=Device())
+    for device, state, reason in (
+        (Device(num_devices=2), State(), "must lie on one device"),
+        (Device(), State(b=inputs.poses), "must have no state b"),
+    ):
+        with pytest.raises(passes.Unsupported, match=reason):
+            gaussian.config_for(spec, inputs, state, device=device)
+
+
+def test_states_that_exceed_the_memory_of_a_tpu_are_left_to_the_plain_form():
+    sizes = 128, 1152, 196, 4, 4, 4
+    arguments = programs.arguments(sizes, ())
+    assert programs.KERNELS[0] in lowered(arguments, 196)
+    assert programs.KERNELS[0] not in lowered(arguments, 196, device_kind="TPU v4")
+    with pytest.raises(passes.Unsupported, match="J = 196 parents exceed the TPU's vector memory"):
+        lowered(arguments, 196, device_kind="TPU v4", implementation="mosaic_tpu")
+
+
+@pytest.mark.parametrize("prior_of_examples", [False, True])
+@pytest.mark.parametrize("device_kind", ["TPU v4", *TPU_MEMORY])
+def test_blocks_fit_into_vector_memory(device_kind, prior_of_examples):
+    case = Case(128, 1152, length=4, parents=10, depth=16, rows=4)
+    config = mosaic_tpu_gaussian_config_for(case, device_kind, prior_of_examples=prior_of_examples)
+    most = 2**20 * (0.75 * TPU_MEMORY.get(device_kind, 16) + 8)
+    assert max(config.sums.memory, config.gradients.memory) <= most
+    assert 1152 % (8 * config.sums.groups * config.cores) == 0

@@ -121,13 +121,14 @@ def chain(
     """Compute the cotangent of the state from that of the moments."""
     sizes = _sizes(spec, inputs, config.sums, config.cores)
     has_numbers = term.state.z is not None
-    wanted = Sums(term.state.k is not None, has_numbers, has_numbers)
+    wanted = Sums(zeroth=term.state.k is not None, first=has_numbers, second=has_numbers)
     parents, children = _parents(inputs, term), _children(sizes, inputs)
     found, kept = _chain(sizes, children, parents, wanted, config, interpret)
-    k, z, q = (None if x is None else x.sum(0) for x in _of_examples(inputs, found))
-    if term.state.q is not None:
-        z, q = term.state.q * z, -0.5 * q
-    return State(k, None, z, q), _of_children(inputs, kept).swapaxes(0, 1)
+    added = jax.tree.map(lambda x: x.sum(0), _of_examples(inputs, found))
+    state = State(k=added.zeroth)
+    if has_numbers:
+        state = state._replace(z=term.state.q * added.first, q=-0.5 * added.second)
+    return state, _of_children(inputs, kept).swapaxes(0, 1)
 
 
 def input_gradients(
@@ -145,16 +146,13 @@ def input_gradients(
     of_terms = []
     for term in terms:
         parents = _parents(inputs, term)
-        if term.kept is None and not is_uniform(children, parents):
-            of_gates = constant_couplings and inputs.gates is None
-            of_softmax = parents._replace(mean=None) if of_gates else parents
+        kept = None if term.kept is None else term.kept.swapaxes(0, 1)
+        if kept is None and not is_uniform(children, parents):
+            only_softmax = constant_couplings and inputs.gates is None
+            of_softmax = parents._replace(mean=None) if only_softmax else parents
             of_sums = _sizes(spec, inputs, config.sums, config.cores)
-            _, kept = _chain(
-                of_sums, _children(of_sums, inputs), of_softmax, NO_SUMS, config, interpret
-            )
-            kept = _of_children(inputs, kept)
-        else:
-            kept = None if term.kept is None else term.kept.swapaxes(0, 1)
+            of_chain = of_sums, _children(of_sums, inputs), of_softmax
+            kept = _of_children(inputs, _chain(*of_chain, NO_SUMS, config, interpret)[1])
         of_terms.append((parents, kept))
     uniform = any(is_uniform(children, parents) for parents, _ in of_terms)
     through_logits = not constant_couplings

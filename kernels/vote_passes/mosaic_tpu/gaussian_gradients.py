@@ -29,6 +29,7 @@ from capsjax.kernels.vote_passes.mosaic_tpu.gaussian_tiles import (
     Group,
     Parents,
     Sizes,
+    added,
     child_blocks,
     is_uniform,
     lane,
@@ -87,7 +88,7 @@ def gradients(kernel: Kernel, children: Children, terms: Sequence[Parents]) -> C
         outputs: Any = jax.tree.unflatten(out_tree, refs[a:b])
         block = pl.program_id(0) * sizes.steps + pl.program_id(1)
         own = refs[b] if kernel.wanted.coordinates else None
-        _Step(kernel, *inputs, outputs, own, block).run(pl.program_id(2))
+        _Step(kernel, inputs[0], inputs[1], outputs, own, block).run(pl.program_id(2))
 
     found = pl.pallas_call(
         body,
@@ -231,11 +232,11 @@ class _Step(NamedTuple):
         for p in range(P):
             for r in range(R):
                 terms = [d_votes[r * E + e] * weights[p * E + e] for e in range(E)]
-                self.results.poses[r * P + p, group.rows] += sum(terms[1:], terms[0])
+                self.results.poses[r * P + p, group.rows] += added(terms)
         for p in range(P):
             for e in range(E):
                 terms = [d_votes[r * E + e] * poses[r * P + p] for r in range(R)]
-                total = jnp.sum(sum(terms[1:], terms[0]), 1, keepdims=True)
+                total = jnp.sum(added(terms), 1, keepdims=True)
                 ref = self.results.weights.at[tile, p * E + e, group.rows]
                 _add_to_lane(ref, lane(self.sizes, j), total)
 

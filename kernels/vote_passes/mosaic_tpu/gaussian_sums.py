@@ -1,17 +1,13 @@
 """Central moments, and the chain's sums, of a tile of examples over its children.
 
-The votes of a block of children lie in vector memory while the logits of all parents are found;
-then each parent walks over them, with its sums in registers. Every sublane has sums of its own,
-over the children of that sublane; the last block merges the 8 of them (Chan, Golub and LeVeque
-1979). Moments grow by West's update, one child at a time:
-
-    rate = w / (mass + w);   y = v - mean;   mean += rate y;   second += (rate mass) y²
-
-The factor must be `rate · mass`, which is exactly 0 for the first child, whose distance from a mean
-of 0 is no variance. Grid indices: h of the half of the children, s of the tile of examples, i of
-the block of children within the half.
+The votes of a block of children lie in vector memory while the logits of all parents are found.
+Then each parent walks over them, with its sums in registers: once for the mean, and once for the
+squares around it, so that large means cost no digits. Moments of blocks are merged (Chan, Golub and
+LeVeque 1979). Grid indices: h of the half of the children, s of the tile of examples, i of the
+block of children within the half.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +17,7 @@ from jax.core import ShapedArray
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from capsjax.kernels.vote_passes.config import TPU_LANES
+from capsjax.kernels.vote_passes.config import TPU_LANES, TPU_SUBLANES
 from capsjax.kernels.vote_passes.mosaic_tpu.gaussian_tiles import (
     GROUP,
     Children,
@@ -35,8 +31,9 @@ from capsjax.kernels.vote_passes.mosaic_tpu.gaussian_tiles import (
 )
 from capsjax.kernels.vote_passes.mosaic_tpu.routing_pass import in_hbm
 
-# Groups of children whose updates are written side by side, at most.
-UNROLLED_GROUPS = 16
+# Numbers of votes, or of weights from which they are computed, whose updates are written side by
+# side, at most: 16 groups of 4 x 4 votes, whose loop would copy the sums between registers.
+UNROLLED_NUMBERS = 256
 # Steps of the softmax written side by side, at most.
 UNROLLED_PARENTS = 16
 
@@ -56,12 +53,16 @@ class Sums(NamedTuple):
 class Scratch(NamedTuple):
     """Arrays in vector memory that only the kernel uses; None for an absent one."""
 
-    numbers: Any  # [groups, J, D, 8, 128], votes, or differences v - z of a chain
+    # [groups, J, D, 8, 128], votes, or differences v - z of a chain; [groups, 1, D, 8, 128] if the
+    # logits do not depend on the votes
+    numbers: Any
     logits: Any  # [groups, J, 8, 128]; later their exponentials
     slopes: Any  # [groups, J, 8, 128], gradients of the couplings
     factors: Any  # [groups, 8, 128], gates over the sum of the exponentials
     means: Any  # [groups, 8, 128], Σ_j c dw
-    sums: Sums  # [J, 8, 128] and [J, D, 8, 128]
+    # [J, 8, 128] and [J, D, 8, 128]: each sublane has the sums of its children, but the mass and
+    # the mean of all
+    sums: Sums
 
 
 class Kernel(NamedTuple):
@@ -115,8 +116,10 @@ def sums(kernel: Kernel, children: Children, parents: Parents) -> tuple[Sums, Ar
         inputs: Any = jax.tree.unflatten(tree, refs[:a])
         outputs: Any = jax.tree.unflatten(out_tree, refs[a:b])
         block = pl.program_id(0) * sizes.steps + pl.program_id(2)
-        own = jax.tree.unflatten(scratch_tree, refs[b:])
-        _Step(kernel, *inputs, *outputs, own, block).run(pl.program_id(2))
+        own: Any = jax.tree.unflatten(scratch_tree, refs[b:])
+        _Step(kernel, inputs[0], inputs[1], outputs[0], outputs[1], own, block).run(
+            pl.program_id(2)
+        )
 
     out_specs = [spec_of_sums(x) for x in results if x is not None]
     found = pl.pallas_call(
@@ -147,8 +150,10 @@ def _scratch(kernel: Kernel, children: Children, parents: Parents) -> Scratch:
     of_parents = sizes.groups, sizes.J
     has_slopes = parents.mean is not None
     any_sums = any(kernel.wanted)
+    slots = 1 if parents.z is None else sizes.J
+    has_numbers = any_sums and (parents.z is not None or not kernel.is_chain)
     return Scratch(
-        numbers=memory(*of_parents, sizes.D, when=parents.z is not None and any_sums),
+        numbers=memory(sizes.groups, slots, sizes.D, when=has_numbers),
         logits=memory(*of_parents, when=not is_uniform(children, parents)),
         slopes=memory(*of_parents, when=has_slopes),
         factors=memory(sizes.groups, when=any_sums),
@@ -195,12 +200,12 @@ class _Step(NamedTuple):
         loop(sizes.groups, 1, lambda g, _: self._couple(g), None)
         if not any(self.kernel.wanted):
             return
-        loop(sizes.J, 1, lambda j, _: self._add(j), None)
+        add = self._add_chain if self.kernel.is_chain else self._add_moments
+        loop(sizes.J, 1, lambda j, _: add(j), None)
 
         @pl.when(i == sizes.steps - 1)
         def _() -> None:
-            merge = self._write_sums if self.kernel.is_chain else self._write_moments
-            loop(sizes.J, 1, lambda j, _: merge(j), None)
+            loop(sizes.J, 1, lambda j, _: self._write(j), None)
 
     @property
     def sizes(self) -> Sizes:
@@ -227,7 +232,7 @@ class _Step(NamedTuple):
         def agree(j: Any, largest: Array) -> Array:
             votes = group.votes(poses, group.weights(j), coordinates) if has_votes else []
             logits, differences, _ = group.logits(parents, j, votes)
-            if scratch.numbers is not None:
+            if scratch.numbers is not None and parents.z is not None:
                 for d, x in enumerate(differences if self.kernel.is_chain else votes):
                     scratch.numbers[g, j, d] = x
             if has_slopes:
@@ -254,85 +259,101 @@ class _Step(NamedTuple):
             self.kept[0, group.rows] = largest + jnp.log(total)
             self.kept[1, group.rows] = mean * inverse
 
-    def _add(self, j: Any) -> None:
-        """Add the children of the block to the sums of parent j."""
-        sums = self.scratch.sums
+    def _walk(self, j: Any, add: Callable[..., Any], init: Any, of_group: int) -> Any:
+        """Add the groups of the block for parent j; `of_group` numbers belong to each of them."""
+        together = max(1, UNROLLED_NUMBERS // of_group)
+        return loop(self.sizes.groups, together, lambda g, sums: add(g, j, *sums), init)
+
+    def _weight(self, g: Any, j: Any) -> Array:
+        """Return the coupling times the gate."""
+        factors, logits = self.scratch.factors, self.scratch.logits
+        return factors[g] if logits is None else factors[g] * logits[g, j]
+
+    def _add_moments(self, j: Any) -> None:
+        """Merge the moments of the block into those of parent j."""
+        sizes, scratch, sums = self.sizes, self.scratch, self.scratch.sums
+        stored = self.parents.z is not None
+        slot = j if stored else 0
+        zeros = [self._zeros] * sizes.D
+
+        def add_votes(g: Any, j: Any, mass: Array, first: list[Array]) -> Any:
+            if stored:
+                votes = [scratch.numbers[g, j, d] for d in range(sizes.D)]
+            else:
+                group = self._group(g)
+                votes = group.votes(group.poses(), group.weights(j), group.coordinates())
+                for d, vote in enumerate(votes):
+                    scratch.numbers[g, slot, d] = vote
+            weight = self._weight(g, j)
+            first = [x + weight * vote for x, vote in zip(first, votes, strict=True)]
+            return mass + weight, first
+
+        of_group = sizes.D if stored else sizes.P * sizes.E
+        mass, first = self._walk(j, add_votes, (self._zeros, zeros), of_group)
+        mass = _over_sublanes(mass)
+        inverse = 1 / jnp.where(mass > 0, mass, 1)
+        mean = [_over_sublanes(x) * inverse for x in first]
+
+        def add_squares(g: Any, j: Any, *second: Array) -> Any:
+            weight, found = self._weight(g, j), []
+            for d, x in enumerate(second):
+                difference = scratch.numbers[g, slot, d] - mean[d]
+                found.append(x + weight * difference * difference)
+            return tuple(found)
+
+        second = self._walk(j, add_squares, tuple(zeros), sizes.D)
+        before = sums.zeroth[j]
+        both = before + mass
+        fraction = mass / jnp.where(both > 0, both, 1)
+        factor = fraction * before * (1 / TPU_SUBLANES)
+        sums.zeroth[j] = both
+        for d in range(sizes.D):
+            step = mean[d] - sums.first[j, d]
+            sums.first[j, d] += fraction * step
+            sums.second[j, d] += second[d] + factor * step * step
+
+    def _add_chain(self, j: Any) -> None:
+        """Add the sums of the block to those of parent j."""
+        scratch, sums = self.scratch, self.scratch.sums
         numbers = [] if sums.first is None else list(range(self.sizes.D))
         init = (
             self._zeros if sums.zeroth is None else sums.zeroth[j],
             [sums.first[j, d] for d in numbers],
             [sums.second[j, d] for d in numbers],
         )
-        add = self._add_to_chain if self.kernel.is_chain else self._add_to_moments
-        found = loop(self.sizes.groups, UNROLLED_GROUPS, lambda g, x: add(j, g, *x), init)
+
+        def add(g: Any, j: Any, zeroth: Array, first: list[Array], second: list[Array]) -> Any:
+            d_logits = self._weight(g, j) * (scratch.slopes[g, j] - scratch.means[g])
+            first, second = list(first), list(second)
+            for d in numbers:
+                difference = scratch.numbers[g, j, d]
+                product = d_logits * difference
+                first[d] += product
+                second[d] += product * difference
+            return zeroth + d_logits, first, second
+
+        zeroth, first, second = self._walk(j, add, init, self.sizes.D)
         if sums.zeroth is not None:
-            sums.zeroth[j] = found[0]
+            sums.zeroth[j] = zeroth
         for d in numbers:
-            sums.first[j, d], sums.second[j, d] = found[1][d], found[2][d]
+            sums.first[j, d], sums.second[j, d] = first[d], second[d]
 
-    def _add_to_moments(
-        self, j: Any, g: Any, mass: Array, mean: list[Array], second: list[Array]
-    ) -> tuple[Array, list[Array], list[Array]]:
-        scratch, group = self.scratch, self._group(g)
-        if scratch.numbers is None:
-            votes = group.votes(group.poses(), group.weights(j), group.coordinates())
-        else:
-            votes = [scratch.numbers[g, j, d] for d in range(self.sizes.D)]
-        weight = scratch.factors[g]
-        if scratch.logits is not None:
-            weight *= scratch.logits[g, j]
-        both = mass + weight
-        rate = weight / jnp.where(both > 0, both, 1)
-        factor = rate * mass
-        mean, second = list(mean), list(second)
-        for d, vote in enumerate(votes):
-            difference = vote - mean[d]
-            mean[d] += rate * difference
-            second[d] += factor * difference * difference
-        return both, mean, second
-
-    def _add_to_chain(
-        self, j: Any, g: Any, zeroth: Array, first: list[Array], second: list[Array]
-    ) -> tuple[Array, list[Array], list[Array]]:
-        scratch = self.scratch
-        weight = scratch.factors[g] * scratch.logits[g, j]
-        d_logits = weight * (scratch.slopes[g, j] - scratch.means[g])
-        first, second = list(first), list(second)
-        for d in range(len(first)):
-            difference = scratch.numbers[g, j, d]
-            product = d_logits * difference
-            first[d] += product
-            second[d] += product * difference
-        return zeroth + d_logits, first, second
-
-    def _write_sums(self, j: Any) -> None:
+    def _write(self, j: Any) -> None:
         """Write the sums for parent j over the sublanes."""
-        for ref, result in zip(self.scratch.sums, self.results, strict=True):
-            if ref is None:
-                continue
-            if ref.ndim == 3:
-                _write(result, ref[j], j)
-            else:
+        # The mass and the mean are equal in all sublanes.
+        is_sum = Sums(True, True, True) if self.kernel.is_chain else Sums(False, False, True)
+
+        def write(result: Any, at: Any, x: Array, adds: bool) -> None:
+            result[at] = jnp.sum(x, 0, keepdims=True) if adds else x[:1]
+
+        for ref, result, adds in zip(self.scratch.sums, self.results, is_sum, strict=True):
+            if ref is not None and ref.ndim == 3:
+                write(result, (0, pl.ds(j, 1)), ref[j], adds)
+            elif ref is not None:
                 for d in range(self.sizes.D):
-                    _write(result, ref[j, d], j, d)
-
-    def _write_moments(self, j: Any) -> None:
-        """Write the moments for parent j, merged over the sublanes."""
-        mass = self.scratch.sums.zeroth[j]
-        total = jnp.sum(mass, 0, keepdims=True)
-        _write(self.results.zeroth, mass, j)
-        inverse = 1 / jnp.where(total > 0, total, 1)
-        for d in range(self.sizes.D):
-            means = self.scratch.sums.first[j, d]
-            # The second time, only differences from the mean are rounded.
-            mean = jnp.sum(mass * means, 0, keepdims=True) * inverse
-            mean += jnp.sum(mass * (means - mean), 0, keepdims=True) * inverse
-            self.results.first[0, j, pl.ds(d, 1)] = mean
-            shift = means - mean
-            _write(self.results.second, self.scratch.sums.second[j, d] + mass * shift * shift, j, d)
+                    write(result, (0, j, pl.ds(d, 1)), ref[j, d], adds)
 
 
-def _write(ref: Any, x: Array, j: Any, *at: int) -> None:
-    """Write the sum over the sublanes."""
-    *others, last = j, *at
-    ref[(0, *others, pl.ds(last, 1))] = jnp.sum(x, 0, keepdims=True)
+def _over_sublanes(x: Array) -> Array:
+    """Return the sum over the sublanes in each of them."""
+    return jnp.broadcast_to(jnp.sum(x, 0, keepdims=True), GROUP)

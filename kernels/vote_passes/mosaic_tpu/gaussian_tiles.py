@@ -137,7 +137,7 @@ class Group(NamedTuple):
                     poses[r * sizes.P + p] * weights[p * sizes.E + e] for p in range(sizes.P)
                 ]
                 d = r * sizes.E + e
-                votes[d] = sum(products[1:], products[0])
+                votes[d] = added(products)
                 if coordinates is not None:
                     votes[d] += coordinates[d]
         return [votes[d] for d in range(sizes.D)]
@@ -196,9 +196,11 @@ def lane(sizes: Sizes, j: Any) -> Any:
 
 
 def added(terms: Sequence[Array]) -> Array:
-    """Add terms in two sums, so that fewer additions wait for each other."""
-    sums = [sum(terms[k + 2 :: 2], terms[k]) for k in range(min(2, len(terms)))]
-    return sum(sums[1:], sums[0])
+    """Add terms as a tree, whose rounding errors are smaller than those of one after the other."""
+    if len(terms) == 1:
+        return terms[0]
+    half = (len(terms) + 1) // 2
+    return added(terms[:half]) + added(terms[half:])
 
 
 def loop(count: int, together: int, body: Callable[[Any, Any], Any], init: Any) -> Any:
