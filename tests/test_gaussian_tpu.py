@@ -48,10 +48,10 @@ class Problem(NamedTuple):
 
 EVERY = "gates", "k", "mask", "coordinates"
 PROBLEMS = {
-    "all, prior of each example": Problem((60, 19, 3, 2, 2, 3), prior="BIJ", options=EVERY),
+    "all, prior of each example": Problem((60, 19, 2, 2, 2, 2), prior="BIJ", options=EVERY),
     "constant": Problem(prior="IJ", options=(*EVERY, "constant")),
     "constant, without gates": Problem((60, 9, 3, 1, 3, 2), options=("constant",)),
-    "matrices": Problem((60, 9, 2, 4, 2, 4), options=("gates",)),
+    "matrices": Problem((60, 9, 2, 3, 2, 4), options=("gates",)),
     "one of each": Problem((1, 1, 1, 1, 1, 1)),
     "gates of 0": Problem((3, 9, 2, 1, 2, 2), prior="IJ", options=("gates", "closed", "k")),
     # Two tiles of parents, and of examples.
