@@ -10,6 +10,7 @@ import subprocess
 import sys
 from functools import cache
 
+import gaussian_programs
 import pytest
 import sharded_programs
 
@@ -108,6 +109,26 @@ def test_kernels_compile_for_other_generations(target, implementation):
 def test_options_compile_at_sizes_that_no_tile_divides(target, implementation, options):
     found = row(target, implementation, RAGGED, **options)["kernels"]
     assert any(kernel["pallas"] for kernel in found)
+
+
+# Each option alone needs code that others do not have, and so do vectors.
+GAUSSIAN = {
+    "classes": (gaussian_programs.CLASSES, ("gates",)),
+    "windows": (gaussian_programs.WINDOWS, ("gates", "coordinates")),
+    "vectors, every option": (gaussian_programs.VECTORS, gaussian_programs.EVERY),
+}
+
+
+@pytest.mark.parametrize("name", GAUSSIAN)
+@pytest.mark.parametrize(
+    ("target", "implementation"),
+    implementations(kernels_only=True, only=("tpu_v5e", "tpu_v4")),
+)
+def test_kernels_for_gaussian_logits_compile(target, implementation, name, tmp_path):
+    """The second target is the one with the least vector memory."""
+    assert implementation == "mosaic_tpu"
+    found = gaussian_programs.compiled_kernels(target, *GAUSSIAN[name], tmp_path)
+    assert found == sorted(gaussian_programs.KERNELS)
 
 
 def compiled_products(kernel):

@@ -155,6 +155,93 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
+class TpuGroups(NamedTuple):
+    """A block of a kernel for gaussian logits."""
+
+    groups: int  # of 8 children
+    together: int  # parents whose steps are written side by side, at most
+    memory: int  # bytes, the kernel's limit of vector memory
+
+
+@dataclasses.dataclass(frozen=True)
+class MosaicTpuGaussianConfig:
+    """Blocks of the Pallas-Mosaic kernels for gaussian logits, of 128 examples."""
+
+    sums: TpuGroups  # the passes that return sums over children
+    gradients: TpuGroups  # the input gradients of all iterations
+    cores: int  # that a device has; each takes half of the children
+
+
+# Sublanes of a vector register of float32.
+TPU_SUBLANES = 8
+# Most groups in a block. A parent's sums are loaded and stored once a block, which 16 groups hide;
+# the gradients have no sums, and 4 groups hide the copies of a block.
+TPU_GROUPS = {"sums": 16, "gradients": 4}
+# Numbers of votes whose steps are written side by side, at most: those of 10 parents hide the
+# latency of the permutations that copy weights; the gradients of one vote fill the registers.
+TPU_NUMBERS = {"sums": 160, "gradients": 32}
+
+
+def mosaic_tpu_gaussian_config_for(
+    case: Case, device_kind: str | None = None, *, prior_of_examples: bool = False
+) -> MosaicTpuGaussianConfig | None:
+    """Return the blocks for a case, or None if none fit into vector memory.
+
+    Args:
+      case: Sizes and dtype.
+      device_kind: As JAX names it; None if unknown.
+      prior_of_examples: Whether each example has a prior of its own.
+    """
+    mebibytes = TPU_MEMORY.get(device_kind or "", LEAST_TPU_MEMORY)
+    cores = 2 if device_kind in TWO_CORES else 1
+    sums, gradients = (
+        _tpu_groups(case, kind, mebibytes, cores, prior_of_examples)
+        for kind in ("sums", "gradients")
+    )
+    if sums is None or gradients is None:
+        return None
+    return MosaicTpuGaussianConfig(sums, gradients, cores)
+
+
+def _tpu_groups(
+    case: Case, kind: str, mebibytes: int, cores: int, prior_of_examples: bool
+) -> TpuGroups | None:
+    """Return the block of a kernel: least padding of the children first, then most groups."""
+    memory = int(TPU_MEMORY_FRACTION * 2**20 * mebibytes)
+    count = -(-case.capsules // TPU_SUBLANES)
+    found = []
+    for groups in range(1, TPU_GROUPS[kind] + 1):
+        needed = _tpu_groups_memory(case, kind, groups, prior_of_examples)
+        if needed <= memory:
+            blocks = -(-count // groups)
+            found.append((_round_up(blocks, min(cores, blocks)) * groups, -groups, needed))
+    if not found:
+        return None
+    _, groups, needed = min(found)
+    together = max(1, TPU_NUMBERS[kind] // (case.length * case.depth // case.rows))
+    return TpuGroups(-groups, together, needed + TPU_SPILLS)
+
+
+def _tpu_groups_memory(case: Case, kind: str, groups: int, prior_of_examples: bool) -> int:
+    """Return the bytes of a kernel's blocks and scratch, with every option of a pass."""
+    register = TPU_SUBLANES * TPU_LANES * 4
+    parents, depth = case.parents, case.depth
+    parent_tiles = -(-parents // TPU_LANES)
+    numbers = parents * _round_up(depth, TPU_SUBLANES) // TPU_SUBLANES
+    number = -(-parents // TPU_SUBLANES)
+    weights = case.length * depth // case.rows
+    # Poses, weights, gates, coordinates and the prior; two buffers of each block.
+    children = case.rows * case.length + (weights + 1) * parent_tiles + 2
+    children += parents if prior_of_examples else 0
+    if kind == "sums":
+        blocks = groups * (children + 2) + 5 * numbers + 2 * number
+        scratch = groups * (parents * (depth + 2) + 2) + parents * (2 * depth + 1)
+        results = 2 * numbers + number
+        return register * (2 * (blocks + results) + scratch)
+    terms = case.num_iterations * (5 * numbers + 2 * number + 2 * groups)
+    return register * (2 * (2 * groups * children + terms) + depth)
+
+
 @dataclasses.dataclass(frozen=True)
 class TritonConfig:
     """Tile sizes of the Pallas-Triton kernels. A group is `triton.tiles.Tiling.n` children."""

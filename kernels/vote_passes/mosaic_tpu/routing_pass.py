@@ -79,7 +79,7 @@ def routing_pass(
         result(arrays.gates.shape) if wanted.gates else None,
     )
     if not problem.interpret and not all(is_uniform(arrays, term) for term in terms):
-        arrays = arrays._replace(poses=_in_hbm(arrays.poses), weights=_in_hbm(arrays.weights))
+        arrays = arrays._replace(poses=in_hbm(arrays.poses), weights=in_hbm(arrays.weights))
     operands, results = (arrays, tuple(terms), start), (out_sums, out_arrays)
     in_leaves, in_tree = jax.tree.flatten(operands)
     out_leaves, out_tree = jax.tree.flatten(results)
@@ -132,7 +132,7 @@ def routing_pass(
 
 
 @jax.custom_batching.custom_vmap
-def _in_hbm(x: Array) -> Array:
+def in_hbm(x: Array) -> Array:
     """Keep an operand in HBM, from where a block is copied during the work on another one.
 
     In vector memory, where XLA may put it, a block would be copied by vector instructions.
@@ -140,10 +140,10 @@ def _in_hbm(x: Array) -> Array:
     return pltpu.with_memory_space_constraint(x, pltpu.HBM)
 
 
-@_in_hbm.def_vmap
+@in_hbm.def_vmap
 def _(axis_size: int, is_mapped: list[bool], x: Array) -> tuple[Array, bool]:
     del axis_size
-    return _in_hbm(x), is_mapped[0]
+    return in_hbm(x), is_mapped[0]
 
 
 def _specs(
