@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from capsjax.kernels.vote_passes.cases import CASES, Case
+from capsjax.kernels.vote_passes.cases import CASES, FAMILY, Case
 from capsjax.kernels.vote_passes.passes import IMPLEMENTATIONS, PLATFORMS
 from experiments import cli, files
 from experiments.cli import flag
@@ -18,6 +18,8 @@ from experiments.compilers.data_sheets import TARGETS
 from experiments.errors import InputError
 
 STORED_VOTES = "reference"  # the implementation that stores the votes
+# By name: a routing function, and sizes.
+PROBLEMS = {**{name: ("dynamic_routing", case) for name, case in CASES.items()}, **FAMILY}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Config:
     """Which programs to compile."""
 
     target: str = flag("h100,a100,tpu_v5e", f"Any of {', '.join(TARGETS)}, comma-separated.")
-    case: str = flag("", f"Any of {', '.join(CASES)}, comma-separated; empty: all.")
+    case: str = flag("", f"Any of {', '.join(PROBLEMS)}, comma-separated; empty: all.")
     implementation: str = flag(
         "",
         f"Any of {', '.join(IMPLEMENTATIONS)}, comma-separated; empty: all that the target has.",
@@ -55,7 +57,7 @@ def main(config: Config) -> int:
         compiled = pool.map(compile_costs, (request for _, request in named))
         for (name, request), costs in zip(named, compiled, strict=True):
             row = describe(name, request, costs)
-            key = (request.target, request.case, request.gradients)
+            key = (request.target, request.function, request.case, request.gradients)
             if row.get("floor_us"):
                 if request.implementation == STORED_VOTES:
                     stored[key] = row["floor_us"]
@@ -75,18 +77,26 @@ def requests(config: Config) -> list[tuple[str, CompileRequest]]:
     """
     for target in config.target.split(","):
         targets.check_installed(target)
-    names = _select("case", config.case, CASES)
+    names = _select("case", config.case, PROBLEMS)
     selected = _select("implementation", config.implementation, IMPLEMENTATIONS)
-    cases = {f"I={size}": case for size, case in scaling_cases().items()}
+    problems = {f"I={size}": ("dynamic_routing", case) for size, case in scaling_cases().items()}
     if not config.scaling:
-        cases = {name: CASES[name] for name in names}
+        problems = {name: PROBLEMS[name] for name in names}
     if config.dtype:
-        cases = {name: case._replace(dtype=config.dtype) for name, case in cases.items()}
+        problems = {
+            name: (function, case._replace(dtype=config.dtype))
+            for name, (function, case) in problems.items()
+        }
     precision = config.precision or None
     return [
-        (name, CompileRequest(target, implementation, case, gradients, precision=precision))
+        (
+            name,
+            CompileRequest(
+                target, implementation, case, gradients, precision=precision, function=function
+            ),
+        )
         for target in config.target.split(",")
-        for name, case in cases.items()
+        for name, (function, case) in problems.items()
         for implementation in implementations(target)
         if implementation in selected and not (config.scaling and implementation == STORED_VOTES)
         for gradients in ((True,) if config.scaling else (False, True))
@@ -159,7 +169,7 @@ _TPU_COLUMNS = {
 def heading() -> str:
     """Return the titles of the table."""
     titles = "".join(f"{name:>{width}}" for name, width in _COLUMNS.items())
-    return f"{'target':9}{'case':19}{'implementation':15}{'pass':10}{titles}"
+    return f"{'target':9}{'case':28}{'implementation':15}{'pass':10}{titles}"
 
 
 def line(row: dict[str, Any]) -> str:
@@ -169,7 +179,7 @@ def line(row: dict[str, Any]) -> str:
     votes over that of the row. Time between launches is in neither.
     """
     passes = "gradients" if row["gradients"] else "forward"
-    start = f"{row['target']:9}{row['case']:19}{row['implementation']:15}{passes:10}"
+    start = f"{row['target']:9}{row['case']:28}{row['implementation']:15}{passes:10}"
     if "reason" in row:
         return f"{start} {row['reason'][:300]}"
     cells = (

@@ -1,14 +1,16 @@
 """Tests of `compile_report` without its compilers: its requests, and its rows."""
 
+import dataclasses
 import json
 import re
 
+import jax
 import pytest
 
-from capsjax.kernels.vote_passes.cases import CASES
+from capsjax.kernels.vote_passes.cases import CASES, FAMILY
 from experiments import compile_report
 from experiments.compile_report import Config
-from experiments.compilers import targets
+from experiments.compilers import compiling, targets
 from experiments.compilers.compiling import CompileRequest
 from experiments.errors import InputError
 
@@ -86,6 +88,24 @@ def test_targets_have_the_kernels_of_their_platform(target, kernels):
     assert compile_report.implementations(target) == ["reference", "xla", kernels]
 
 
+@pytest.mark.parametrize("name", FAMILY)
+def test_cases_of_other_routings_are_requested_and_have_gradients_of_all_arrays(name):
+    function, case = FAMILY[name]
+    config = Config(target="h100", case=name, implementation="triton")
+    asked = [request for _, request in compile_report.requests(config)]
+    assert [(p.function, p.case, p.gradients) for p in asked] == [
+        (function, case, False),
+        (function, case, True),
+    ]
+    tiny = case._replace(batch=2, capsules=3)
+    forward, both = (
+        compiling.routing(dataclasses.replace(p, case=tiny, implementation="xla")) for p in asked
+    )
+    outputs, gradients = jax.eval_shape(both[0], *both[1])
+    assert outputs == jax.eval_shape(forward[0], *forward[1])
+    assert gradients == forward[1]
+
+
 def test_flags_narrow_the_requests():
     config = Config(target="a100", case="long,capsnet_mnist", implementation="xla")
     asked = [(name, p.implementation, p.gradients) for name, p in compile_report.requests(config)]
@@ -122,7 +142,7 @@ def test_request_that_does_not_compile_has_its_reason():
 
 def test_rows_have_settings_and_costs():
     known = {"target", "implementation", "case", "gradients", "sizes", "jax", "date"}
-    options = {"prior", "bias", "mask", "gradient", "precision"}
+    options = {"prior", "bias", "mask", "gradient", "precision", "function"}
     assert describe(GPU).keys() == known | options | GPU.keys()
 
 
@@ -137,7 +157,7 @@ def table(titles, lines, start):
 
 
 def test_row_shows_floors_and_launches():
-    (shown,) = table(compile_report.heading(), [compile_report.line(describe(GPU))], 53)
+    (shown,) = table(compile_report.heading(), [compile_report.line(describe(GPU))], 62)
     assert shown == {
         "temp MB": "107.30",
         "moved MB": "660.9",

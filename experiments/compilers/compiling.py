@@ -30,7 +30,7 @@ class CompileRequest:
     """A routing function to compile, and the target to compile it for."""
 
     target: str  # one of `TARGETS`
-    implementation: str  # of `capsjax.dynamic_routing`
+    implementation: str  # of the routing function
     case: Case
     gradients: bool  # also those of the arguments; the cotangent is then an argument
     prior: bool = False  # whether a prior [I, J] is given
@@ -38,6 +38,7 @@ class CompileRequest:
     mask: bool = False  # whether a mask [B, I] is given
     gradient: str = "full"  # or "last"
     precision: str | None = None  # JAX's default precision of matrix products
+    function: str = "dynamic_routing"  # a routing function of `capsjax`
 
 
 def compile_costs(request: CompileRequest) -> dict[str, Any]:
@@ -78,29 +79,36 @@ def routing(request: CompileRequest) -> tuple[Any, tuple[jax.ShapeDtypeStruct, .
     def struct(*shape: int, dtype: str = case.dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    shapes = {"poses": struct(B, I, P), "weights": struct(I, P, J, D)}
+    is_matrix, uses_activations = case.rows > 1, request.function == "em_routing"
+    poses = (B, I, case.rows, P) if is_matrix else (B, I, P)
+    shapes = {"poses": struct(*poses), "weights": struct(I, P, J, D // case.rows)}
+    if uses_activations:
+        shapes |= {"activations": struct(B, I), "beta_u": struct(J), "beta_a": struct(J)}
     shapes |= {"prior": struct(I, J)} if request.prior else {}
     shapes |= {"bias": struct(J, D)} if request.bias else {}
     differentiated = len(shapes)
     shapes |= {"mask": struct(B, I, dtype="bool")} if request.mask else {}
 
-    def forward(*arrays: jax.Array) -> jax.Array:
-        settings: dict[str, Any] = {
-            "num_iterations": case.num_iterations,
-            "gradient": request.gradient,
-            "implementation": request.implementation,
-        }
+    settings: dict[str, Any] = {"implementation": request.implementation}
+    if request.function != "self_attention_routing":
+        settings |= {"num_iterations": case.num_iterations, "gradient": request.gradient}
+    if request.function == "inverted_attention_routing":
+        settings |= {"matrix": is_matrix}
+
+    def forward(*arrays: jax.Array) -> Any:
         named: dict[str, Any] = dict(zip(shapes, arrays, strict=True))
-        return capsjax.dynamic_routing(**named, **settings)
+        return getattr(capsjax, request.function)(**named, **settings)
 
     def forward_and_gradients(*arrays: jax.Array) -> Any:
-        *arguments, cotangent = arrays
-        mask = arguments[differentiated:]
-        outputs, vjp = jax.vjp(lambda *x: forward(*x, *mask), *arguments[:differentiated])
-        return outputs, vjp(cotangent)
+        arguments, mask = arrays[:differentiated], arrays[differentiated : len(shapes)]
+        outputs, vjp = jax.vjp(lambda *x: forward(*x, *mask), *arguments)
+        cotangents = jax.tree.unflatten(jax.tree.structure(outputs), arrays[len(shapes) :])
+        return outputs, vjp(cotangents)
 
     if request.gradients:
-        return forward_and_gradients, (*shapes.values(), struct(B, J, D))
+        outputs = struct(B, J, case.rows, D // case.rows) if is_matrix else struct(B, J, D)
+        cotangents = (outputs, struct(B, J)) if uses_activations else (outputs,)
+        return forward_and_gradients, (*shapes.values(), *cotangents)
     return forward, tuple(shapes.values())
 
 

@@ -34,3 +34,23 @@ CASES = {
     # several copies, run out of memory.
     "long": Case(32, 65536, length=16, parents=64, depth=16, dtype="bfloat16"),
 }
+
+# Cases of other routings than `dynamic_routing`: the name of the function, and the sizes.
+FAMILY: dict[str, tuple[str, Case]] = {
+    # Hinton, Sabour and Frosst 2018: 4 x 4 poses. Class capsules at 6 x 6 positions of 32 types,
+    "matrix_capsules_classes": ("em_routing", Case(128, 1152, 4, 10, 16, rows=4)),
+    # and 3 x 3 windows of 32 types at 6 x 6 positions of 128 images, a window an example.
+    "matrix_capsules_windows": ("em_routing", Case(4608, 288, 4, 32, 16, rows=4)),
+    # Mazzia, Salvetti and Chiaberge 2021 on MNIST: two passes, whatever the number of iterations.
+    "efficient_capsnet_mnist": ("self_attention_routing", Case(128, 16, 8, 10, 16)),
+    # Tsai et al. 2020 on CIFAR-10: class capsules at 5 x 5 positions of 32 types,
+    "inverted_attention_classes": (
+        "inverted_attention_routing",
+        Case(128, 800, 4, 10, 16, num_iterations=2, rows=4),
+    ),
+    # and 3 x 3 windows of 32 types at 7 x 7 positions of 128 images.
+    "inverted_attention_windows": (
+        "inverted_attention_routing",
+        Case(6272, 288, 4, 32, 16, num_iterations=2, rows=4),
+    ),
+}
