@@ -10,6 +10,10 @@ from capsjax.losses import margin_loss as margin_loss
 from capsjax.losses import reconstruction_loss as reconstruction_loss
 from capsjax.metrics import coupling_entropy as coupling_entropy
 from capsjax.metrics import lengths as lengths
+from capsjax.recommend import count_interests as count_interests
+from capsjax.recommend import label_aware_attention as label_aware_attention
+from capsjax.recommend import multi_interests as multi_interests
+from capsjax.recommend import self_attentive_interests as self_attentive_interests
 from capsjax.routing.dynamic import dynamic_routing as dynamic_routing
 from capsjax.routing.dynamic import dynamic_routing_from_votes as dynamic_routing_from_votes
 from capsjax.routing.dynamic import routing_couplings as routing_couplings

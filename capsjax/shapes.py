@@ -11,6 +11,7 @@
 - H, W, C: height, width and channels of an image; H, W also of a map of capsules
 - K, L: height and width of a window of capsules
 - O: output channels of a convolution
+- N: hidden units of an attention
 """
 
 import math

@@ -36,6 +36,7 @@ SOURCES = sorted(
 
 def test_the_public_names_are_these():
     assert sorted(PUBLIC) == [
+        "count_interests",
         "coupling_entropy",
         "dynamic_routing",
         "dynamic_routing_from_votes",
@@ -43,11 +44,14 @@ def test_the_public_names_are_these():
         "inverted_attention_routing",
         "inverted_attention_step",
         "kmeans_routing",
+        "label_aware_attention",
         "lengths",
         "margin_loss",
+        "multi_interests",
         "reconstruction_loss",
         "routing_couplings",
         "self_attention_routing",
+        "self_attentive_interests",
         "self_routing",
         "squash",
         "strided_conv",

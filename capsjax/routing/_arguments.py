@@ -134,7 +134,7 @@ def check_inputs(
     prior = _check_prior(function, prior, _prior_shape(weights, full, windows), poses)
     _check_weights(function, weights, poses, prior, windows, is_matrix)
     parents = prior.shape[-1] if weights.ndim == 2 else weights.shape[-2]
-    kept = _check_mask(function, "mask", mask, map_letters, full, 1 + places)
+    kept = check_mask(function, "mask", mask, map_letters, full, 1 + places)
     if kept is not None:
         # Zero poses add nothing to sums of votes, and unlike gates of 0 they remove NaN.
         kept = jnp.broadcast_to(kept, full)
@@ -206,7 +206,7 @@ def check_votes(function: str, votes: Any, *, prior: Any, mask: Any, parent_mask
     shapes.check_shape(function, "votes", votes, "[..., I, J, D]", (*leading, None, None, None))
     children, parents, _ = votes.shape[-3:]
     prior = _check_prior(function, prior, ((*leading, children), 1), votes)
-    kept = _check_mask(function, "mask", mask, "I", (*leading, children), 1)
+    kept = check_mask(function, "mask", mask, "I", (*leading, children), 1)
     if kept is not None:
         votes = jnp.where(jnp.broadcast_to(kept, votes.shape[:-2])[..., None, None], votes, 0)
     votes = _merge_leading(votes, leading, *votes.shape[-3:])
@@ -266,7 +266,7 @@ def _add_logits(
     places = () if windows is None else grid(windows, inputs)
     letters = "h, w, J" if places else "J"
     full = (*leading, *places, parents)
-    parent_mask = _check_mask(function, "parent_mask", parent_mask, letters, full, 1)
+    parent_mask = check_mask(function, "parent_mask", parent_mask, letters, full, 1)
     if parent_mask is not None:
         parent_mask = jnp.broadcast_to(parent_mask, full)
         parent_mask = _merge_leading(parent_mask, leading, *places, parents)
@@ -349,7 +349,7 @@ def _check_prior(
     return prior
 
 
-def _check_mask(
+def check_mask(
     function: str, name: str, mask: Any, letters: str, full: tuple[int, ...], shared: int
 ) -> Array | None:
     """Check a mask of all axes, or of the last ones, which all examples share."""
