@@ -130,9 +130,11 @@ def interest_diversity(
     several = counts >= 2
     if not several.any():
         return metrics
-    interests, valid, counts = interests[several], valid[several], counts[several]
+    # In float64, because the squares of interests that a squash made short underflow in float32.
+    interests = interests[several].astype(np.float64)
+    valid, counts = valid[several], counts[several]
     lengths = np.linalg.norm(interests, axis=-1, keepdims=True)
-    units = np.where(valid[..., None], interests / np.maximum(lengths, 1e-30), 0)
+    units = np.where(valid[..., None], interests / np.maximum(lengths, 1e-100), 0)
     # The cosines of all pairs, less those of an interest with itself.
     products = np.sum(units.sum(1) ** 2, -1) - np.sum(units**2, (1, 2))
     metrics["interest_cosine"] = float(np.mean(products / (counts * (counts - 1))))

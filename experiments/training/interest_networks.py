@@ -46,6 +46,9 @@ class Settings:
         choices=("all", "mind", "deepmatch", "torcheasyrec", "easyrec"),
     )
     num_iterations: int = flag(3, "Routing iterations; with 1, couplings do not adapt.", minimum=1)
+    vote_scale: float = flag(
+        1.0, "Initial length of a vote of a routing, in lengths of an item.", above=0
+    )
     readout: str = flag(
         "hard",
         "Interest that learns from a target: hard, the nearest one (ComiRec); soft: all, weighted "
@@ -187,7 +190,7 @@ class Attention(Network):
         query = normed[:, -1] @ query_weights
         keys, values = normed @ key_weights, placed @ value_weights
         logits = jnp.einsum("bd,bid->bi", query, keys) / math.sqrt(query.shape[-1])
-        attention = jax.nn.softmax(logits, where=mask, axis=1, initial=-jnp.inf)
+        attention = jax.nn.softmax(logits, axis=1, where=mask)
         found = placed[:, -1] + jnp.einsum("bi,bid->bd", attention, values)
         return (found + self.out(jax.nn.relu(self.hidden(self.after(found)))))[:, None]
 
@@ -202,7 +205,7 @@ class Routed(Network):
             shape: tuple[int, ...] = (settings.history_length, size, parents, size)
         else:
             shape = (size, size)
-        self.weights = _normal(rngs, shape, 1 / math.sqrt(size))
+        self.weights = _normal(rngs, shape, settings.vote_scale / math.sqrt(size))
         if settings.network == "comirec_dr":
             return
         # MIND's layers behind the interests, whose last one is linear: vectors of items have
