@@ -82,8 +82,8 @@ def multi_interests(
         and the others as if they were absent. None for J.
       mask: Booleans `[I]` or `[..., I]`; items at False, such as padding, are ignored.
       key: Of `jax.random`; draws initial logits `[I, J]` from a standard normal distribution, times
-        `temperature` if `carry_couplings`. All users share them, and those of position i depend on
-        neither I nor the dtype below float64, so that padding at the end changes nothing.
+        `temperature` if `carry_couplings`. All users share them. Those of position i do not depend
+        on I, so that padding at the end changes nothing, nor on the dtype.
       initial_logits: Logits of the first iteration, `[I, J]` or `[..., I, J]`, instead of a key.
         Later iterations add to them if `"dynamic"`, and replace them if `"kmeans"`.
       routing: `"dynamic"` or `"kmeans"`.
@@ -445,7 +445,7 @@ def _initial_logits(
             )
         return None
     if initial_logits is None:
-        return _random_logits(name, key, children, parents, wide)
+        return _random_logits(name, key, children, parents).astype(wide)
     if key is not None:
         raise ValueError(f"{name}: key must be None if initial_logits are given, got both")
     initial_logits = shapes.as_array(name, "initial_logits", initial_logits)
@@ -460,8 +460,8 @@ def _initial_logits(
     return jnp.where(jnp.broadcast_to(mask, items.shape[:-1])[..., None], initial_logits, 0)
 
 
-def _random_logits(function: str, key: Any, children: int, parents: int, dtype: Any) -> Array:
-    """Draw `[I, J]` logits, each row from a key of its own position."""
+def _random_logits(function: str, key: Any, children: int, parents: int) -> Array:
+    """Draw logits `[I, J]`, in float32, each row from a key of its own position."""
     try:
         seeds = jax.random.bits(key, (2,), jnp.uint32)
     except (TypeError, ValueError):
@@ -471,7 +471,7 @@ def _random_logits(function: str, key: Any, children: int, parents: int, dtype: 
     # Threefry whatever the key's generator: others depend on the number of rows under vmap.
     own = jax.random.wrap_key_data(seeds, impl="threefry2x32")
     rows = jax.vmap(jax.random.fold_in, (None, 0))(own, jnp.arange(children, dtype=jnp.uint32))
-    return jax.vmap(lambda row: jax.random.normal(row, (parents,), dtype))(rows)
+    return jax.vmap(lambda row: jax.random.normal(row, (parents,), jnp.float32))(rows)
 
 
 def _kind(value: Any) -> str:

@@ -233,6 +233,10 @@ def test_an_empty_batch_and_several_batch_axes():
         lambda u, logits: capsjax.kmeans_routing(u, weights, initial_logits=logits, prior=prior)
     )
     assert run(poses[:0], initial[:0]).shape == (0, 4, 3)
+    carried = {"initial_logits": initial[:0], "carry_couplings": True, "gradient": "last"}
+    assert capsjax.kmeans_routing(poses[:0], weights[0], **carried).shape == (0, 4, 3)
+    shared = capsjax.kmeans_routing(poses[:0], weights[0, :, 0], initial_logits=initial[:0])
+    assert shared.shape == (0, 4, 3)
     together = run(poses, initial)
     assert_exact(run(poses[1], initial[1]), together[1])
     assert_exact(run(poses[:, None], initial[:, None])[:, 0], together)

@@ -87,6 +87,7 @@ def test_couplings_are_the_oracles_and_sum_to_one_over_the_parents():
     assert not np.any(masked[:, :, 0])
     assert np.all(masked[:, :, 1:] > 0)
     assert np.all(masked.sum(-1) < 1)
+    assert capsjax.routing_couplings(poses[:0], weights).shape == (3, 0, 6, 3)
 
 
 def test_a_masked_parent_is_as_if_it_were_not_there():

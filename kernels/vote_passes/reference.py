@@ -160,7 +160,9 @@ def votes_of(inputs: Inputs) -> Array:
         votes = jnp.einsum("bip,ipje->bije", poses[:, :, 0], weights, preferred_element_type=dtype)
     else:
         votes = jnp.einsum(_LETTERS[weights.ndim], poses, weights, preferred_element_type=dtype)
-        votes = votes.reshape(*poses.shape[:2], -1, poses.shape[2] * weights.shape[-1])
+        parents = 1 if weights.ndim == 2 else weights.shape[-2]
+        depth = poses.shape[2] * weights.shape[-1]
+        votes = votes.reshape(*poses.shape[:2], parents, depth)
     if inputs.coordinates is not None:
         votes += inputs.coordinates.astype(dtype)[None, :, None]
     return votes

@@ -96,8 +96,10 @@ def unroll_couplings(
     """Compute the couplings of each pass, without gates: a list of T arrays `[B, I, J]`."""
     if is_explicit(inputs.poses):
         return _over_explicit_axes(unroll_couplings, routing, inputs, params, start)
-    if inputs.poses.shape[0] == 0:
-        inputs = reference.store_votes(inputs)
+    if inputs.poses.shape[0] == 0:  # empty batch: nothing to compute, and no size for tiles
+        dtype = accumulation_dtype(inputs.poses.dtype)
+        shape = 0, inputs.poses.shape[1], routing.spec.num_parents
+        return [jnp.zeros(shape, dtype)] * routing.num_iterations
     routing, inputs, params, (carry, state) = _project(routing, inputs, params, start)
     found = []
     for t in range(1, routing.num_iterations + 1):
