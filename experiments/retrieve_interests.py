@@ -9,7 +9,7 @@ import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -80,7 +80,7 @@ def export(task: Task, params: Params, output: pathlib.Path) -> None:
     )
     network = jax.jit(lambda items, mask: task.model(params)(items, mask))
     exported = jax.export.export(network, platforms=PLATFORMS)(*shapes)
-    files.write_bytes(output / NETWORK, exported.serialize())
+    files.write_bytes(output / NETWORK, bytes(exported.serialize()))
     with files.writing(output / ITEMS):
         np.save(output / ITEMS, np.asarray(params["items"]))
     files.write_json(output / NAMES, task.data.item_ids)
@@ -191,7 +191,9 @@ def comparison_lines(task: Task, params: Params, server: Server) -> list[str]:
         np.mean([_share(a[:k], b[:k]) for a, b in zip(approximate, exact, strict=True)])
         for k in SIZES
     ]
-    rows.append(["exact search's items that the index finds", *(f"{100 * x:.2f} %" for x in shares)])
+    rows.append(
+        ["exact search's items that the index finds", *(f"{100 * x:.2f} %" for x in shares)]
+    )
     return [*cli.table(rows), f"{len(histories) / seconds:.0f} users/s by the index, in one batch"]
 
 

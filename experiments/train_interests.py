@@ -33,10 +33,7 @@ def main(config: Config) -> int:
     status, state = interests.train(task, evaluate)
     if status:
         return status
-    # Without an evaluation, which popularity and a run of fewer steps have none of, the newest.
-    is_measured = float(state.best.score) >= 0
-    params = state.best.params if is_measured else state.params
-    step = int(state.best.step) if is_measured else int(state.step)
+    step, params = interests.selected(state)
     results = {"step": step, **evaluate(task, params, task.split.test)}
     folder = pathlib.Path(config.workdir)
     if config.network in interest_networks.SEVERAL:

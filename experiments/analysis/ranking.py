@@ -13,6 +13,13 @@ import numpy as np
 from jax import Array
 
 NOTHING = -1  # in place of an item, where a list is shorter than k
+_RECOVERY = (
+    "purity",
+    "purity_of_one_interest",
+    "adjusted_rand",
+    "interests_with_items",
+    "true_interests",
+)
 
 
 def exact_search(
@@ -168,9 +175,7 @@ def list_diversity(ranked: np.ndarray, categories: np.ndarray, *, k: int) -> flo
     return float(np.mean(shares))
 
 
-def recovery(
-    couplings: np.ndarray, mask: np.ndarray, clusters: np.ndarray
-) -> dict[str, float]:
+def recovery(couplings: np.ndarray, mask: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
     """Compare the items that each interest took with the clusters that they truly belong to.
 
     An item is given to the interest with its highest coupling.
@@ -201,9 +206,8 @@ def recovery(
                 len(np.unique(true)),
             )
         )
-    names = ("purity", "purity_of_one_interest", "adjusted_rand")
-    names += ("interests_with_items", "true_interests")
-    return dict(zip(names, map(float, np.mean(rows, 0)), strict=True))
+    means = map(float, np.mean(rows, 0))
+    return dict(zip(_RECOVERY, means, strict=True))
 
 
 def _adjusted_rand(table: np.ndarray) -> float:

@@ -6,6 +6,7 @@ output capsules the interests; V is the number of items of the catalogue.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -222,7 +223,7 @@ class Routed(Network):
 
     def capsules(self, vectors: Array, mask: Array) -> Array:
         """Return the outputs of the routing, `[B, J, D]`."""
-        shared: dict[str, Array | int | str] = {}
+        shared: dict[str, Any] = {}
         if self.settings.network != "comirec_dr":
             shared["max_interests"] = self.settings.max_interests
             shared["initial_logits"] = self._initial_logits(vectors.dtype)
@@ -250,7 +251,7 @@ class Routed(Network):
             votes = _unit(vectors @ self.weights[...])
             logits = TEMPERATURE * jnp.einsum("bid,bjd->bij", votes, capsules)
             return jax.nn.softmax(jnp.where(kept[:, None], logits, -jnp.inf))
-        shared = {}
+        shared: dict[str, Any] = {}
         if self.settings.network == "mind":
             shared["prior"] = self._initial_logits(vectors.dtype)
         return capsjax.routing_couplings(

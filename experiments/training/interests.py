@@ -27,7 +27,7 @@ from experiments.cli import flag
 from experiments.data import datasets, interactions
 from experiments.data.interactions import HeldOut, Interactions, Split
 from experiments.errors import InputError
-from experiments.training import interest_networks, records, signals
+from experiments.training import interest_networks, records, signals, trained
 from experiments.training.checkpoints import Checkpoints, begin_training
 
 Params = dict[str, Any]
@@ -251,9 +251,7 @@ def build(config: Config, data: Interactions) -> Task:
     )
 
 
-def train(
-    task: Task, evaluate: Callable[[Task, Params, HeldOut], Metrics]
-) -> tuple[int, State]:
+def train(task: Task, evaluate: Callable[[Task, Params, HeldOut], Metrics]) -> tuple[int, State]:
     """Train from the workdir's newest checkpoint, or from the start, to the last step.
 
     Args:
@@ -329,6 +327,45 @@ def train(
             logging.info("%s: saved at step %d; the same --workdir goes on from there", name, step)
             return 128 + number, state
     return 0, state
+
+
+def load(workdir: str, *, data_dir: str = "") -> tuple[Task, Params]:
+    """Restore the best parameters of a run, or the newest if none were evaluated yet.
+
+    Args:
+      workdir: The folder of the run; nothing is written to it.
+      data_dir: Folder of the data; empty: that of the run.
+
+    Raises:
+      InputError: The folder holds no such run or no checkpoint, or the data found are not those of
+        the run.
+    """
+    run = records.read_config(workdir)
+    config = trained.config_of(Config, run["config"], workdir)
+    if data_dir:
+        config = dataclasses.replace(config, data_dir=data_dir)
+    data = load_data(config)
+    if data.sha256 != run["data_sha256"]:
+        raise InputError(
+            f"workdir {workdir} was trained on data with sha256 {run['data_sha256']}, but those "
+            f"found have {data.sha256}; name the folder of the run's data with --data_dir"
+        )
+    task = build(config, data)
+    with Checkpoints(workdir) as checkpoints:
+        found = checkpoints.restore(task.initial_state())
+    if found is None:
+        raise InputError(f"workdir {workdir} has no checkpoint yet; let it train further")
+    return task, selected(found[1])[1]
+
+
+def selected(state: State) -> tuple[int, Params]:
+    """Return step and parameters of the best evaluation, or the newest if there was none.
+
+    There is none of popularity, which is not trained.
+    """
+    if float(state.best.score) < 0:
+        return int(state.step), state.params
+    return int(state.best.step), state.best.params
 
 
 def empty_window() -> Window:
