@@ -114,7 +114,7 @@ def user_figure(
         couplings[user, shown].T[valid[user]],
         [names[item] for item in items[user, shown]],
         [found for found, kept in zip(nearest, valid[user], strict=True) if kept],
-        title=f"user {task.data.user_ids[task.split.test.users[user]]}",
+        title=f"User {task.data.user_ids[task.split.test.users[user]]}",
         groups=None if clusters is None else clusters[items[user, shown]],
         over_items=task.config.network == "comirec_sa",
     )

@@ -47,6 +47,8 @@ LAST_STEP = 16
 def _without_figures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_interests.files, "save_figure", lambda *_: None)
+        for name in ("learning_curves", "user_interests"):
+            patch.setattr(train_interests.figures, name, lambda *_, **__: None)
         yield
 
 
@@ -365,12 +367,12 @@ def test_a_query_names_a_user_or_items(finished, tmp_path, monkeypatch, capsys):
     answers = lines[-3:]
     assert [line.split()[0] for line in answers] == ["1", "2", "3"]
     assert not {line.split()[1] for line in answers} & {"1.3", "2.0"}
-    assert "user 3" in interests.load_data(TINY).user_ids
-    assert ask(user="user 3")[0] == 0
+    assert "3" in interests.load_data(TINY).user_ids
+    assert ask(user="3")[0] == 0
     for query, message in (
-        ({"user": "nobody"}, "--user must name what is in the data, such as 'user 0'"),
+        ({"user": "nobody"}, "--user must name what is in the data, such as '0'"),
         ({"history": "1.3,x"}, "--history must name what is in the data, such as '0.0', got 'x'"),
-        ({"history": "1.3", "user": "user 1"}, "--user and --history must not be given together"),
+        ({"history": "1.3", "user": "1"}, "--user and --history must not be given together"),
         ({"workdir": tmp_path / "none"}, "holds no run"),
     ):
         status, _, stderr = ask(**query)

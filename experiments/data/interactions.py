@@ -169,7 +169,7 @@ def synthetic(*, num_users: int, num_items: int, num_clusters: int) -> Interacti
         "synthetic",
         np.concatenate(sequences),
         [len(sequence) for sequence in sequences],
-        [f"user {u}" for u in range(num_users)],
+        [str(u) for u in range(num_users)],
         [f"{clusters[i]}.{i // num_clusters}" for i in range(num_items)],
         clusters,
     )

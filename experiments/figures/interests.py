@@ -27,14 +27,14 @@ def user_interests(
       couplings: `[J, I]`, of the interests that the user has.
       items: Names of the items, oldest first, `[I]`.
       nearest: Names of the items nearest to each interest, `[J]`.
-      title: Whose history it is.
+      title: Whose history it is, at the start of the figure's title.
       groups: True groups of the items, int `[I]`; names of one group get one colour.
       over_items: Whether couplings sum to 1 over the items, instead of over the interests.
     """
     parents, children = couplings.shape
     longest = max(map(len, items))
     height = 1.1 + 0.24 * parents + 0.055 * longest
-    figure = Figure((2.6 + 0.2 * children, height))
+    figure = Figure((2.9 + max(2.2, 0.2 * children), height))
     axes = figure.subplots()
     image = axes.imshow(couplings, cmap="Blues", vmin=0, vmax=couplings.max(), aspect="auto")
     axes.set_yticks(
@@ -42,7 +42,7 @@ def user_interests(
     )
     axes.set_xticks(range(children), items, rotation=90)
     axes.set_xlabel("items of the history, oldest first")
-    axes.set_title(f"{title}: couplings, and the items nearest to each interest")
+    axes.set_title(f"{title}: couplings, and nearest items")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axes, pad=0.01)
