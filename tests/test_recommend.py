@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
 from jax.test_util import check_grads
 
 import capsjax
@@ -95,7 +96,7 @@ ROUTED = {
 }
 ATTENTIVE = normal(P, 7), normal(7, J), normal(7), normal(2 * I, P)
 CALLS = {**ROUTED, "comirec_sa": (comirec_sa, ATTENTIVE)}
-SAME_SIZES = [name for name in CALLS if name not in ("easyrec, soft", "torcheasyrec, soft")]
+LIBRARIES = [name for name in CALLS if name not in ("easyrec, soft", "torcheasyrec, soft")]
 every_call = pytest.mark.parametrize("name", CALLS)
 
 
@@ -379,9 +380,9 @@ def test_a_softmax_over_items_fails_the_test_of_competition():
         assert np.abs(wrong - total).max() > 0.1
 
 
-@pytest.mark.parametrize("name", SAME_SIZES)
-@pytest.mark.parametrize("content", [np.nan, np.inf, 1e6])
-def test_padding_of_any_length_and_content_changes_nothing(name, content):
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_padding_of_any_length_and_content_changes_nothing(name):
+    """Complaint 2."""
     function, weights = CALLS[name]
     items, cotangent = normal(B, I, P), normal(*output_shape(name))
 
@@ -398,8 +399,9 @@ def test_padding_of_any_length_and_content_changes_nothing(name, content):
     short = np.where(before(LENGTHS, I)[..., None], items, 0)
     outputs, (d_items, *d_weights) = run(short, I)
     assert not np.any(outputs[2])  # a user without items
-    long = np.full((B, 2 * I, P), content)
-    long[:, :I] = np.where(before(LENGTHS, I)[..., None], items, content)
+    content = np.resize([np.nan, np.inf, 1e6, -np.inf], 2 * I)[None, :, None]
+    long = np.concatenate([items, np.zeros_like(items)], 1)
+    long = np.where(before(LENGTHS, 2 * I)[..., None], long, content)
     padded, (d_padded, *d_padded_weights) = run(long, 2 * I)
     assert_equal(padded, outputs)
     assert_equal(d_padded[:, :I], d_items)
@@ -509,14 +511,11 @@ def test_half_precision_draws_the_logits_of_single_precision():
     assert_equal(half.astype("float32"), found, rtol=2e-2)
 
 
-@pytest.mark.parametrize("logit", [-np.inf, -1e30])
 @pytest.mark.parametrize("name", ["deepmatch", "easyrec", "torcheasyrec", "comirec"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_large_negative_logits_have_finite_values_and_gradients(name, dtype, logit):
+def test_large_negative_logits_have_finite_values_and_gradients(name, dtype):
     """Complaint 6: some logits of an item, all of an item, and all of an interest."""
     function, weights = CALLS[name]
-    logits = normal(I, J)
-    logits[0, :2] = logits[1] = logits[:, 2] = logit
     settings = {"num_interests": jnp.array([3, 2, 1]), "mask": before(LENGTHS, I)}
     if name != "comirec":
         settings["key"] = None
@@ -524,12 +523,20 @@ def test_large_negative_logits_have_finite_values_and_gradients(name, dtype, log
     def run(items, weights, logits):
         return function(items, weights, initial_logits=logits, **settings)
 
-    arrays = [jnp.asarray(x, dtype) for x in (normal(B, I, P), weights, logits)]
-    outputs, gradients = values_and_gradients(run, arrays, np.ones((B, J, D)))
-    assert all(bool(jnp.all(jnp.isfinite(x))) for x in (outputs, *gradients))
-    assert np.any(outputs[0, :2])
-    if logit == -np.inf and not name.endswith("easyrec"):  # whose logits are replaced
-        assert not np.any(outputs[:, 2])
+    @jax.jit
+    def with_gradients(*arrays):
+        outputs, vjp = jax.vjp(run, *arrays)
+        return outputs, vjp(jnp.ones_like(outputs))
+
+    for logit in (-np.inf, -1e30):
+        logits = normal(I, J)
+        logits[0, :2] = logits[1] = logits[:, 2] = logit
+        arrays = [jnp.asarray(x, dtype) for x in (normal(B, I, P), weights, logits)]
+        outputs, gradients = with_gradients(*arrays)
+        assert all(bool(jnp.all(jnp.isfinite(x))) for x in (outputs, *gradients))
+        assert np.any(outputs[0, :2])
+        if logit == -np.inf and not name.endswith("easyrec"):  # whose logits are replaced
+            assert not np.any(outputs[:, 2])
 
 
 # As a function of JAX.
@@ -557,7 +564,7 @@ def test_vmap_of_a_readout_over_candidates():
     assert_equal(found, np.stack([read(interests, target) for target in targets]))
 
 
-@pytest.mark.parametrize("name", SAME_SIZES)
+@pytest.mark.parametrize("name", ["deepmatch", "easyrec", "torcheasyrec", "comirec_sa"])
 def test_training_and_serving_export_with_a_symbolic_batch(name):
     function, weights = CALLS[name]
     weights = jax.tree.map(lambda x: jnp.asarray(x, "float32"), weights)
@@ -580,6 +587,37 @@ def test_training_and_serving_export_with_a_symbolic_batch(name):
     structs = [jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in arrays]
     exported = jax.export.export(compiled, platforms=("cpu", "cuda", "tpu"))(*structs)
     assert_equal(exported.call(*arrays), compiled(*arrays), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_a_batch_over_an_axis_of_a_mesh(name):
+    """Explicit axes, whose shardings are types, and a `shard_map` that checks what varies."""
+    function, weights = CALLS[name]
+    items, target = normal(B, I, P), normal(B, output_shape(name)[-1])
+
+    def read(items, lengths, target):
+        mask = jnp.arange(I)[None] < lengths[:, None]
+        number = capsjax.count_interests(lengths, J, formula="mind")
+        interests = function(items, weights, mask=mask, num_interests=number)
+        one, hard = (
+            capsjax.label_aware_attention(interests, target, power=power, num_interests=number)
+            for power in (2.5, float("inf"))
+        )
+        return one + hard
+
+    wanted = read(items, LENGTHS, target)
+    for axis_type in (AxisType.Explicit, AxisType.Auto):
+        mesh = jax.make_mesh((1,), ("users",), axis_types=(axis_type,))
+        if axis_type == AxisType.Auto:
+            users = jax.P("users")
+            placed = jax.shard_map(read, mesh=mesh, in_specs=(users,) * 3, out_specs=users)
+        else:
+            placed = read
+        with jax.set_mesh(mesh):
+            place = NamedSharding(mesh, jax.P("users"))
+            arrays = [jax.device_put(x, place) for x in (items, LENGTHS, target)]
+            found = jax.jit(placed)(*arrays)
+        assert_equal(found, wanted)
 
 
 @every_call
