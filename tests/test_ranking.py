@@ -139,9 +139,18 @@ def test_recovery_of_the_true_clusters_is_complete_whatever_the_order_of_the_int
         "purity": 1,
         "purity_of_one_interest": 0.4,
         "adjusted_rand": 1,
+        "clusters_found": 1,
         "interests_with_items": 3,
         "true_interests": 3,
     }
+
+
+def test_a_cluster_that_is_the_commonest_of_no_interest_is_not_found():
+    taken, true = np.array([0, 0, 0, 1, 1, 1, 2]), np.array([5, 5, 3, 8, 8, 3, 8])
+    found = ranking.recovery(np.eye(4)[taken][None], np.ones((1, 7), bool), true[None])
+    assert found["clusters_found"] == pytest.approx(2 / 3)
+    assert found["purity"] == pytest.approx(5 / 7)
+    assert found["interests_with_items"] == 3
 
 
 def test_adjusted_rand_is_0_on_average_for_a_random_grouping_and_purity_is_not():

@@ -96,7 +96,7 @@ def test_a_run_writes_metrics_of_training_validation_and_test(finished):
     assert results["step"] == best["step"]
     wanted = {f"{name}_{k}" for name in ("recall", "ndcg", "hit_rate") for k in (20, 50)}
     wanted |= {"step", "interests", "interest_cosine", "distinct_nearest", "list_diversity_20"}
-    wanted |= {"purity", "purity_of_one_interest", "adjusted_rand"}
+    wanted |= {"purity", "purity_of_one_interest", "adjusted_rand", "clusters_found"}
     assert results.keys() == wanted | {"interests_with_items", "true_interests"}
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]
 
@@ -154,9 +154,7 @@ def test_a_signal_saves_and_the_run_goes_on(train, finished, monkeypatch, caplog
         workdir = train(status=128 + number)
     step = saved_steps(workdir)[-1]
     name = signal.Signals(number).name
-    assert (
-        f"{name}: saved at step {step}; the same --workdir goes on from there" in caplog.messages
-    )
+    assert f"{name}: saved at step {step}; the same --workdir goes on from there" in caplog.messages
     assert signal.getsignal(number) is handler
     train()
     assert f"going on from step {step} of {LAST_STEP} in run" in caplog.messages
@@ -245,7 +243,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(tmp_path, monkeypat
 
 REFUSED = {
     "batch": ({"batch_size": 10**6}, "--batch_size must be at most the"),
-    "interests": ({"max_interests": 7}, "--max_interests must be at most --history_length=6, got 7"),
+    "interests": ({"max_interests": 7}, "--max_interests must be at most --history_length=6"),
     "items": ({"synthetic_clusters": 30}, "--synthetic_items must be at least 15 for each"),
     "data_dir": ({"data_dir": "here"}, "--data_dir needs --dataset=interactions"),
     "core": ({"min_interactions": 2}, "--min_interactions needs --dataset=interactions"),
@@ -283,15 +281,15 @@ def test_a_run_on_a_file_is_that_on_its_rows(train, tmp_path):
 
 
 class Fixed(interest_networks.Network):
-    """The same vectors whatever the history, as interests."""
+    """The same vector of a user whatever the history."""
 
     def __init__(self, users, catalogue):
         self.settings = TINY
-        self.users, self.items = users, jnp.asarray(catalogue)
+        self.users, self.items = users[:, None], jnp.asarray(catalogue)
 
     def for_target(self, items, mask, target):
         del items, mask, target
-        return self.users
+        return self.users, jnp.ones((5, 1), bool)
 
 
 @pytest.mark.parametrize("negatives", ["uniform", "log_uniform"])
@@ -307,7 +305,7 @@ def test_a_sampled_softmax_approaches_the_full_one(negatives):
         config = dataclasses.replace(TINY, **settings)
         return float(interests._loss(config, counts)(model, None, mask, targets, key))
 
-    scores = np.asarray(model.users) @ catalogue.T
+    scores = np.asarray(model.users[:, 0]) @ catalogue.T
     exact = np.mean(np.log(np.exp(scores).sum(1)) - scores[targets, targets])
     assert loss(jax.random.key(0), loss="softmax") == pytest.approx(exact, rel=1e-5)
     settings = {"negatives": negatives, "num_negatives": 20_000}

@@ -17,6 +17,7 @@ _RECOVERY = (
     "purity",
     "purity_of_one_interest",
     "adjusted_rand",
+    "clusters_found",
     "interests_with_items",
     "true_interests",
 )
@@ -189,7 +190,8 @@ def recovery(couplings: np.ndarray, mask: np.ndarray, clusters: np.ndarray) -> d
       Means over the users of: `purity`, the fraction of the items that are of the commonest cluster
       of their interest; `purity_of_one_interest`, the same if one interest took all;
       `adjusted_rand`, the agreement of the two groupings, 1 if they are equal and 0 on average for
-      a random one (Hubert and Arabie, "Comparing partitions", 1985); `interests_with_items`; and
+      a random one (Hubert and Arabie, "Comparing partitions", 1985); `clusters_found`, the fraction
+      of the clusters that are the commonest of an interest; `interests_with_items`; and
       `true_interests`, the number of clusters.
     """
     rows = []
@@ -202,6 +204,7 @@ def recovery(couplings: np.ndarray, mask: np.ndarray, clusters: np.ndarray) -> d
                 table.max(1).sum() / len(true),
                 table.sum(0).max() / len(true),
                 _adjusted_rand(table),
+                len(np.unique(table[np.unique(taken)].argmax(1))) / len(np.unique(true)),
                 len(np.unique(taken)),
                 len(np.unique(true)),
             )

@@ -50,11 +50,15 @@ class Settings:
     vote_scale: float = flag(
         1.0, "Initial length of a vote of a routing, in lengths of an item.", above=0
     )
+    hidden_layer: bool = flag(
+        True, "Whether mind and easyrec have a hidden layer behind their interests, as MIND has."
+    )
     readout: str = flag(
         "hard",
         "Interest that learns from a target: hard, the nearest one (ComiRec); soft: all, weighted "
-        "by label-aware attention (MIND).",
-        choices=("hard", "soft"),
+        "by label-aware attention (MIND); items: every item is scored by the interest nearest to "
+        "it, negatives too, as retrieval does.",
+        choices=("hard", "soft", "items"),
     )
     label_power: float = flag(1.0, "Power of the label-aware attention of a soft readout.", above=0)
 
@@ -88,13 +92,20 @@ class Network(nnx.Module):
         kept = jnp.arange(interests.shape[1])[None] < self.count(mask)[:, None]
         return interests, kept
 
-    def for_target(self, items: Array, mask: Array, target: Array) -> Array:
-        """Return the vectors of users, `[B, D]`, that shall find target items `[B, D]`."""
-        interests = self.interests(self.items[...][items], mask)
+    def for_target(self, items: Array, mask: Array, target: Array) -> tuple[Array, Array]:
+        """Return the vectors of users that shall find target items `[B, D]`.
+
+        Returns:
+          As a call: one vector a user by label-aware attention, or with the readout `items` all.
+        """
+        interests, kept = self(items, mask)
+        if self.settings.readout == "items":
+            return interests, kept
         power = math.inf if self.settings.readout == "hard" else self.settings.label_power
-        return capsjax.label_aware_attention(
+        users = capsjax.label_aware_attention(
             interests, target, power=power, num_interests=self.count(mask)
         )
+        return users[:, None], jnp.ones_like(kept[:, :1])
 
     def count(self, mask: Array) -> Array:
         """Return the number of interests of each user, `[B]`."""
@@ -207,7 +218,8 @@ class Routed(Network):
         else:
             shape = (size, size)
         self.weights = _normal(rngs, shape, settings.vote_scale / math.sqrt(size))
-        if settings.network == "comirec_dr":
+        self.has_head = settings.hidden_layer and settings.network != "comirec_dr"
+        if not self.has_head:
             return
         # MIND's layers behind the interests, whose last one is linear: vectors of items have
         # negative elements.
@@ -217,7 +229,7 @@ class Routed(Network):
     def interests(self, vectors: Array, mask: Array) -> Array:
         """Return interests `[B, J, D]`."""
         capsules = self.capsules(vectors, mask)
-        if self.settings.network == "comirec_dr":
+        if not self.has_head:
             return capsules
         return self.out(jax.nn.relu(self.hidden(capsules)))
 

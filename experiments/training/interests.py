@@ -418,9 +418,14 @@ def _loss(config: Config, counts: np.ndarray) -> Callable[..., Array]:
             hidden_key = jax.random.fold_in(key, 1)
             hidden = jax.random.bernoulli(hidden_key, config.item_dropout, mask.shape)
             mask &= ~hidden.at[:, -1].set(False)
-        users = model.for_target(items, mask, wanted)
+        users, kept = model.for_target(items, mask, wanted)
+
+        def scores_of(vectors: Array) -> Array:
+            products = jnp.einsum("bjd,cd->bjc", users, vectors)
+            return jnp.where(kept[..., None], products, -jnp.inf).max(1)
+
         if config.loss == "softmax":
-            scores = users @ catalogue.T
+            scores = scores_of(catalogue)
             losses = optax.softmax_cross_entropy_with_integer_labels(scores, targets)
             return losses.mean()
         draws = jax.random.uniform(key, (config.num_negatives,))
@@ -431,10 +436,11 @@ def _loss(config: Config, counts: np.ndarray) -> Callable[..., Array]:
             rank = jnp.expm1(draws * math.log(size + 1)).astype(jnp.int32)
         rank = jnp.minimum(rank, size - 1)
         negatives = jnp.asarray(by_popularity)[rank]
-        scores = users @ catalogue[negatives].T - log_expected(rank)[None]
+        scores = scores_of(catalogue[negatives]) - log_expected(rank)[None]
         # A negative that is the target would be pushed away.
         scores = jnp.where(negatives[None] == targets[:, None], -jnp.inf, scores)
-        target = jnp.sum(users * wanted, -1) - log_expected(jnp.asarray(ranks)[targets])
+        products = jnp.where(kept, jnp.einsum("bjd,bd->bj", users, wanted), -jnp.inf)
+        target = products.max(1) - log_expected(jnp.asarray(ranks)[targets])
         return jnp.mean(jax.nn.logsumexp(jnp.column_stack([target, scores]), axis=1) - target)
 
     return loss
