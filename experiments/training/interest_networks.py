@@ -50,8 +50,8 @@ class Settings:
     vote_scale: float = flag(
         1.0, "Initial length of a vote of a routing, in lengths of an item.", above=0
     )
-    hidden_layer: bool = flag(
-        True, "Whether mind and easyrec have a hidden layer behind their interests, as MIND has."
+    hidden_layers: int = flag(
+        1, "Hidden layers behind the interests of mind and easyrec; MIND has one.", choices=(0, 1)
     )
     readout: str = flag(
         "hard",
@@ -218,7 +218,7 @@ class Routed(Network):
         else:
             shape = (size, size)
         self.weights = _normal(rngs, shape, settings.vote_scale / math.sqrt(size))
-        self.has_head = settings.hidden_layer and settings.network != "comirec_dr"
+        self.has_head = settings.hidden_layers > 0 and settings.network != "comirec_dr"
         if not self.has_head:
             return
         # MIND's layers behind the interests, whose last one is linear: vectors of items have
