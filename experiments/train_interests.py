@@ -13,6 +13,7 @@ from absl import logging
 from experiments import cli, files
 from experiments.analysis import ranking
 from experiments.data.interactions import HeldOut
+from experiments.errors import InputError
 from experiments.figures import interests as figures
 from experiments.training import interest_networks, interests, records
 from experiments.training.interests import Config, Metrics, Params, Task
@@ -57,6 +58,9 @@ def evaluate(task: Task, params: Params, held: HeldOut) -> Metrics:
 
     With --exclude_history, items of the history cannot be found, and are no targets: a user whose
     targets all are in the history is left out.
+
+    Raises:
+      InputError: All users are left out.
     """
     data, catalogue = task.data, np.asarray(params["items"])
     ends = zip(data.starts[held.users], held.ends, held.target_ends, strict=True)
@@ -77,6 +81,10 @@ def evaluate(task: Task, params: Params, held: HeldOut) -> Metrics:
         ranked, ((0, 0), (0, max(SIZES) - ranked.shape[1])), constant_values=ranking.NOTHING
     )
     kept = [row for row, wanted in enumerate(targets) if len(wanted)]
+    if not kept:
+        raise InputError(
+            "--exclude_history leaves nothing to find: all items to be found are in the histories"
+        )
     metrics = ranking.ranking_metrics(ranked[kept], [targets[row] for row in kept], sizes=SIZES)
     if task.config.network in interest_networks.SEVERAL:
         metrics |= ranking.interest_diversity(vectors, valid, catalogue)

@@ -104,7 +104,7 @@ def test_a_run_writes_metrics_of_training_validation_and_test(finished):
 @pytest.mark.parametrize("network", interest_networks.NETWORKS)
 def test_every_network_trains_with_every_setting_and_masks_what_a_user_lacks(train, network):
     settings = {"network": network, "num_epochs": 1, "protocol": "last_fifth", "item_dropout": 0.2}
-    settings |= {"loss": "softmax", "readout": "soft", "label_power": 2.0}
+    settings |= {"loss": "softmax", "readout": "soft", "label_power": 2.0, "hidden_layers": 1}
     workdir = train(**settings, exclude_history=False)
     task, params = interests.load(str(workdir))
     items, mask = task.data.histories(task.data.starts[:3] + np.array([1, 3, 9]), 6)
@@ -217,10 +217,24 @@ def test_max_steps_ends_a_run_that_can_go_on(train, finished):
     workdir = train(max_steps=EPOCH + 1)
     with pytest.raises(InputError, match=r"^workdir run is at step 5 already, past --max_steps=4$"):
         train(max_steps=EPOCH)
+    # It is evaluated where it ends, which does not make those parameters the best.
+    assert "validation_recall_50" in records.read_metrics(workdir)[-1]
     train()
-    # A run that ends within an epoch is evaluated there.
-    assert contents(workdir)[1].keys() == contents(finished)[1].keys()
-    assert saved_steps(workdir)[-1] == LAST_STEP
+    step, arrays, _, results = contents(workdir)
+    wanted = contents(finished)
+    assert (step, arrays, results) == (wanted[0], wanted[1], wanted[3])
+
+
+def test_users_who_repeat_what_they_know_need_no_exclusion(train, tmp_path):
+    lines = ["user_id:token\titem_id:token\ttimestamp:float"]
+    lines += [f"{user}\t{t % 2}\t{t}" for user in range(9) for t in range(12)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/x.inter").write_text("\n".join(lines))
+    settings = {"dataset": "interactions", "data_dir": "data", "network": "popularity"}
+    with pytest.raises(InputError, match="--exclude_history leaves nothing to find"):
+        train(**settings)
+    workdir = train(**settings, exclude_history=False, workdir="other")
+    assert contents(workdir)[3]["recall_20"] == 1
 
 
 def test_without_a_better_validation_training_ends_and_the_best_parameters_are_kept(train):

@@ -212,8 +212,9 @@ def split(interactions: Interactions, protocol: str) -> Split:
     is_first = np.zeros_like(seen)
     is_first[starts] = True
     train = np.flatnonzero(seen & ~is_first)
-    for what, size in (("train on", len(train)), ("test", len(test.users))):
-        if not size:
+    sizes = {"train on": train, "validate": validation.users, "test": test.users}
+    for what, positions in sizes.items():
+        if not len(positions):
             raise InputError(
                 f"{interactions.name}: the {len(users)} users have too few items to {what} with "
                 f"--protocol={protocol}"

@@ -27,7 +27,7 @@ HIDDEN = 4  # width of hidden layers, in lengths of an item, as in ComiRec-SA
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of a network; the defaults are MIND's layer."""
+    """Settings of a network; the defaults are MIND's layer, trained as retrieval scores items."""
 
     network: str = flag(
         "mind",
@@ -48,13 +48,13 @@ class Settings:
     )
     num_iterations: int = flag(3, "Routing iterations; with 1, couplings do not adapt.", minimum=1)
     vote_scale: float = flag(
-        1.0, "Initial length of a vote of a routing, in lengths of an item.", above=0
+        4.0, "Initial length of a vote of a routing, in lengths of an item.", above=0
     )
     hidden_layers: int = flag(
-        1, "Hidden layers behind the interests of mind and easyrec; MIND has one.", choices=(0, 1)
+        0, "Hidden layers behind the interests of mind and easyrec; MIND has one.", choices=(0, 1)
     )
     readout: str = flag(
-        "hard",
+        "items",
         "Interest that learns from a target: hard, the nearest one (ComiRec); soft: all, weighted "
         "by label-aware attention (MIND); items: every item is scored by the interest nearest to "
         "it, negatives too, as retrieval does.",

@@ -310,7 +310,8 @@ def train(task: Task, evaluate: Callable[[Task, Params, HeldOut], Metrics]) -> t
                 if epoch_ends:
                     found = evaluate(task, state.params, task.split.validation)
                     row |= {f"validation_{name}": value for name, value in found.items()}
-                    if found[SELECT_BY] > float(state.best.score):
+                    # Not where --max_steps ends: a run that goes on must not depend on that.
+                    if step % epoch == 0 and found[SELECT_BY] > float(state.best.score):
                         best = Best(state.params, jnp.float32(found[SELECT_BY]), state.step)
                         # The next step donates the state: what is kept must not share its buffers.
                         state = state._replace(best=jax.tree.map(jnp.copy, best))
