@@ -7,6 +7,7 @@ baselines of one vector a user, on generated users or on MovieLens's ratings.
 import pathlib
 from collections.abc import Iterator
 
+import jax
 import numpy as np
 from absl import logging
 
@@ -98,8 +99,8 @@ def couplings_of(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return couplings `[B, I, J]`, items and mask `[B, I]` of users."""
     items, mask = task.data.histories(held.ends, task.config.history_length)
-    model = task.model(params)
-    return np.asarray(model.couplings(items, mask)), items, mask
+    found = jax.jit(lambda params, *batch: task.model(params).couplings(*batch))
+    return np.asarray(found(params, items, mask)), items, mask
 
 
 def user_figure(

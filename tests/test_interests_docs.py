@@ -4,9 +4,11 @@ import pathlib
 import re
 
 import jax
+import pytest
 
 from experiments.data import interactions
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "interests.md"
 
 
