@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -13,7 +13,10 @@ from experiments.errors import InputError
 from experiments.training import loop, mnist, records, runs
 from experiments.training.checkpoints import Checkpoints
 
-C = TypeVar("C", bound=runs.Settings)
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+C = TypeVar("C", bound="DataclassInstance")
 
 
 class Trained(NamedTuple):
