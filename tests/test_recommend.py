@@ -300,6 +300,13 @@ def test_a_hard_choice_takes_the_first_of_equal_interests_and_trains_it_alone():
     assert not np.any(d_target)
 
 
+@pytest.mark.parametrize("power", [1.0, 2.5, float("inf")])
+def test_an_absent_interest_does_not_win_where_all_others_are_opposed(power):
+    interests = np.array([[-5.0, 1.0], [np.nan, np.nan]])
+    read = partial(capsjax.label_aware_attention, power=power, num_interests=1)
+    assert_equal(read(interests, np.array([1.0, 0.0])), interests[0])
+
+
 def test_numbers_of_interests_are_those_of_the_libraries():
     with np.load(GOLDEN / "interests" / "numbers_of_interests.npz") as file:
         for formula, column in {
@@ -483,13 +490,15 @@ def test_a_key_gives_the_same_standard_normal_logits_to_all():
     np.testing.assert_array_equal(draws[:7], capsjax.recommend._random_logits("", key(), 7, 5))
 
 
+@pytest.mark.parametrize("partitionable", [True, False])
 @pytest.mark.parametrize("generator", ["threefry2x32", "rbg", "unsafe_rbg"])
-def test_keys_of_any_generator_draw_rows_that_padding_does_not_change(generator):
-    drawn = jax.random.key(3, impl=generator)
-    items = normal(B, I, P)
-    found = deepmatch(items, MATRIX, key=drawn, mask=np.arange(I) < 2)
-    assert_equal(deepmatch(items[:, :2], MATRIX, key=drawn), found)
-    rows = capsjax.recommend._random_logits("", drawn, I, J)
+def test_keys_of_any_generator_draw_rows_that_padding_does_not_change(generator, partitionable):
+    with jax.threefry_partitionable(partitionable):
+        drawn = jax.random.key(3, impl=generator)
+        items = normal(B, I, P)
+        found = deepmatch(items, MATRIX, key=drawn, mask=np.arange(I) < 2)
+        assert_equal(deepmatch(items[:, :2], MATRIX, key=drawn), found)
+        rows = capsjax.recommend._random_logits("", drawn, I, J)
     assert len(np.unique(rows)) == rows.size
 
 
