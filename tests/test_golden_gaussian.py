@@ -66,7 +66,8 @@ def check_oracle(function, golden, names, results, *, error, entries=25):
             moved[k][at] += 1e-30j
             pairs = zip(function(*moved), results, strict=True)
             derivative = sum((x.imag * golden[f"ct{name}"]).sum() for x, name in pairs) / 1e-30
-            assert abs(derivative - gradient[at]) < error * np.abs(gradient).max()
+            # Batch normalisation makes the gradients of beta_a rounding errors.
+            assert abs(derivative - gradient[at]) < error * max(np.abs(gradient).max(), 1e-3)
 
 
 IBM = {"it1": (1, 0.01), "it2_lambda01": (2, 0.1), "it3": (3, 0.01)}
@@ -180,44 +181,97 @@ def test_srcapsnet(case):
     check(routing, golden, names, ("_pose", "_a"), error=1e-10, gradient_error=error)
 
 
-def test_yl_1993_with_activations_of_one():
-    golden = load("ylem_dense_ones_it3")
+YL = {  # window, stride, whether all positions share the weights, inverse temperatures
+    "dense_ones_it3": (2, 1, False, [1e-3] * 3),
+    "dense_it1": (2, 1, False, [1e-3]),
+    "dense_it3": (2, 1, False, [1e-3] * 3),
+    "conv_it2_lambda1": (2, 1, False, [1.0] * 2),
+    "conv_it3": (3, 2, False, [1e-3] * 3),
+    "class_it3": (3, 1, True, [1e-3] * 3),
+    "class_coor_it3": (3, 1, True, [1e-3] * 3),
+}
+
+
+@pytest.mark.parametrize("case", YL)
+def test_yl_1993(case):
+    window, stride, shares, temperatures = YL[case]
+    golden = load(f"ylem_{case}")
+    batch, height, width, channels = golden["in_x"].shape
+    types, parents = channels // 17, len(golden["w_beta_u"])
+    rows = np.arange(window, dtype=np.float32) / np.float32(window)
+    coordinates = np.zeros((window, window, types, 4, 4))
+    if "coor" in case:
+        coordinates[..., 0, 0] = rows[:, None, None]
+        coordinates[..., 0, 1] = rows[:, None]
+
+    def arranged(x, w):
+        weights = w[0].reshape(-1, types, parents, 4, 4).transpose(0, 1, 3, 2, 4)
+        if shares:
+            weights = weights + np.zeros((window**2, 1, 1, 1, 1))
+        return (
+            x[..., : 16 * types].reshape(batch, height, width, types, 4, 4),
+            weights.reshape(window, window, *weights.shape[1:]),
+        )
+
+    def results(poses, activations):
+        if "class" in case:
+            return (activations.reshape(batch, parents),)
+        grid = golden["out"].shape[:3]
+        poses = poses.reshape(*grid, 16 * parents), activations.reshape(*grid, parents)
+        return (jnp.concatenate(poses, -1),)
 
     def routing(x, w, beta_u, beta_a):
-        poses, activations = capsjax.em_routing(
-            x[..., :48].reshape(2, 2, 2, 3, 4, 4),
-            jnp.ones((2, 2, 2, 3)),
-            w.reshape(2, 2, 3, 4, 4, 4).transpose(0, 1, 2, 4, 3, 5),
-            beta_u=beta_u,
-            beta_a=beta_a,
-            inverse_temperature=jnp.full(3, 1e-3),
-            min_variance=1e-8,
-            stride=1,
+        poses, weights = arranged(x, w)
+        if "class" in case:  # One window: a dense layer, which takes coordinates.
+            poses = poses.reshape(batch, -1, 4, 4)
+            weights = weights.reshape(-1, *weights.shape[3:])
+        return results(
+            *capsjax.em_routing(
+                poses,
+                jnp.ones(poses.shape[:-2]),
+                weights,
+                beta_u=beta_u,
+                beta_a=beta_a,
+                num_iterations=len(temperatures),
+                inverse_temperature=jnp.array(temperatures),
+                min_variance=1e-8,
+                coordinates=coordinates.reshape(-1, 4, 4) if "coor" in case else None,
+                stride=None if "class" in case else stride,
+                competition="positions" if "class" in case else "types",
+            )
         )
-        return (jnp.concatenate([poses.reshape(2, 1, 1, -1), activations], -1),)
 
     names = "in_x", "w_weights", "w_beta_u", "w_beta_a"
-    # Its couplings times activations are divided by their sums plus 1e-8: activations cancel.
-    check(routing, golden, names, ("",), error=2e-6)
+    # Its couplings times activations are divided by their sums plus 1e-8: activations cancel. A
+    # temperature of 1 leaves parents with so little mass that 1e-8 shows.
+    check(routing, golden, names, ("",), error=5e-3 if case == "conv_it2_lambda1" else 5e-6)
 
     def oracle(x, w, beta_u, beta_a, tiny=1e-8):
-        weights = w.reshape(2, 2, 3, 4, 4, 4).transpose(0, 1, 2, 4, 3, 5)
-        votes, _ = oracles.window_votes(x[..., :48].reshape(2, 2, 2, 3, 4, 4), weights, 1)
-        couplings = np.full(votes.shape[:-1], 1 / 4)
-        for step in range(3):
-            couplings = couplings * x[..., 48:].reshape(2, -1)[:, :, None, None]
+        poses, weights = arranged(x, w)
+        votes, reaches = oracles.window_votes(poses, weights, stride)
+        if "coor" in case:
+            votes = votes + coordinates.reshape(1, -1, 1, 1, 16)
+        couplings = np.broadcast_to(reaches[None, :, :, None] / parents, votes.shape[:-1])
+        activations = x[..., 16 * types :].reshape(batch, -1)[:, :, None, None]
+        for step, temperature in enumerate(temperatures):
+            couplings = couplings * activations
             couplings = couplings / (couplings.sum(3, keepdims=True) + tiny)
             mass = couplings.sum(1)
             shares = (couplings / (mass[:, None] + tiny))[..., None]
             mean = (shares * votes).sum(1)
             variance = (shares * (votes - mean[:, None]) ** 2).sum(1) + tiny
             cost = ((beta_u[:, None] + np.log(variance) / 2) * mass[..., None]).sum(-1)
-            activation = 1 / (1 + np.exp(-1e-3 * (beta_a - cost)))
-            if step < 2:
+            activation = 1 / (1 + np.exp(-temperature * (beta_a - cost)))
+            if step < len(temperatures) - 1:
                 logits = -((votes - mean[:, None]) ** 2) / (2 * variance[:, None])
                 logits = (logits - np.log(2 * np.pi * variance[:, None]) / 2).sum(-1)
                 couplings = oracles.softmax(logits + np.log(activation)[:, None], (3,))
-        return (np.concatenate([mean.reshape(2, 1, 1, -1), activation.reshape(2, 1, 1, 4)], -1),)
+                couplings = couplings * reaches[None, :, :, None]
+        grid = golden["out"].shape[:-1]
+        if "class" in case:
+            return (activation.reshape((*grid, parents)),)
+        found = mean.reshape(*grid, 16 * parents), activation.reshape(*grid, parents)
+        return (np.concatenate(found, -1),)
 
     check_oracle(oracle, golden, names, ("",), error=1e-10)
 
@@ -227,6 +281,9 @@ VB = {  # window, whether all positions share the weights, T
     "dense_diag_it3": (2, False, 3),
     "conv_diag_it3": (3, False, 3),
     "class_shared_it3": (3, True, 3),
+    "dense_diag_it3_bntrain": (2, False, 3),
+    "conv_diag_it3_bntrain": (3, False, 3),
+    "class_shared_coor_it3": (3, True, 3),
 }
 VB_NAMES = ("in_a", "in_pose", "w_W", "w_beta_u", "w_beta_a")
 
@@ -235,8 +292,11 @@ VB_NAMES = ("in_a", "in_pose", "w_W", "w_beta_u", "w_beta_a")
 def test_variational_bayes(case):
     window, shares, num_iterations = VB[case]
     golden = load(f"vb_{case}")
-    batch, _, height, width = golden["in_a"].shape
+    batch, types, height, width = golden["in_a"].shape
     parents = golden["w_W"].shape[2]
+    # Its "coordinates" of a class layer are one number for every child, in two components.
+    coordinates = np.zeros((4, 4))
+    coordinates[:2, 3] = np.float32(0.1) if "coor" in case else 0
 
     def arranged(a, pose, w):
         weights = w[0, :, :, 0, :, :, 0, 0].transpose(4, 5, 0, 2, 1, 3)
@@ -244,10 +304,17 @@ def test_variational_bayes(case):
             weights = weights + np.zeros((window, window, 1, 1, 1, 1))
         return pose.transpose(0, 4, 5, 1, 2, 3), a.transpose(0, 2, 3, 1), weights
 
+    def normalised(x, axes):
+        """Batch normalisation, in training or with fresh statistics."""
+        if "bntrain" not in case:
+            return x / (1 + 1e-5) ** 0.5
+        moved = x - x.mean(axes, keepdims=True)
+        return moved / ((moved * moved).mean(axes, keepdims=True) + 1e-5) ** 0.5
+
     def results(means, logits):
-        # Batch normalisation with fresh statistics.
-        means = means.transpose(0, 3, 4, 5, 1, 2) / (1 + 1e-5) ** 0.5
-        logits = logits.transpose(0, 3, 1, 2) / (1 + 1e-5) ** 0.5
+        means, logits = means.transpose(0, 3, 4, 5, 1, 2), logits.transpose(0, 3, 1, 2)
+        means = normalised(means, (0, 2, 3, 4, 5))
+        logits = normalised(logits, (0, 2, 3))
         return (
             means.reshape(golden["out_pose"].shape),
             (1 / (1 + np.e**-logits)).reshape(golden["out_a"].shape),
@@ -257,19 +324,28 @@ def test_variational_bayes(case):
         pose, a, weights = arranged(a, pose, w)
         grid = height - window + 1, width - window + 1
         if library:
+            windows = {"stride": 1, "starts_at_types": True}
+            if "coor" in case:  # One window: a dense layer, which takes coordinates.
+                children = height * width * types
+                windows = {"coordinates": np.broadcast_to(coordinates, (children, 4, 4))}
+                pose, a = pose.reshape(batch, children, 4, 4), a.reshape(batch, children)
+                weights = weights.reshape(children, *weights.shape[3:])
+            means, logits = capsjax.variational_bayes_routing(
+                pose,
+                a,
+                weights,
+                beta_u=beta_u.reshape(-1),
+                beta_a=beta_a.reshape(-1),
+                num_iterations=num_iterations,
+                **windows,
+            )
+            rows = pose.shape[-2:]
             return results(
-                *capsjax.variational_bayes_routing(
-                    pose,
-                    a,
-                    weights,
-                    beta_u=beta_u.reshape(-1),
-                    beta_a=beta_a.reshape(-1),
-                    num_iterations=num_iterations,
-                    stride=1,
-                    starts_at_types=True,
-                )
+                means.reshape(batch, *grid, parents, *rows), logits.reshape(batch, *grid, parents)
             )
         votes, reaches = oracles.window_votes(pose, weights, 1)
+        if "coor" in case:
+            votes = votes + coordinates.reshape(-1)
         base = np.where(reaches[None, ..., None], np.zeros(votes.shape[:-1]), -np.inf)
         means, logits = oracles.variational_bayes(
             votes,
