@@ -34,9 +34,9 @@ SIZES = (20, 50)
 class Config:
     """The run, the index and the query."""
 
-    workdir: str = flag("runs/interests", "Folder of a train_interests run; it is only read.")
+    workdir: str = flag("runs/interests", "Folder of a train_interests run.")
     data_dir: str = flag("", "Folder of the data; empty: the run's --data_dir.")
-    output: str = flag("runs/interests/export", "Folder for what a server loads.")
+    output: str = flag("", "Folder for what a server loads; empty: export/ in --workdir.")
     user: str = flag(
         "", "Id of the user to recommend to; empty: the first one of the test, unless --history."
     )
@@ -53,7 +53,7 @@ class Config:
 def main(config: Config) -> int:
     """Export the run, load the export as a server would, and print recall and one answer."""
     task, params = interests.load(config.workdir, data_dir=config.data_dir)
-    output = pathlib.Path(config.output)
+    output = pathlib.Path(config.output or pathlib.Path(config.workdir) / "export")
     export(task, params, output)
     server = Server(output, task.config.history_length, links=config.links, effort=config.effort)
     for line in comparison_lines(task, params, server):

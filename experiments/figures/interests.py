@@ -29,7 +29,8 @@ def user_interests(
       nearest: Names of the items nearest to each interest, `[J]`.
       title: Whose history it is, at the start of the figure's title.
       groups: True groups of the items, int `[I]`; names of one group get one colour.
-      over_items: Whether couplings sum to 1 over the items, instead of over the interests.
+      over_items: Whether they are attention, which sums to 1 over the items, and not couplings,
+        which do over the interests.
     """
     parents, children = couplings.shape
     longest = max(map(len, items))
@@ -46,7 +47,7 @@ def user_interests(
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axes, pad=0.01)
-    bar.set_label("sum over items 1" if over_items else "sum over interests 1")
+    bar.set_label("attention" if over_items else "coupling")
     bar.outline.set_visible(False)
     if groups is not None:
         order = {group: index for index, group in enumerate(dict.fromkeys(groups.tolist()))}
