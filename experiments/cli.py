@@ -44,6 +44,7 @@ def flag(
     minimum: float | None = None,
     above: float | None = None,
     maximum: float | None = None,
+    below: float | None = None,
     choices: Sequence[T] | None = None,
     affects_result: bool = True,
 ) -> T:
@@ -55,6 +56,7 @@ def flag(
       minimum: Smallest value allowed.
       above: Strict lower bound.
       maximum: Largest value allowed.
+      below: Strict upper bound.
       choices: The only values allowed.
       affects_result: False for a setting that changes no number (a folder, say): a resumed run
         may change it.
@@ -66,6 +68,8 @@ def flag(
         limits.append((f"above {above}", lambda value: value > above))
     if maximum is not None:
         limits.append((f"at most {maximum}", lambda value: value <= maximum))
+    if below is not None:
+        limits.append((f"below {below}", lambda value: value < below))
     if choices is not None:
         limits.append((f"one of {', '.join(map(str, choices))}", lambda value: value in choices))
     metadata = {"help": help, "limits": limits, "affects_result": affects_result}

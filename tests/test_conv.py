@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import capsjax
-from capsjax.kernels.strided_conv import spectral
+from capsjax.kernels.strided_conv import patches, spectral
 
 
 def _operations(function, *arguments, platform):
@@ -59,12 +59,14 @@ def test_the_spectral_form_is_chosen_where_it_was_measured_to_be_faster(
             trace()
 
 
-def test_the_spectral_form_runs_in_a_shard_map(monkeypatch):
+@pytest.mark.parametrize("form", ["spectral", "patches"])
+def test_the_forms_of_a_cpu_run_in_a_shard_map(form, monkeypatch):
     """Whose images vary over the mesh while the kernel does not."""
     monkeypatch.setattr(spectral, "_worthwhile", lambda *_: True)
+    monkeypatch.setattr(patches, "WHOLE", 0)
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     keys = jax.random.split(jax.random.key(0), 2)
-    arrays = jax.random.normal(keys[0], (2, 8, 7, 3)), jax.random.normal(keys[1], (3, 3, 3, 4))
+    arrays = jax.random.normal(keys[0], (9, 8, 7, 8)), jax.random.normal(keys[1], (3, 3, 8, 4))
 
     def loss(images, kernel, implementation):
         convolved = capsjax.strided_conv(images, kernel, stride=2, implementation=implementation)
@@ -73,13 +75,53 @@ def test_the_spectral_form_runs_in_a_shard_map(monkeypatch):
     @jax.jit
     @jax.shard_map(mesh=mesh, in_specs=(jax.P("data"), jax.P()), out_specs=jax.P("data"))
     def gradients(images, kernel):
-        found = jax.grad(loss, (0, 1))(images, kernel, "spectral")
+        found = jax.grad(loss, (0, 1))(images, kernel, form)
         return found[0], found[1][None]
 
     images, kernel = gradients(*arrays)
     wanted = jax.grad(loss, (0, 1))(*arrays, "xla")
     np.testing.assert_allclose(images, wanted[0], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(kernel[0], wanted[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("batch", "stride"), [(8, 1), (6, 2), (1, 1)])
+def test_patches_of_blocks_give_the_values_and_gradients_of_xla(batch, stride, monkeypatch):
+    monkeypatch.setattr(patches, "WHOLE", 0)
+    rng = np.random.default_rng(0)
+    shapes = (batch, 7, 9, 8), (3, 2, 8, 5)
+
+    def loss(images, kernel, implementation):
+        convolved = capsjax.strided_conv(
+            images, kernel, stride=stride, implementation=implementation
+        )
+        return (convolved**3).sum()
+
+    with jax.enable_x64(True):
+        arrays = [jnp.asarray(rng.normal(size=shape)) for shape in shapes]
+        both = jax.value_and_grad(loss, (0, 1))
+        found, wanted = (both(*arrays, name) for name in ("patches", "xla"))
+        traced = jax.make_jaxpr(lambda *arrays: loss(*arrays, "patches"))(*arrays)
+        for a, b in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
+        one_by_one = jax.vmap(capsjax.strided_conv, (0, None))(arrays[0][:, None], arrays[1])
+        np.testing.assert_allclose(
+            one_by_one[:, 0], capsjax.strided_conv(*arrays, implementation="xla"), atol=1e-11
+        )
+    assert ("scan" in str(traced)) == (batch > 1)
+
+
+def test_blocks_are_made_of_large_batches_of_known_size_and_many_channels():
+    def has_loop(batch, channels):
+        shapes = (batch, 24, 24, channels), (3, 3, channels, 64)
+        arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        traced = jax.make_jaxpr(
+            lambda *arrays: capsjax.strided_conv(*arrays, implementation="patches")
+        )(*arrays)
+        return "scan" in str(traced)
+
+    symbolic = jax.export.symbolic_shape("b")[0]
+    assert has_loop(128, 32)
+    assert not any(has_loop(*sizes) for sizes in ((16, 32), (128, 4), (symbolic, 32)))
 
 
 @pytest.mark.parametrize("leading", [(0,), (2, 0)])

@@ -75,6 +75,7 @@ EFFECTS = {
     "canvas": (32, compiling),
     "diagnostics": (True, training),
     "network": ("pooling_cnn", compiling),
+    "ema_decay": (0.9, compiling),
     "conv_channels": (3, compiling),
     "primary_types": (2, compiling),
     "primary_scale": (0.5, compiling),

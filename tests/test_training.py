@@ -335,6 +335,7 @@ def test_a_test_loss_that_is_not_finite_is_named(dataset):
         empty_window=loop.empty_window,
         step=lambda state, images, labels: state,
         compile_step=lambda state, images, labels: None,
+        evaluated=lambda state: state.params,
         evaluate=lambda *_, batch_size: bad,
     )
     state = loop.State({}, optax.EmptyState(), jnp.int32(4), jnp.zeros(2), window)

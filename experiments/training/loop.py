@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
+from flax import nnx, traverse_util
 from jax import Array
 from jax.sharding import SingleDeviceSharding
 
@@ -20,7 +20,7 @@ from experiments.errors import InputError
 from experiments.training.objectives import Objective
 from experiments.training.transforms import scaled
 
-Params = dict[str, Any]
+Params = dict[str, Any]  # parameters, and statistics of batch normalisation if there are any
 
 
 class Window(NamedTuple):
@@ -40,6 +40,14 @@ class State(NamedTuple):
     step: Array  # int32, steps done
     key: Array  # uint32 key data; a step's own key is folded in
     window: Window
+
+
+class Averaged(NamedTuple):
+    """The state of an optimizer whose parameters are averaged, from `averaged`."""
+
+    optimizer: optax.OptState
+    average: Params
+    steps: Array  # int32
 
 
 class Evaluation(NamedTuple):
@@ -79,6 +87,8 @@ class Trainer:
 
     Attributes:
       network: The network with shapes and dtypes in place of arrays.
+      has_statistics: Whether the network normalises by batches. Its statistics (`nnx.BatchStat`)
+        lie among the parameters; steps update them, and the optimizer does not see them.
       step: From a state, images and labels to the next state; the given state is donated.
       empty_window: Makes the `Window` without steps.
 
@@ -97,6 +107,9 @@ class Trainer:
         self.optimizer = optimizer
         self.network: Any = nnx.eval_shape(build)
         self._graph, _ = nnx.split(self.network)
+        statistics = nnx.to_pure_dict(nnx.state(self.network, nnx.BatchStat))
+        self._statistics = frozenset(traverse_util.flatten_dict(statistics))
+        self.has_statistics = bool(self._statistics)
         self._shapes = jax.eval_shape(
             lambda params: self._state(params, jnp.zeros(2, jnp.uint32)),
             jax.eval_shape(self._params),
@@ -156,7 +169,14 @@ class Trainer:
 
     def model(self, params: Params) -> Any:
         """Return the network with these parameters, of the type that `build` returns."""
-        return nnx.merge(self._graph, params)
+        # A copy, because variables can be updated only in the trace that creates them.
+        return nnx.merge(self._graph, params, copy=self.has_statistics)
+
+    def evaluated(self, state: State) -> Params:
+        """Return the parameters to evaluate: the averaged ones if the optimizer averages."""
+        if not isinstance(state.optimizer, Averaged):
+            return state.params
+        return _joined(state.optimizer.average, self._parts(state.params)[1])
 
     def evaluate(
         self, params: Params, examples: datasets.Examples, *, batch_size: int
@@ -184,9 +204,18 @@ class Trainer:
         return nnx.to_pure_dict(nnx.state(self.build()))
 
     def _state(self, params: Params, key: Array) -> State:
+        trained, _ = self._parts(params)
         return State(
-            params, self.optimizer.init(params), jnp.zeros((), jnp.int32), key, empty_window()
+            params, self.optimizer.init(trained), jnp.zeros((), jnp.int32), key, empty_window()
         )
+
+    def _parts(self, params: Params) -> tuple[Params, Params]:
+        """Split into what the optimizer trains, and the statistics."""
+        if not self.has_statistics:
+            return params, {}
+        flat = traverse_util.flatten_dict(params)
+        statistics = {path: flat.pop(path) for path in self._statistics}
+        return traverse_util.unflatten_dict(flat), traverse_util.unflatten_dict(statistics)
 
     def _local_model(self, params: Params) -> Any:
         """Return the network that one device runs in a step, with its shards of parameters."""
@@ -196,19 +225,25 @@ class Trainer:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         images = self.objective.augment(scaled(images), key, axis_name=self._axes)
 
-        def mean_loss(params: Params) -> tuple[Array, Array]:
-            model = self._local_model(params)
-            losses, scores = self.objective.loss(model, images, labels, key, axis_name=self._axes)
-            return losses.mean(), scores
+        trained, statistics = self._parts(state.params)
+        objective = self.objective.at_step(state.step)
 
-        (loss, scores), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+        def mean_loss(trained: Params) -> tuple[Array, tuple[Array, Params]]:
+            model = self._local_model(_joined(trained, statistics))
+            losses, scores = objective.loss(model, images, labels, key, axis_name=self._axes)
+            updated = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)) if statistics else {}
+            return losses.mean(), (scores, updated)
+
+        (loss, (scores, statistics)), gradients = jax.value_and_grad(mean_loss, has_aux=True)(
+            trained
+        )
         errors = jnp.mean(self.objective.errors(scores, labels).astype(jnp.float32))
         loss, errors, gradients = self._averaged(loss, errors, gradients)
-        updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
+        updates, optimizer = self.optimizer.update(gradients, state.optimizer, trained)
         finite = jnp.isfinite(loss) & jnp.isfinite(self._norm(gradients))
         seen = state.window
         return State(
-            params=optax.apply_updates(state.params, updates),
+            params=_joined(optax.apply_updates(trained, updates), statistics),
             optimizer=optimizer,
             step=state.step + 1,
             key=state.key,
@@ -255,6 +290,27 @@ def adam(
     """Return Adam with a learning rate that decays exponentially over `num_steps` steps."""
     factor = final_learning_rate / learning_rate
     return optax.adam(optax.exponential_decay(learning_rate, num_steps, factor))
+
+
+def averaged(optimizer: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
+    """Keep an exponential moving average of the parameters, beside an optimizer's own state.
+
+    The decay is at most (1 + n) / (10 + n) after n steps, so that the initial parameters, which
+    start the average, are soon forgotten.
+    """
+
+    def init(params: Params) -> Averaged:
+        copied = jax.tree.map(jnp.copy, params)  # a buffer cannot be donated twice
+        return Averaged(optimizer.init(params), copied, jnp.zeros((), jnp.int32))
+
+    def update(gradients: Params, state: Averaged, params: Params) -> tuple[Params, Averaged]:
+        updates, inner = optimizer.update(gradients, state.optimizer, params)
+        rate = 1 - jnp.minimum(decay, (1 + state.steps) / (10 + state.steps))
+        new = optax.apply_updates(params, updates)
+        average = optax.incremental_update(new, state.average, rate)
+        return updates, Averaged(inner, average, state.steps + 1)
+
+    return optax.GradientTransformation(init, update)
 
 
 def train(
@@ -311,13 +367,14 @@ def train(
         )
         state = state._replace(window=trainer.empty_window())
         if epoch_ends:
-            evaluation = trainer.evaluate(state.params, test_examples, batch_size=batch_size)
+            params = trainer.evaluated(state)
+            evaluation = trainer.evaluate(params, test_examples, batch_size=batch_size)
             if not math.isfinite(evaluation.loss):
                 raise _not_finite("the loss on the test data", step)
             row["test_loss"] = evaluation.loss
             row |= trainer.objective.test_metrics(evaluation.scores, test_examples.labels)
             if extra_metrics is not None:
-                row |= extra_metrics(state.params)
+                row |= extra_metrics(params)
         started, started_at = time.perf_counter(), step
         yield Progress(step, state, row)
 
@@ -327,6 +384,14 @@ def check_finite(window: Window) -> None:
     bad_step = int(window.bad_step)
     if bad_step >= 0:
         raise _not_finite("the loss or its gradient", bad_step)
+
+
+def _joined(trained: Params, statistics: Params) -> Params:
+    """Join the two parts of the parameters."""
+    if not statistics:
+        return trained
+    flat = traverse_util.flatten_dict(trained) | traverse_util.flatten_dict(statistics)
+    return traverse_util.unflatten_dict(flat)
 
 
 def _not_finite(what: str, step: int) -> InputError:

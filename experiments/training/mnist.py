@@ -7,11 +7,27 @@ from experiments.data import datasets
 from experiments.errors import InputError
 from experiments.training import loop, networks, objectives, runs
 
+MARGIN_EPOCHS = 10  # in which the margin of the spread loss grows; the paper does not say
+
 
 @dataclasses.dataclass(frozen=True)
 class Config(networks.Settings, runs.Settings):
     """Settings of train_mnist; the defaults are the paper's network, recipe and data."""
 
+    network: str = flag(
+        "capsnet",
+        "capsnet; cnn: the paper's baseline for MNIST; pooling_cnn: a small CNN with max-pooling; "
+        "or another capsule network with its paper's sizes, whose routing and channels no flag "
+        "changes (matrix_capsnet: the small one).",
+        choices=(*networks.NETWORKS, *networks.PUBLISHED),
+    )
+    ema_decay: float = flag(
+        0.0,
+        "Evaluate an exponential moving average of the parameters with this decay a step, lower in "
+        "the first steps; 0: the parameters themselves.",
+        minimum=0,
+        below=1,
+    )
     reconstruction_weight: float = flag(
         5e-4, "Weight of the reconstruction loss, a sum of squares; 0: no decoder.", minimum=0
     )
@@ -44,16 +60,26 @@ def build(config: Config, dataset: datasets.Dataset) -> loop.Trainer:
     side = config.canvas or side
     shape = side, side, channels
     moves = (dataset.num_classes, config.shift, config.canvas)
-    objective: objectives.Objective = (
-        objectives.CapsuleClassification(*moves, config.reconstruction_weight)
-        if config.network == "capsnet"
-        else objectives.SoftmaxClassification(*moves)
-    )
     optimizer = loop.adam(
         config.learning_rate,
         final_learning_rate=config.final_learning_rate,
         num_steps=num_steps,
     )
+    if config.ema_decay:
+        optimizer = loop.averaged(optimizer, config.ema_decay)
+    epoch_steps = dataset.train.size // config.batch_size
+    objective: objectives.Objective
+    match config.network:
+        case "capsnet" | "efficient_capsnet" as name:
+            objective = objectives.CapsuleClassification(
+                *moves, config.reconstruction_weight, name == "efficient_capsnet"
+            )
+        case "matrix_capsnet":
+            objective = objectives.SpreadClassification(*moves, MARGIN_EPOCHS * epoch_steps)
+        case "sr_capsnet" | "inverted_attention_capsnet" as name:
+            objective = objectives.NormalisedClassification(*moves, name == "sr_capsnet")
+        case _:
+            objective = objectives.SoftmaxClassification(*moves)
     return loop.Trainer(
         lambda: networks.build(config, shape, dataset.num_classes, seed=config.seed),
         objective,

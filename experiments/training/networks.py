@@ -1,11 +1,11 @@
-"""Build the networks that the programs train, by name: CapsNet and two CNNs as controls.
+"""Build the networks that the programs train, by name: capsule networks, and two CNNs as controls.
 
 Shape letters are those of `capsjax.shapes`; K is the number of classes.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,26 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from capsjax import nn
-from capsjax.models import CapsNet
+from capsjax.models import (
+    CapsNet,
+    EfficientCapsNet,
+    InvertedAttentionCapsNet,
+    MatrixCapsNet,
+    SRCapsNet,
+)
 from experiments.cli import flag
 from experiments.errors import InputError
 from experiments.training.transforms import AxisName, draw
+
+NETWORKS = ("capsnet", "cnn", "pooling_cnn")
+# Networks with the sizes of their papers, except for the images'. Of the other settings they take
+# dtype and, if their layers do, implementation.
+PUBLISHED: dict[str, Callable[..., nnx.Module]] = {
+    "efficient_capsnet": EfficientCapsNet,
+    "matrix_capsnet": MatrixCapsNet.small,
+    "sr_capsnet": SRCapsNet,
+    "inverted_attention_capsnet": InvertedAttentionCapsNet,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +43,7 @@ class Settings:
     network: str = flag(
         "capsnet",
         "capsnet; cnn: the paper's baseline for MNIST; pooling_cnn: a small CNN with max-pooling.",
-        choices=("capsnet", "cnn", "pooling_cnn"),
+        choices=NETWORKS,
     )
     num_iterations: int = flag(3, "Routing iterations; with 1, couplings are uniform.", minimum=1)
     gradient: str = flag(
@@ -143,7 +159,7 @@ class Cnn(nnx.Module):
 
 def build(
     settings: Settings, image_shape: tuple[int, int, int], num_classes: int, *, seed: int
-) -> CapsNet | Cnn:
+) -> nnx.Module:
     """Build the network of the settings for images of a shape `(H, W, C)`.
 
     Raises:
@@ -163,6 +179,18 @@ def build(
                 dtype=dtype,
                 rngs=rngs,
             )
+        implementation = None if settings.implementation == "auto" else settings.implementation
+        if settings.network in PUBLISHED:
+            takes = settings.network in ("efficient_capsnet", "matrix_capsnet")
+            if implementation and not takes:
+                raise InputError(
+                    f"--implementation must be auto for --network={settings.network}, got "
+                    f"{implementation!r}"
+                )
+            named = {"implementation": implementation} if takes else {}
+            return PUBLISHED[settings.network](
+                image_shape, num_classes, dtype=dtype, rngs=rngs, **named
+            )
         return CapsNet(
             image_shape,
             num_classes,
@@ -173,7 +201,7 @@ def build(
             capsule_bias=settings.capsule_bias or None,
             num_iterations=settings.num_iterations,
             gradient=settings.gradient,
-            implementation=None if settings.implementation == "auto" else settings.implementation,
+            implementation=implementation,
             dtype=dtype,
             rngs=rngs,
         )

@@ -4,7 +4,7 @@ Shape letters are those of `capsjax.shapes`; K is the number of classes.
 """
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,9 @@ class Objective(Protocol):
 
     def augment(self, images: Array, key: Array, *, axis_name: AxisName = None) -> Array:
         """Augment training images `[B, H, W, C]` at random."""
+
+    def at_step(self, step: Array) -> "Objective":
+        """Return the objective of a training step; `step` counts those before it."""
 
     def loss(
         self,
@@ -66,6 +69,11 @@ class Classification:
             return moved
         return placed(moved, jax.random.fold_in(key, 1), self.canvas, axis_name=axis_name)
 
+    def at_step(self, step: Array) -> Self:
+        """Return this objective, which is the same at all steps."""
+        del step
+        return self
+
     def errors(self, scores: Array, labels: Array) -> Array:
         """Return whether the label is not the class of the highest score."""
         return jnp.argmax(scores, axis=1) != labels
@@ -80,6 +88,7 @@ class CapsuleClassification(Classification):
     """Margin loss of capsule lengths, with reconstruction as a regulariser."""
 
     reconstruction_weight: float
+    batch_statistics: bool = False  # whether the network normalises by the batch in training
 
     def loss(
         self,
@@ -96,7 +105,8 @@ class CapsuleClassification(Classification):
         before the classes do; in a test, from the longest capsule.
         """
         del axis_name
-        capsules = model(images)
+        training = {"training": key is not None} if self.batch_statistics else {}
+        capsules = model(images, **training)
         lengths = capsjax.lengths(capsules).astype(jnp.float32)
         loss = capsjax.margin_loss(lengths, jax.nn.one_hot(labels, self.num_classes))
         if self.reconstruction_weight:
@@ -134,6 +144,77 @@ class SoftmaxClassification(Classification):
 
 
 @dataclasses.dataclass(frozen=True)
+class NormalisedClassification(Classification):
+    """Softmax cross-entropy of a network that normalises by the batch in training."""
+
+    probabilities: bool  # whether the network returns probabilities, or logits
+
+    def loss(
+        self,
+        model: Any,
+        images: Array,
+        labels: Array,
+        key: Array | None,
+        *,
+        axis_name: AxisName = None,
+    ) -> tuple[Array, Array]:
+        """Compute the cross-entropy; with a key, by the statistics of the batch."""
+        del axis_name
+        found = self._log_probabilities(model(images, training=key is not None))
+        loss = -jnp.take_along_axis(found, labels[:, None], axis=1)[:, 0]
+        return loss, jnp.exp(found)
+
+    def scores(self, model: Any, images: Array) -> Array:
+        """Return the probabilities of the classes."""
+        return jnp.exp(self._log_probabilities(model(images)))
+
+    def _log_probabilities(self, output: Array) -> Array:
+        output = output.astype(jnp.float32)
+        if not self.probabilities:
+            return jax.nn.log_softmax(output)
+        # A probability that rounds to 0 keeps a finite loss, and no gradient.
+        return jnp.log(jnp.maximum(output, jnp.finfo(jnp.float32).tiny))
+
+
+@dataclasses.dataclass(frozen=True)
+class SpreadClassification(Classification):
+    """Spread loss of the class capsules' activations, with a growing margin.
+
+    Source: Hinton, Sabour and Frosst, "Matrix capsules with EM routing", section 4.1,
+    https://openreview.net/forum?id=HJWLfGWRb: the margin grows linearly from 0.2 to 0.9. The paper
+    does not say within which steps; here within `growing_steps`.
+    """
+
+    growing_steps: int
+    margin: float | Array = 0.9  # in a test too
+
+    def at_step(self, step: Array) -> Self:
+        """Return the objective with the margin of a step."""
+        grown = jnp.minimum(step / self.growing_steps, 1)
+        return dataclasses.replace(self, margin=0.2 + 0.7 * grown)
+
+    def loss(
+        self,
+        model: Any,
+        images: Array,
+        labels: Array,
+        key: Array | None,
+        *,
+        axis_name: AxisName = None,
+    ) -> tuple[Array, Array]:
+        """Sum the squares of the margins that the wrong classes leave missing."""
+        del key, axis_name
+        scores = self.scores(model, images)
+        true = jnp.take_along_axis(scores, labels[:, None], axis=1)
+        missing = jnp.maximum(0, self.margin - (true - scores)) ** 2
+        return jnp.where(jax.nn.one_hot(labels, self.num_classes) > 0, 0, missing).sum(1), scores
+
+    def scores(self, model: Any, images: Array) -> Array:
+        """Return the activations of the class capsules."""
+        return model(images)[1].astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
 class Overlaid:
     """Classification of two overlaid digits of different classes, from `multimnist.OverlaidDigits`.
 
@@ -147,6 +228,11 @@ class Overlaid:
         """Return the images unchanged: the data set shifts the digits itself."""
         del key, axis_name
         return images
+
+    def at_step(self, step: Array) -> Self:
+        """Return this objective, which is the same at all steps."""
+        del step
+        return self
 
     def errors(self, scores: Array, labels: Array) -> Array:
         """Return whether the two highest scores are not those of the two labels."""

@@ -53,7 +53,8 @@ def spread(trainer: loop.Trainer, settings: Settings, *, batch_size: int) -> loo
     """Return a trainer for the devices that the settings ask for; for one device, the given one.
 
     Raises:
-      InputError: There are not so many devices, or batch or capsules cannot be split so.
+      InputError: There are not so many devices, or batch, capsules or batch normalisation cannot be
+        split so.
     """
     shape = mesh_shape(settings, jax.device_count(), processes=jax.process_count())
     size = shape[0] * shape[1]
@@ -67,6 +68,11 @@ def spread(trainer: loop.Trainer, settings: Settings, *, batch_size: int) -> loo
             f"that are: {nearest}"
         )
     _check_capsules(trainer, shape[1])
+    if trainer.has_statistics:
+        raise InputError(
+            "--data_parallel and --capsule_parallel must be 1 for a network with batch "
+            f"normalisation, got {shape[0]} x {shape[1]}"
+        )
     mesh = jax.make_mesh(
         shape,
         (DATA, CAPSULES),
@@ -248,7 +254,7 @@ def _check_capsules(trainer: loop.Trainer, parts: int) -> None:
     if parts == 1:
         return
     if not isinstance(trainer.network, CapsNet):
-        rule = "--capsule_parallel must be 1 for a network without capsules"
+        rule = "--capsule_parallel must be 1 for a network other than capsnet"
         raise InputError(f"{rule}, got {parts}")
     capsules = trainer.network.capsules.weights.shape[0]
     if capsules % parts:

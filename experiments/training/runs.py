@@ -172,8 +172,8 @@ def train(
       extra_metrics: As in `loop.train`.
 
     Returns:
-      The exit status (128 + the signal's number if the run was stopped) and the parameters, sharded
-      as the trainer shards them.
+      The exit status (128 + the signal's number if the run was stopped) and the parameters to
+      evaluate, sharded as the trainer shards them.
 
     Raises:
       InputError: The workdir holds another run, has lost its checkpoints or cannot be written, or
@@ -250,7 +250,7 @@ def train(
         if number and processes.is_lead():
             name = signal.Signals(number).name
             logging.info("%s: saved at step %d; the same --workdir goes on from there", name, step)
-        return (128 + number if number else 0), state.params
+        return (128 + number if number else 0), trainer.evaluated(state)
 
 
 def _last_checkpoint(workdir: pathlib.Path) -> str:

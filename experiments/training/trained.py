@@ -31,7 +31,7 @@ class Trained(NamedTuple):
 
     @property
     def model(self) -> Any:
-        """The network: a `CapsNet` or a `networks.Cnn`."""
+        """The network that the run's `--network` names."""
         return self.trainer.model(self.params)
 
 
@@ -125,7 +125,7 @@ def check_data(config: runs.Settings, dataset: datasets.Dataset, sha256: str, wo
 
 
 def restored(trainer: loop.Trainer, workdir: str) -> tuple[int, loop.Params]:
-    """Return the newest checkpoint's step and parameters, on the trainer's devices.
+    """Return the newest checkpoint's step and parameters to evaluate, on the trainer's devices.
 
     Raises:
       InputError: There is none.
@@ -134,4 +134,4 @@ def restored(trainer: loop.Trainer, workdir: str) -> tuple[int, loop.Params]:
         found = checkpoints.restore(trainer.abstract_state())
     if found is None:
         raise InputError(f"workdir {workdir} has no checkpoint yet; let it train further")
-    return found[0], found[1].params
+    return found[0], trainer.evaluated(found[1])
