@@ -28,7 +28,7 @@ from experiments.data import datasets, interactions
 from experiments.data.interactions import HeldOut, Interactions, Split
 from experiments.errors import InputError
 from experiments.training import interest_networks, records, signals, trained
-from experiments.training.checkpoints import Checkpoints, begin_training
+from experiments.training.checkpoints import Checkpoints, begin_training, check_metrics
 
 Params = dict[str, Any]
 
@@ -284,6 +284,7 @@ def train(task: Task, evaluate: Callable[[Task, Params, HeldOut], Metrics]) -> t
             )
         if step:
             logging.info("going on from step %d of %d in %s", step, last_step, workdir)
+        check_metrics(workdir, step)
         metrics = stack.enter_context(
             records.Metrics(workdir, step=step, tensorboard=config.tensorboard)
         )

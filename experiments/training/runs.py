@@ -15,7 +15,12 @@ from experiments.cli import flag
 from experiments.data import datasets
 from experiments.errors import InputError
 from experiments.training import loop, parallel, processes, records, signals
-from experiments.training.checkpoints import Checkpoints, begin_training, saved_steps
+from experiments.training.checkpoints import (
+    Checkpoints,
+    begin_training,
+    check_metrics,
+    saved_steps,
+)
 
 
 class Display:
@@ -218,6 +223,7 @@ def train(
                 "starts again at step 0; save sooner with --checkpoint_every_steps",
                 *(workdir, stopped_at),
             )
+        processes.on_lead(lambda: check_metrics(workdir, first_step))
         metrics = processes.on_lead(
             lambda: stack.enter_context(
                 records.Metrics(workdir, step=first_step, tensorboard=settings.tensorboard)
