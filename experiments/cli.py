@@ -39,6 +39,8 @@ _PARSERS: dict[type, flags.ArgumentParser[Any]] = {
     str: flags.ArgumentParser(),
 }
 _TYPE_RULES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+# What float32 can represent, without subnormal numbers, which devices may take for 0.
+_SMALLEST, _LARGEST = 1.2e-38, 3.4e38
 _NUMBER = re.compile(r"[-+\N{MINUS SIGN}]?[\d.]")
 
 
@@ -90,6 +92,8 @@ def validate(config: Any) -> None:
             raise _refusal(field.name, _TYPE_RULES[kind], value)
         if kind is float and not math.isfinite(value):
             raise _refusal(field.name, "finite", value)
+        if kind is float and value and not _SMALLEST <= abs(value) <= _LARGEST:
+            raise _refusal(field.name, f"0, or {_SMALLEST:g} to {_LARGEST:g} in size", value)
         for rule, keeps in field.metadata["limits"]:
             if not keeps(value):
                 raise _refusal(field.name, rule, value)
@@ -116,6 +120,15 @@ def run(config_class: type[Any], main: Callable[[Any], int | None]) -> typing.No
             sys.stdout.flush()
     except InputError as error:
         print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        status = 2
+    except MemoryError as error:  # NumPy says how many bytes
+        print(f"{program}: out of memory: {str(error) or 'use smaller sizes'}", file=sys.stderr)
+        status = 2
+    except RuntimeError as error:
+        if not (reason := str(error)).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        # JAX's; XLA says how many bytes.
+        print(f"{program}: {' '.join(reason.splitlines()[0].split())}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)

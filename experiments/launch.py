@@ -27,7 +27,7 @@ GRACE_SECONDS = 20  # from the first failure until all other processes are kille
 class Config:
     """Number of processes and restarts."""
 
-    num_processes: int = flag(2, "Processes to start.", minimum=1)
+    num_processes: int = flag(2, "Processes to start.", minimum=1, maximum=1024)
     restarts: int = flag(0, "Restarts from the last checkpoint after a process fails.", minimum=0)
 
 

@@ -96,6 +96,8 @@ def test_flags_override_those_before_them_also_in_a_flagfile(run, tmp_path):
         ("--learning_rate=٣", "--learning_rate must be a number, got '٣'"),
         ("--learning_rate=0", "--learning_rate must be above 0, got 0.0"),
         ("--learning_rate=-1e-3", "--learning_rate must be above 0, got -0.001"),
+        ("--learning_rate=1e-320", r"--learning_rate must be 0, or 1.2e-38 to .*, got 1e-320"),
+        ("--learning_rate=1e300", r"--learning_rate must be 0, or .* to 3.4e\+38 in size, got 1.*"),
         ("--learning_rate=nan", "--learning_rate must be finite, got nan"),
         ("--learning_rate=inf", "--learning_rate must be finite, got inf"),
         ("--learning_rate=1e999", "--learning_rate must be finite, got inf"),
@@ -151,6 +153,19 @@ def test_other_exceptions_are_not_caught(monkeypatch):
 def test_ctrl_c_ends_with_one_line_and_status_130(run):
     status, _, stdout, stderr = run(result=KeyboardInterrupt())
     assert (status, stdout, stderr) == (130, "", "train_mnist: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError("Unable to allocate 7 TiB"), "out of memory: Unable to allocate 7 TiB"),
+        (MemoryError(), "out of memory: use smaller sizes"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of\nmore"), "RESOURCE_EXHAUSTED: Out of"),
+    ],
+)
+def test_too_little_memory_ends_with_one_line(run, error, message):
+    status, _, _, stderr = run(result=error)
+    assert (status, stderr) == (2, f"train_mnist: {message}\n")
 
 
 def test_help_lists_every_flag_with_default_and_limits(run):
@@ -244,6 +259,20 @@ def test_stderr_holds_the_programs_own_log_lines_and_warnings_only(script, tmp_p
     done = script(f"--workdir={tmp_path / 'run'}")
     assert (done.returncode, done.stdout) == (0, "")
     assert re.fullmatch(r"I \d\d:\d\d:\d\d saved \[1\]\nW \d\d:\d\d:\d\d beware\n", done.stderr)
+
+
+def test_a_missing_extra_is_named(tmp_path):
+    """A package that cannot be imported, in place of the installed one."""
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['nbformat'] = None")
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.run_tutorial", "--help"],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "nbformat is missing: pip install 'capsjax[tutorial]'\n"
 
 
 PRINTING = """

@@ -79,9 +79,12 @@ class Config(interest_networks.Settings):
         choices=("uniform", "log_uniform"),
     )
     num_negatives: int = flag(
-        200, "Negatives of a step, common to its examples, of a sampled softmax.", minimum=1
+        200,
+        "Negatives of a step, common to its examples, of a sampled softmax.",
+        minimum=1,
+        maximum=10_000_000,
     )
-    batch_size: int = flag(128, "Examples in one step.", minimum=1)
+    batch_size: int = flag(128, "Examples in one step.", minimum=1, maximum=2**31 - 1)
     num_epochs: int = flag(30, "Passes over the training positions.", minimum=1)
     patience: int = flag(
         5, "Stop after so many epochs without a better validation; 0: never.", minimum=0
@@ -96,7 +99,9 @@ class Config(interest_networks.Settings):
         minimum=0,
         maximum=0.9,
     )
-    weight_decay: float = flag(0.0, "Decoupled weight decay of Adam, all parameters.", minimum=0)
+    weight_decay: float = flag(
+        0.0, "Decoupled weight decay of Adam, all parameters.", minimum=0, maximum=1e6
+    )
     seed: int = flag(
         0, "Seed of parameters, order of examples and negatives.", minimum=0, maximum=2**32 - 1
     )
