@@ -67,7 +67,7 @@ def check_shape(
 def check_positive(function: str, name: str, value: int) -> int:
     """Return the value as an int; raise ValueError unless it is an integer of at least 1."""
     try:
-        number = operator.index(value)
+        number = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = 0
     if number < 1:

@@ -46,8 +46,10 @@ TOLERANCE = 1e-4  # maximum absolute error of class capsules, whose lengths are 
 class Config:
     """What to measure, and how often."""
 
-    batch_size: int = flag(128, "Images in one step.", minimum=1)
-    image_size: int = flag(28, "Height and width of the images, in pixels.", minimum=17)
+    batch_size: int = flag(128, "Images in one step.", minimum=1, maximum=2**20)
+    image_size: int = flag(
+        28, "Height and width of the images, in pixels.", minimum=17, maximum=4096
+    )
     repeats: int = flag(5, "Timed rounds.", minimum=1)
     plain_repeats: int = flag(
         1, "Rounds that include plain JAX, at a minute a step; 0: none.", minimum=0

@@ -5,11 +5,15 @@ absl's show the user less: its parsers accept NaN and know no strict bound, its 
 "invalid literal for int() with base 10", and its help sorts the flags of a Config by name.
 """
 
+import contextlib
 import dataclasses
+import io
 import logging
 import math
+import os
 import pathlib
 import re
+import signal
 import sys
 import textwrap
 import typing
@@ -23,6 +27,7 @@ import rich.table
 from absl import flags
 from absl import logging as absl_logging
 
+import experiments
 from experiments.errors import InputError
 
 T = TypeVar("T", bool, int, float, str)
@@ -34,6 +39,8 @@ _PARSERS: dict[type, flags.ArgumentParser[Any]] = {
     str: flags.ArgumentParser(),
 }
 _TYPE_RULES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+# What float32 can represent, without subnormal numbers, which devices may take for 0.
+_SMALLEST, _LARGEST = 1.2e-38, 3.4e38
 _NUMBER = re.compile(r"[-+\N{MINUS SIGN}]?[\d.]")
 
 
@@ -89,6 +96,8 @@ def validate(config: Any) -> None:
             raise _refusal(field.name, _TYPE_RULES[kind], value)
         if kind is float and not math.isfinite(value):
             raise _refusal(field.name, "finite", value)
+        if kind is float and value and not _SMALLEST <= abs(value) <= _LARGEST:
+            raise _refusal(field.name, f"0, or {_SMALLEST:g} to {_LARGEST:g} in size", value)
         for rule, keeps in field.metadata["limits"]:
             if not keeps(value):
                 raise _refusal(field.name, rule, value)
@@ -97,33 +106,58 @@ def validate(config: Any) -> None:
 def run(config_class: type[Any], main: Callable[[Any], int | None]) -> typing.NoReturn:
     """Build the Config from the command line, call `main` and exit with the status it returns.
 
-    Bad input prints one line to stderr and exits with status 2.
+    Bad input prints one line to stderr and exits with status 2, Ctrl-C with 130. Output that cannot
+    be written is bad input; where its reader has gone, the program ends as by SIGPIPE, and says
+    nothing.
 
     Args:
       config_class: A frozen dataclass whose fields are made by `flag`.
       main: The program. It returns None or 0 for success, and may raise InputError.
     """
     program = pathlib.Path(sys.argv[0]).stem
+    if is_process := signal.getsignal(signal.SIGINT) is experiments.end_quietly:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # below, it is caught
     _configure_logging(main)
+    try:
+        status = _run(config_class, main, program)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except InputError as error:
+        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        status = 2
+    except MemoryError as error:  # NumPy says how many bytes
+        print(f"{program}: out of memory: {str(error) or 'use smaller sizes'}", file=sys.stderr)
+        status = 2
+    except RuntimeError as error:
+        if not (reason := str(error)).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        # JAX's; XLA says how many bytes.
+        print(f"{program}: {' '.join(reason.splitlines()[0].split())}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        status = 128 + signal.SIGINT
+    if is_process:
+        # What Python does at its end would print a traceback on Ctrl-C.
+        signal.signal(signal.SIGINT, experiments.end_quietly)
+    sys.exit(status)
+
+
+def _run(config_class: type[Any], main: Callable[[Any], int | None], program: str) -> int | None:
     # Not absl's global flags, which hold those of every imported library.
     values = flags.FlagValues()
     types = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         flags.DEFINE_flag(_Flag(field, types[field.name]), values)
     flags.DEFINE_boolean("help", False, "Show this text.", values)
-    try:
-        _parse(values)
-        if values["help"].value:
-            print(_help(config_class, main, program))
-            sys.exit(0)
-        names = [field.name for field in dataclasses.fields(config_class)]
-        config = config_class(**{name: values[name].value for name in names})
-        validate(config)
-        status = main(config)
-    except InputError as error:
-        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(status)
+    _parse(values)
+    if values["help"].value:
+        print(_help(config_class, main, program))
+        return 0
+    names = [field.name for field in dataclasses.fields(config_class)]
+    config = config_class(**{name: values[name].value for name in names})
+    validate(config)
+    return main(config)
 
 
 def table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -166,6 +200,9 @@ class _Flag(flags.Flag[Any]):
     def parse(self, argument: Any) -> None:
         """Parse one value; raise InputError if it is of another type."""
         try:
+            # int() and float() also take other scripts' digits, and 1_0.
+            if self._kind in (int, float) and not re.fullmatch(r"[-+0-9.a-zA-Z]+", str(argument)):
+                raise flags.IllegalFlagValueError
             super().parse(argument)
         except flags.IllegalFlagValueError:
             raise _refusal(self.name, _TYPE_RULES[self._kind], argument) from None
@@ -207,6 +244,54 @@ def _paragraph(text: str) -> str:
     return textwrap.fill(text, 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
+class _Output(io.FileIO):
+    """Standard output, which ends the program where it cannot be written."""
+
+    def write(self, data: Any) -> int:
+        """Write all bytes; raise InputError if the system refuses them."""
+        left = memoryview(data)
+        try:
+            while left:
+                left = left[super().write(left) or 0 :]
+        except OSError as error:
+            # What is still buffered goes nowhere, or the end of Python would fail again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            if isinstance(error, BrokenPipeError):
+                sys.exit(128 + signal.SIGPIPE)
+            raise InputError(f"standard output cannot be written: {error.strerror}") from error
+        return len(data)
+
+
+class _Log(io.FileIO):
+    """Standard error, for which no work is given up: what cannot be written is dropped."""
+
+    def write(self, data: Any) -> int:
+        """Write all bytes, or some of them."""
+        left = memoryview(data)
+        with contextlib.suppress(OSError):
+            while left:
+                left = left[super().write(left) or 0 :]
+        return len(data)
+
+
+def _configure_streams() -> None:
+    """Let programs survive standard streams that are closed, full, or of another encoding."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # Else the next file that is opened gets this number, and what is printed.
+            os.open(os.devnull, os.O_RDONLY)
+    encoding = sys.stdout.encoding if sys.stdout else None
+    output = io.BufferedWriter(_Output(1, "w", closefd=False))
+    sys.stdout = io.TextIOWrapper(
+        output, encoding, "backslashreplace", line_buffering=output.isatty()
+    )
+    encoding = sys.stderr.encoding if sys.stderr else None
+    log: Any = _Log(2, "w", closefd=False)
+    sys.stderr = io.TextIOWrapper(log, encoding, "backslashreplace", write_through=True)
+
+
 def _configure_logging(main: Callable[[Any], int | None]) -> None:
     """Send short log lines to stderr: our own from INFO up, those of libraries from WARNING up."""
     # Until the global flags are parsed, absl's handler prints a warning with each line.
@@ -222,8 +307,10 @@ def _configure_logging(main: Callable[[Any], int | None]) -> None:
         is_orbax = "orbax" in record.pathname or record.name == "asyncio"
         return record.levelno >= logging.WARNING and not is_orbax
 
-    absl_logging.use_absl_handler()
+    absl_logging.use_absl_handler()  # which removes other handlers of stderr, so of this stderr
+    _configure_streams()
     absl_logging.set_verbosity(absl_logging.INFO)
     handler = absl_logging.get_absl_handler()
+    handler.python_handler.setStream(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname).1s %(asctime)s %(message)s", "%H:%M:%S"))
     handler.addFilter(is_wanted)

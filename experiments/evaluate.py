@@ -21,7 +21,7 @@ class Config:
         "", "Image files to classify, separated by commas; empty: evaluate the test set."
     )
     data_dir: str = flag("", "Folder of the data set's files; empty: the run's --data_dir.")
-    batch_size: int = flag(128, "Test examples per forward pass.", minimum=1)
+    batch_size: int = flag(128, "Test examples per forward pass.", minimum=1, maximum=2**20)
 
 
 def main(config: Config) -> int:

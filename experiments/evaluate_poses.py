@@ -52,7 +52,7 @@ class Config:
     affnist_dir: str = flag(
         "", "Folder of affNIST's .mat files; empty: --data_dir or, without any there, affnist_like."
     )
-    batch_size: int = flag(128, "Images per forward pass.", minimum=1)
+    batch_size: int = flag(128, "Images per forward pass.", minimum=1, maximum=2**20)
     draws: int = flag(5, "Random transformations of the test set.", minimum=2)
     seed: int = flag(0, "Seed of the random transformations.", minimum=0, maximum=2**32 - 1)
     rotation: float = flag(30.0, "Largest random angle, degrees.", minimum=0, maximum=180)

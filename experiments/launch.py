@@ -3,7 +3,9 @@
 python -m experiments.launch --num_processes=4 -- python -m experiments.train_mnist --workdir=…
 """
 
+import ctypes
 import dataclasses
+import os
 import signal
 import socket
 import subprocess
@@ -18,7 +20,6 @@ from experiments.cli import flag
 from experiments.errors import InputError
 from experiments.training import signals
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE_SECONDS = 20  # from the first failure until all other processes are killed
 
 
@@ -26,7 +27,7 @@ GRACE_SECONDS = 20  # from the first failure until all other processes are kille
 class Config:
     """Number of processes and restarts."""
 
-    num_processes: int = flag(2, "Processes to start.", minimum=1)
+    num_processes: int = flag(2, "Processes to start.", minimum=1, maximum=1024)
     restarts: int = flag(0, "Restarts from the last checkpoint after a process fails.", minimum=0)
 
 
@@ -53,7 +54,7 @@ def main(command: list[str], config: Config) -> int:
             if not failures:
                 return 0
             # No restart: invalid input (2) fails again, and a stop signal ends the whole run.
-            if stopped() or {2, *(128 + number for number in STOP_SIGNALS)} & set(failures):
+            if stopped() or {2, *(128 + number for number in signals.STOP_SIGNALS)} & set(failures):
                 break
     return next((status for status in failures if status == 2), failures[0])
 
@@ -75,7 +76,8 @@ def run_once(command: list[str], count: int, stopped: Callable[[], int]) -> list
             f"--process_id={number}",
         ]
         try:
-            processes.append(subprocess.Popen([*command, *flags]))
+            process = subprocess.Popen([*command, *flags], preexec_fn=end_with(os.getpid()))
+            processes.append(process)
         except OSError as error:
             for process in processes:
                 process.kill()
@@ -99,6 +101,23 @@ def run_once(command: list[str], count: int, stopped: Callable[[], int]) -> list
                 process.kill()  # SIGKILL ends even processes that are suspended
         time.sleep(0.1)
     return [codes[number] for number in range(count)]
+
+
+def end_with(launcher: int) -> Callable[[], None] | None:
+    """Return what a new process calls to get SIGTERM when the launcher dies, however it does.
+
+    Its training saves then, and ends. Only Linux has this.
+    """
+    if sys.platform != "linux":
+        return None
+    prctl, set_death_signal = ctypes.CDLL(None).prctl, 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+
+    def ask() -> None:
+        prctl(set_death_signal, int(signal.SIGTERM), 0, 0, 0)
+        if os.getppid() != launcher:  # it died before
+            os._exit(128 + signal.SIGTERM)
+
+    return ask
 
 
 if __name__ == "__main__":

@@ -38,17 +38,19 @@ class Config:
     cnn_workdir: str = flag("runs/pooling_cnn", "Folder of a run with a CNN; empty: none.")
     output: str = flag("runs/equivariance", "Folder of results.json and equivariance.png.")
     data_dir: str = flag("", "Folder of the data set's files; empty: the runs' --data_dir.")
-    batch_size: int = flag(128, "Images per forward pass.", minimum=1)
+    batch_size: int = flag(128, "Images per forward pass.", minimum=1, maximum=2**20)
     examples_per_class: int = flag(
         40, "Number of test images of each class, the first ones.", minimum=4
     )
-    steps: int = flag(13, "Number of evenly spaced values in each sweep.", minimum=3)
+    steps: int = flag(13, "Number of evenly spaced values in each sweep.", minimum=3, maximum=1001)
     rotation: float = flag(
         60.0, "Largest angle in either direction, degrees.", above=0, maximum=180
     )
-    shift: float = flag(5.0, "Largest horizontal shift in either direction, pixels.", above=0)
-    thinning: float = flag(1.0, "Largest decrease in stroke width, pixels.", minimum=0)
-    thickening: float = flag(2.0, "Largest increase in stroke width, pixels.", above=0)
+    shift: float = flag(
+        5.0, "Largest horizontal shift in either direction, pixels.", above=0, maximum=1000
+    )
+    thinning: float = flag(1.0, "Largest decrease in stroke width, pixels.", minimum=0, maximum=100)
+    thickening: float = flag(2.0, "Largest increase in stroke width, pixels.", above=0, maximum=100)
     seed: int = flag(0, "Seed of the controls with shuffled steps.", minimum=0, maximum=2**32 - 1)
 
 

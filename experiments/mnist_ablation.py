@@ -131,12 +131,13 @@ def is_finished(run: mnist.Config, dataset: datasets.Dataset) -> bool:
     """Return whether a run has its last checkpoint and all of its figures.
 
     Raises:
-      InputError: The run's folder has other settings or data, or has lost its checkpoints.
+      InputError: The run's folder has other settings or data, or has lost checkpoints or metrics.
     """
     if not last_figure(run).exists():
         return False
     records.open_workdir(run.workdir, config=run, data_sha256=dataset.sha256)
     checkpoints.check_not_lost(run.workdir)
+    checkpoints.check_metrics(run.workdir)
     num_steps = runs.num_steps(run, dataset.train)
     last = min(num_steps, run.max_steps) if run.max_steps else num_steps
     return checkpoints.saved_steps(run.workdir)[-1:] == [last]

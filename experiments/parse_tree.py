@@ -28,7 +28,7 @@ class Config(selection.Settings):
 
     output: str = flag("runs/parse_tree", "Folder of figures and results.json.")
     overlap: str = flag("", "Indices A,B of test images to overlay, in place of --index.")
-    shift: int = flag(3, "Pixels by which A is shifted left and B right.", minimum=0)
+    shift: int = flag(3, "Pixels by which A is shifted left and B right.", minimum=0, maximum=1000)
     children: int = flag(6, "Number of primary capsules in the tree.", minimum=2, maximum=12)
 
 

@@ -24,7 +24,7 @@ class Config:
 
     notebook: str = flag("docs/tutorial.ipynb", "Notebook to execute; it is only read.")
     output: str = flag("runs/tutorial.ipynb", "File for the executed notebook.")
-    time_limit: int = flag(600, "Limit for all cells together, seconds.", minimum=1)
+    time_limit: int = flag(600, "Limit for all cells together, seconds.", minimum=1, maximum=10**6)
 
 
 def main(config: Config) -> int:

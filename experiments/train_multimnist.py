@@ -46,9 +46,11 @@ class Config(networks.Settings, runs.Settings):
         minimum=1,
         maximum=200_000_000,  # their permutation takes 12 bytes per pair
     )
-    num_epochs: int = flag(1, "Passes over the training pairs.", minimum=1)
-    test_size: int = flag(10_000, "Test pairs.", minimum=1)
-    reconstruction_weight: float = flag(5e-4, "Weight of reconstruction; 0: no decoder.", minimum=0)
+    num_epochs: int = flag(1, "Passes over the training pairs.", minimum=1, maximum=10**9)
+    test_size: int = flag(10_000, "Test pairs.", minimum=1, maximum=200_000_000)
+    reconstruction_weight: float = flag(
+        5e-4, "Weight of reconstruction; 0: no decoder.", minimum=0, maximum=1e6
+    )
 
 
 def main(config: Config) -> int:

@@ -47,7 +47,7 @@ def _squash(x: Array, axis: int) -> Array:
     eps = jnp.finfo(length.dtype).eps
     # Beyond 1 / eps the length rounds to 1; the factor of even longer vectors is subnormal.
     shrunk = jnp.where(length < 1 / eps, length * factor, 1)
-    below_one = 1 - max(4 * eps, jnp.finfo(x.dtype).eps)
+    below_one = 1 - max(4 * float(eps), float(jnp.finfo(x.dtype).eps))
     return (unit * jnp.minimum(shrunk, below_one)).astype(x.dtype)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -21,7 +22,7 @@ import pytest
 from runs import open_workdir
 
 from experiments.errors import InputError
-from experiments.training.checkpoints import Checkpoints, begin_training
+from experiments.training.checkpoints import Checkpoints, begin_training, check_metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -167,6 +168,77 @@ def test_a_checkpoint_with_the_record_of_an_older_version_is_restored(workdir):
     assert_same(state, make_state(2))
     path.write_text(json.dumps(sealed | {"crc32": 1}))
     assert restore(workdir)[0] == 1
+
+
+def test_a_checkpoint_copied_to_another_step_is_damaged(workdir, caplog):
+    shutil.copytree(workdir / "checkpoints/2", workdir / "checkpoints/5")
+    assert restore(workdir)[0] == 2
+    [message] = caplog.messages
+    assert "checkpoints/5 is damaged (it is that of step 2): going on from step 2" in message
+
+
+@pytest.mark.parametrize("name", ["0200", "\N{ARABIC-INDIC DIGIT THREE}", "3 "])
+def test_a_folder_with_another_name_is_no_checkpoint(workdir, name):
+    shutil.copytree(workdir / "checkpoints/2", workdir / "checkpoints" / name)
+    assert restore(workdir)[0] == 2
+
+
+def reseal(path, change):
+    """Change a record, and give it the checksum that fits."""
+    record = change(json.loads(path.read_bytes())["record"])
+    digest = hashlib.sha256(json.dumps(record).encode()).hexdigest()
+    path.write_text(json.dumps({"sha256": digest, "record": record}))
+
+
+def with_file(name):
+    return lambda record: record | {"files": {name: "00"} | record["files"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda record: [record], "it holds no object"),
+        (lambda record: None, "it holds no object"),
+        (lambda record: {}, "it names no files"),
+        (lambda record: record | {"files": []}, "it names no files"),
+        (lambda record: record | {"files": {"x": 1}}, "it names the file 'x'"),
+        (with_file("../../../config.json"), r"it names the file '\.\./\.\./\.\./config\.json'"),
+        (with_file("/etc/passwd"), "it names the file '/etc/passwd'"),
+        (with_file("a\0b"), r"it names the file 'a\\x00b'"),
+        (with_file("\ud800"), r"it names the file '\\ud800'"),
+        (lambda record: record | {"leaves": [1]}, "its leaves are no objects"),
+        (lambda record: record | {"leaves": {"a": 1}}, "its leaves are no objects"),
+        (lambda record: record | {"step": "2"}, "its step is no integer"),
+        (lambda record: record | {"metrics": {"bytes": -1}}, "its metrics have no length .*"),
+    ],
+)
+def test_a_record_of_unforeseen_form_is_damaged(workdir, caplog, change, reason):
+    reseal(workdir / "checkpoints/2/record.json", change)
+    assert restore(workdir)[0] == 1
+    [message] = caplog.messages
+    assert re.search(rf"/2 is damaged \(record\.json is damaged: {reason}\): going on", message)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"sha256": "", "record": 1}', "7", "null", ""])
+def test_a_record_that_is_none_is_damaged(workdir, caplog, content):
+    (workdir / "checkpoints/2/record.json").write_text(content)
+    assert restore(workdir)[0] == 1
+    assert "checkpoints/2 is damaged (record.json is damaged: " in caplog.messages[0]
+
+
+def test_a_pipe_or_link_in_place_of_a_file_is_damage_and_not_waited_for(workdir, caplog):
+    for step, name in (("2", "record.json"), ("1", "default/_METADATA")):
+        path = workdir / "checkpoints" / step / name
+        path.unlink()
+        os.mkfifo(path)
+    with pytest.raises(InputError, match=r"1 \(_METADATA is not a file\)"):
+        restore(workdir)
+
+
+def test_other_settings_missing_from_a_record_are_refused(workdir):
+    reseal(workdir / "checkpoints/2/record.json", lambda record: record | {"config": None})
+    with pytest.raises(InputError, match="belongs to a run with other settings or data"):
+        restore(workdir)
 
 
 def test_the_warning_gives_the_reason(workdir, caplog):
@@ -405,6 +477,49 @@ def test_a_disk_with_too_little_space_is_not_filled(workdir, monkeypatch):
         with pytest.raises(InputError, match=message):
             checkpoints.save(3, make_state(3))
         assert checkpoints.steps() == [1, 2]
+
+
+def rows_of(steps):
+    return b"".join(b'{"step": %d, "loss": 1.5}\n' % step for step in steps)
+
+
+@pytest.fixture
+def with_metrics(workdir):
+    """A checkpoint of step 3, after rows of the steps 1 to 3, and the row of step 4."""
+    path = workdir / "metrics.jsonl"
+    path.write_bytes(rows_of([1, 2, 3]))
+    with Checkpoints(workdir) as checkpoints:
+        checkpoints.save(3, make_state(3))
+    path.write_bytes(rows_of([1, 2, 3, 4]))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"", "it has no rows"),
+        (rows_of([1, 2]), "it has no rows after step 2"),
+        (rows_of([1, 2, 3])[:-9], "it has no rows after step 2"),
+        (rows_of([1, 2, 3])[:-1], "it has no rows after step 3"),
+        (rows_of([1, 2, 3, 4]).replace(b"1.5", b"1.6", 1), "rows were changed, added or removed"),
+        (rows_of([0, 1, 2, 3]), "rows were changed, added or removed"),
+        (rows_of([1, 3, 4, 5]), "rows were changed, added or removed"),
+        (rows_of([2, 1, 3]), "rows were changed, added or removed"),
+    ],
+)
+def test_metrics_that_a_checkpoint_was_not_saved_with_are_refused(with_metrics, content, found):
+    check_metrics(with_metrics.parent)
+    with_metrics.write_bytes(content)
+    message = f"is not what was saved with the checkpoint of step 3: {found}; put it back, or remov"
+    with pytest.raises(InputError, match=message):
+        check_metrics(with_metrics.parent, 3)
+    check_metrics(with_metrics.parent, 2)  # which had none yet
+
+
+def test_missing_metrics_are_named_and_the_run_goes_on(with_metrics, caplog):
+    with_metrics.unlink()
+    check_metrics(with_metrics.parent)
+    assert caplog.messages == [f"{with_metrics} is missing: there are no rows up to step 3"]
 
 
 def test_other_errors_of_a_save_are_not_taken_for_a_full_disk(workdir):

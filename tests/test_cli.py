@@ -38,7 +38,7 @@ def run(monkeypatch, capsys):
 
         def main(config):
             configs.append(config)
-            if isinstance(result, Exception):
+            if isinstance(result, BaseException):
                 raise result
             return result
 
@@ -91,8 +91,13 @@ def test_flags_override_those_before_them_also_in_a_flagfile(run, tmp_path):
         ("--batch_size=0", "--batch_size must be at least 1, got 0"),
         ("--batch_size=1001", "--batch_size must be at most 1000, got 1001"),
         ("--learning_rate=fast", "--learning_rate must be a number, got 'fast'"),
+        ("--batch_size=٣", "--batch_size must be a whole number, got '٣'"),
+        ("--batch_size=1_0", "--batch_size must be a whole number, got '1_0'"),
+        ("--learning_rate=٣", "--learning_rate must be a number, got '٣'"),
         ("--learning_rate=0", "--learning_rate must be above 0, got 0.0"),
         ("--learning_rate=-1e-3", "--learning_rate must be above 0, got -0.001"),
+        ("--learning_rate=1e-320", r"--learning_rate must be 0, or 1.2e-38 to .*, got 1e-320"),
+        ("--learning_rate=1e300", r"--learning_rate must be 0, or .* to 3.4e\+38 in size, got 1.*"),
         ("--learning_rate=nan", "--learning_rate must be finite, got nan"),
         ("--learning_rate=inf", "--learning_rate must be finite, got inf"),
         ("--learning_rate=1e999", "--learning_rate must be finite, got inf"),
@@ -135,15 +140,32 @@ def test_program_returns_its_exit_status(run, result, status):
     assert run(result=result)[0] == status
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("a bug")])
-def test_other_exceptions_are_not_caught(monkeypatch, error):
+def test_other_exceptions_are_not_caught(monkeypatch):
     def main(config):
-        raise error
+        raise ValueError("a bug")
 
     monkeypatch.setattr(cli, "_configure_logging", lambda main: None)
     monkeypatch.setattr(sys, "argv", ["train_mnist"])
-    with pytest.raises(type(error)):
+    with pytest.raises(ValueError, match="a bug"):
         cli.run(Config, main)
+
+
+def test_ctrl_c_ends_with_one_line_and_status_130(run):
+    status, _, stdout, stderr = run(result=KeyboardInterrupt())
+    assert (status, stdout, stderr) == (130, "", "train_mnist: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError("Unable to allocate 7 TiB"), "out of memory: Unable to allocate 7 TiB"),
+        (MemoryError(), "out of memory: use smaller sizes"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of\nmore"), "RESOURCE_EXHAUSTED: Out of"),
+    ],
+)
+def test_too_little_memory_ends_with_one_line(run, error, message):
+    status, _, _, stderr = run(result=error)
+    assert (status, stderr) == (2, f"train_mnist: {message}\n")
 
 
 def test_help_lists_every_flag_with_default_and_limits(run):
@@ -237,6 +259,71 @@ def test_stderr_holds_the_programs_own_log_lines_and_warnings_only(script, tmp_p
     done = script(f"--workdir={tmp_path / 'run'}")
     assert (done.returncode, done.stdout) == (0, "")
     assert re.fullmatch(r"I \d\d:\d\d:\d\d saved \[1\]\nW \d\d:\d\d:\d\d beware\n", done.stderr)
+
+
+def test_a_missing_extra_is_named(tmp_path):
+    """A package that cannot be imported, in place of the installed one."""
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['nbformat'] = None")
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.run_tutorial", "--help"],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "nbformat is missing: pip install 'capsjax[tutorial]'\n"
+
+
+PRINTING = """
+import dataclasses, os, signal, sys
+from absl import logging
+from experiments import cli
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    text: str = cli.flag("", "What to print.")
+
+def main(config):
+    logging.info("before")
+    print(config.text)
+    logging.info("after")
+    return 3
+
+if __name__ == "__main__":
+    cli.run(Config, main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status", "stdout", "stderr"),
+    [
+        ("", 3, r"\\u2603 x", "before after"),
+        (">&-", 2, "", "before after standard output cannot be written: Bad file descriptor"),
+        ("> /dev/full", 2, "", "before after standard output cannot be written: No space left .*"),
+        ("| true", 141, "", "before after"),
+        ("2> /dev/full", 3, r"\\u2603 x", ""),
+        ("2>&-", 3, r"\\u2603 x", ""),
+    ],
+)
+def test_streams_that_cannot_be_written_end_quietly_or_with_one_line(
+    tmp_path, redirection, status, stdout, stderr
+):
+    (tmp_path / "printing.py").write_text(PRINTING)
+    command = f"'{sys.executable}' -Werror printing.py --text='\N{SNOWMAN} x' {redirection}"
+    done = subprocess.run(
+        ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    lines = re.sub(r"I \d\d:\d\d:\d\d |printing: ", "", done.stderr).split("\n")
+    assert done.returncode == status
+    assert re.fullmatch(stdout, done.stdout.strip())
+    assert re.fullmatch(stderr, " ".join(lines).strip())
 
 
 def test_script_exits_with_one_line_and_status_2(script):

@@ -470,3 +470,15 @@ def test_tfds_downloads_only_with_the_flag_and_its_error_is_one_line(home, monke
     with pytest.raises(InputError, match=message):
         datasets.load("fashion_mnist", data_dir=".", download=True)
     assert asked == [("fashion_mnist", {"data_dir": ".", "file_format": "array_record"})]
+
+
+def test_without_a_home_the_included_data_are_named(monkeypatch):
+    """As in a container with a user id that nobody has."""
+
+    def home(name):
+        raise KeyError(name)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", home)
+    with pytest.raises(InputError, match="mnist"):
+        datasets.load("mnist")

@@ -317,6 +317,24 @@ def test_processes_that_do_not_come_are_waited_for_once(monkeypatch):
         processes.start(settings, may_be_cluster=False)
 
 
+def test_processes_end_when_their_launcher_is_killed(launch):
+    launched = launch(["sh", "-c", "exec sleep 100"], processes=2)
+    pids = launched.pids(2)
+    launched.run.kill()
+    launched.run.wait()
+    deadline = time.monotonic() + 20
+    while any(is_running(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_running(pid):
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 @pytest.mark.parametrize(
     ("script", "status", "starts"),
     [

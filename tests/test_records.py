@@ -113,6 +113,31 @@ def test_workdir_needs_no_hard_links(tmp_path, monkeypatch):
     assert names == {"config.json", "checkpoints", "figures"}
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    workdir = open_workdir(tmp_path / "run")
+    monkeypatch.setattr("fcntl.flock", flock)
+    message = f"run cannot be locked against another process: {os.strerror(number)}; use a --workd"
+    with pytest.raises(InputError, match=message), records.exclusive(workdir):
+        pass
+
+
+def test_a_run_that_may_not_be_written_is_refused(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    workdir = open_workdir(tmp_path / "run")
+    monkeypatch.setattr("builtins.open", refuse)
+    with (
+        pytest.raises(InputError, match=r"^workdir .*run cannot be written: Permission denied$"),
+        records.exclusive(workdir),
+    ):
+        pass
+
+
 def test_lock_excludes_another_process(tmp_path):
     workdir = open_workdir(tmp_path / "run")
     message = "run is in use by another process; wait for its end"
@@ -301,6 +326,72 @@ def test_training_seconds_exclude_evaluation():
         {"step": 15, "images_per_second": 20.0},
     ]
     assert records.training_seconds(rows, 8) == 10 * 8 / 40 + 5 * 8 / 20
+
+
+# Whole files
+
+
+def test_rows_of_metrics_out_of_order_are_damage(tmp_path):
+    for steps in ([1, 1], [2, 1]):
+        lines = [f'{{"step": {step}}}\n' for step in steps]
+        (tmp_path / "metrics.jsonl").write_text("".join(lines))
+        with pytest.raises(InputError, match=f"damaged at line 2 .*step 1 follows step {steps[0]}"):
+            records.read_metrics(tmp_path)
+
+
+WRITERS = {
+    "write": lambda path: files.write_bytes(path, b"n" * 99),
+    "json": lambda path: files.write_json(path, ["n" * 99]),
+    "append": lambda path: files.append_lines(path, [{"n": "n" * 99}]),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_failed_write_leaves_the_file_as_it_was_and_nothing_else(tmp_path, small_disk, write):
+    path = tmp_path / "results"
+    path.write_text("old")
+    with small_disk(50), pytest.raises(InputError, match="results cannot be written: File too lar"):
+        write(path)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_follows_no_link_that_lies_where_it_writes_first(tmp_path, monkeypatch):
+    monkeypatch.setattr("secrets.token_hex", lambda size: "aa")
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / f".results.{os.getpid()}.aa.tmp").symlink_to(victim)
+    with pytest.raises(InputError, match="results cannot be written: File exists"):
+        files.write_bytes(tmp_path / "results", b"new")
+    assert victim.read_text() == "precious"
+
+
+def test_two_writers_of_one_file_do_not_share_a_temporary_file(tmp_path, monkeypatch):
+    replace = pathlib.Path.replace
+
+    def late(partial, path):
+        monkeypatch.setattr(pathlib.Path, "replace", replace)
+        files.write_bytes(path, b"other")  # the other process, at the worst moment
+        replace(partial, path)
+
+    monkeypatch.setattr(pathlib.Path, "replace", late)
+    files.write_bytes(tmp_path / "results", b"own")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("results", b"own")]
+
+
+def test_the_longest_name_can_be_written_and_keeps_its_permissions(tmp_path):
+    path = tmp_path / ("\N{SNOWMAN}" * 85)  # 255 bytes
+    files.write_bytes(path, b"1")
+    path.chmod(0o640)
+    files.write_bytes(path, b"2")
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"2", 0o640)
+
+
+def test_a_device_is_written_to_and_not_replaced():
+    files.write_bytes("/dev/null", b"1")
+    assert pathlib.Path("/dev/null").is_char_device()
+    with pytest.raises(InputError, match=r"^/dev/full cannot be written: No space left on device$"):
+        files.write_bytes("/dev/full", b"1")
 
 
 # Figures

@@ -1,5 +1,7 @@
 """The charts of the report: points lie where the ticks of their scales say."""
 
+import math
+
 import numpy as np
 import pytest
 from reports import parse
@@ -77,3 +79,10 @@ def test_a_long_curve_is_thinned_and_keeps_its_last_point():
     assert 200 < len(drawn) <= charts.THINNED + 1
     assert drawn[-1][1] < drawn[-2][1]
     assert not list(svg.all("circle"))
+
+
+@pytest.mark.parametrize("values", [[5e-324, 1e99], [5e-324, 5e-324], [0.0, 1e-320, 1.0]])
+def test_numbers_of_any_size_are_drawn(values):
+    rows = [{"step": step, "loss": value} for step, value in enumerate(values)]
+    drawn = charts.curves([Run("a", {}, rows)], {"a": "c0 d0"})
+    assert all(math.isfinite(float(t.position)) for chart in drawn.charts for t in chart.y_ticks)

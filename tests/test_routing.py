@@ -269,3 +269,21 @@ def test_wrong_dtypes():
         capsjax.dynamic_routing(poses.astype(jnp.bfloat16), weights)
     with pytest.raises(ValueError, match=r"votes must have shape \[..., I, J, D\]"):
         capsjax.dynamic_routing_from_votes(jnp.ones((3, 5)))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_bfloat16_needs_no_implicit_promotion(implementation):
+    poses, weights = jnp.ones((2, 6, 4), jnp.bfloat16), jnp.ones((6, 4, 3, 4), jnp.bfloat16)
+
+    def total(*arrays):
+        found = capsjax.dynamic_routing(*arrays, implementation=implementation)
+        return found.astype(jnp.float32).sum()
+
+    with jax.numpy_dtype_promotion("strict"):
+        gradients = jax.grad(total, (0, 1))(poses, weights)
+    assert {x.dtype for x in gradients} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_a_boolean_is_no_number_of_iterations():
+    with pytest.raises(ValueError, match="num_iterations must be an integer of at least 1, got Tr"):
+        capsjax.dynamic_routing(jnp.ones((6, 4)), jnp.ones((6, 4, 3, 4)), num_iterations=True)

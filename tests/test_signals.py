@@ -35,3 +35,17 @@ def test_a_later_request_acts_as_usual(interruptible):
         time.sleep(1.01)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_a_closed_terminal_is_a_request_too_but_not_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.stop_requests() as stopped:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stopped()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with signals.stop_requests() as stopped:
+            signal.raise_signal(signal.SIGHUP)
+            assert stopped() == signal.SIGHUP
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -103,3 +103,14 @@ def test_forward_mode_and_hessian_agree_with_reverse_mode():
 def test_integers_are_refused():
     with pytest.raises(TypeError, match="squash: x must be floating, got int32"):
         capsjax.squash(jnp.ones(3, jnp.int32))
+
+
+@pytest.mark.parametrize("function", [capsjax.squash, capsjax.lengths])
+def test_bfloat16_needs_no_implicit_promotion(function):
+    x = jnp.ones((2, 3), jnp.bfloat16)
+
+    def total(x):
+        return function(x).astype(jnp.float32).sum()
+
+    with jax.numpy_dtype_promotion("strict"):
+        assert jax.grad(total)(x).dtype == jnp.bfloat16

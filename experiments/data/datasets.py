@@ -128,13 +128,13 @@ def load(name: str, *, data_dir: str = "", download: bool = False) -> Dataset:
             return _from_idx(name, paths)
         searched.append(f"the four idx or idx.gz files in {folder}")
     if name == "mnist" and not root:
-        path = Path("~/.keras/datasets/mnist.npz").expanduser()
+        path = Path(os.path.expanduser("~/.keras/datasets/mnist.npz"))
         if os.path.isfile(path):
             return _from_npz(name, path, sha256=_KERAS_NPZ_SHA256, keys="x_{} y_{}")
         searched.append(str(path))
     tfds_name = name.removeprefix("tfds:")
     default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    tfds_root = root or Path(default).expanduser()
+    tfds_root = root or Path(os.path.expanduser(default))
     if prepared := _find_prepared(tfds_name, tfds_root):
         return _from_tfds(name, prepared)
     searched.append(f"a data set prepared by TFDS in {tfds_root / tfds_name}")
@@ -246,7 +246,7 @@ def _idx_folders(name: str, root: Path | None) -> list[Path]:
         return []
     if root:
         return [root, root / _TORCHVISION_FOLDERS[name]]
-    return [Path(folder).expanduser() for folder in _CACHE_FOLDERS[name]]
+    return [Path(os.path.expanduser(folder)) for folder in _CACHE_FOLDERS[name]]
 
 
 def _from_idx(name: str, paths: dict[str, Path]) -> Dataset:

@@ -141,7 +141,8 @@ def _chart(
 
 def _scale(values: Sequence[float]) -> _Scale:
     """Return a logarithmic scale above a ratio of 10; zeros lie on a linear stretch below it."""
-    positive = [value for value in values if value > 0]
+    # Tinier ones count as zeros, since their decades cannot be computed.
+    positive = [value for value in values if value > 1e-290]
     if not positive or min(values) < 0 or max(positive) < 10 * min(positive):
         return _linear(values)
     low, high = math.log10(min(positive)) - 0.08, math.log10(max(positive)) + 0.08

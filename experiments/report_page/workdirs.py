@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from experiments.errors import InputError
-from experiments.training import records
+from experiments.training import checkpoints, records
 
 _MIB = 2**20
 _CONFIG, _METRICS, _RESULTS = "config.json", "metrics.jsonl", "results.json"
@@ -199,6 +199,7 @@ def _read_run(path: pathlib.Path, label: str) -> Run:
     facts = _flat(said.pop("config") | said)
     if (path / _METRICS).exists():
         _check_size(path / _METRICS, _LIMITS[_METRICS])
+    checkpoints.check_metrics(path)
     rows = records.read_metrics(path)
     if not rows:
         raise InputError(f"workdir {path} has no metrics yet: metrics.jsonl is empty")

@@ -18,6 +18,7 @@ from experiments.errors import InputError
 from experiments.training import processes, records
 
 _RECORD, _LAST = "record.json", "last_checkpoint.json"
+_RECORD_LIMIT = 2**26  # bytes
 _NONE_YET = -1  # in _LAST, until the first checkpoint is complete
 
 
@@ -26,8 +27,8 @@ class Checkpoints:
 
     Orbax does not notice a flipped bit among the values, and raises various errors (KeyError,
     AttributeError) at other damage. So each checkpoint gets a record.json, written last, with the
-    SHA-256 of each of its files, verified before Orbax opens them, and dtype and shape of every
-    leaf.
+    step, the SHA-256 of each of its files, verified before Orbax opens them, and dtype and shape of
+    every leaf; and length and SHA-256 of metrics.jsonl, for `check_metrics`.
 
     A checkpoint without a record.json is an unfinished save, or one whose record was lost.
     last_checkpoint.json in the workdir tells them apart: it holds the step of the last complete
@@ -138,9 +139,11 @@ class Checkpoints:
     def _read(self, step: int, template: Any) -> Any:
         folder = self._folder / str(step)
         record = _intact(folder)
-        if {key: record[key] for key in self._run} != self._run:
+        if {key: record.get(key) for key in self._run} != self._run:
             raise InputError(f"checkpoint {folder} belongs to a run with other settings or data")
-        found = {name: (leaf["dtype"], leaf["shape"]) for name, leaf in record["leaves"].items()}
+        found = {
+            name: (leaf.get("dtype"), leaf.get("shape")) for name, leaf in record["leaves"].items()
+        }
         wanted = {name: tuple(leaf.values()) for name, leaf in _signatures(template).items()}
         for name in sorted(found | wanted):
             if found.get(name) != wanted.get(name):
@@ -226,7 +229,14 @@ class Checkpoints:
         for entry in (folder.parent, folder, *folder.rglob("*")):
             if entry.is_dir():
                 files.fsync(entry)
-        text = json.dumps({**self._run, "leaves": leaves, "files": dict(sorted(found.items()))})
+        record = {
+            **self._run,
+            "step": int(folder.name),
+            "leaves": leaves,
+            "files": dict(sorted(found.items())),
+            "metrics": _digest_of_metrics(self._workdir),
+        }
+        text = json.dumps(record)
         sealed = {"sha256": _text_sha256(text), "record": json.loads(text)}
         files.write(folder / _RECORD, json.dumps(sealed).encode())
 
@@ -234,7 +244,49 @@ class Checkpoints:
 def saved_steps(workdir: files.StrPath) -> list[int]:
     """Return the steps of a run that have a checkpoint, oldest first."""
     found = {entry.parent.name for entry in pathlib.Path(workdir).glob(f"checkpoints/*/{_RECORD}")}
-    return sorted(int(name) for name in found if name.isdecimal())
+    return sorted(int(name) for name in found if _is_step(name))
+
+
+def check_metrics(workdir: files.StrPath, step: int | None = None) -> None:
+    """Check the rows of metrics that a checkpoint was saved with; later rows may follow them.
+
+    Without metrics.jsonl it warns, since who removed the file knows that its rows are gone.
+
+    Args:
+      workdir: The folder of the run.
+      step: That of the checkpoint, by default the newest. Nothing is checked at a step without
+        one, or with one of a version that did not record its metrics.
+
+    Raises:
+      InputError: Rows are missing, were added or changed.
+    """
+    steps = saved_steps(workdir)
+    step = max(steps, default=0) if step is None else step
+    if step not in steps:
+        return
+    folder = pathlib.Path(workdir) / "checkpoints" / str(step)
+    try:
+        wanted = _unsealed(folder / _RECORD).get("metrics")
+    except (_DamagedError, OSError):  # `restore` warns of it
+        return
+    if wanted is None:
+        return
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    if not records.has_metrics(workdir):
+        logging.warning("%s is missing: there are no rows up to step %d", path, step)
+        return
+    content = records.read_metrics_file(workdir)
+    if _digest(content[: wanted["bytes"]]) == wanted:
+        return
+    if len(content) < wanted["bytes"]:
+        rows_end = records.last_step(workdir)
+        found = f"it has no rows after step {rows_end}" if rows_end else "it has no rows"
+    else:
+        found = "rows were changed, added or removed"
+    raise InputError(
+        f"{path} is not what was saved with the checkpoint of step {step}: {found}; put it back, "
+        "or remove it to do without its rows"
+    )
 
 
 def begin_training(workdir: files.StrPath) -> None:
@@ -276,7 +328,7 @@ def check_not_lost(workdir: files.StrPath) -> None:
 def _unsealed_steps(workdir: files.StrPath) -> list[int]:
     """Return the steps that have a folder without a record."""
     folders = pathlib.Path(workdir).glob("checkpoints/*/")
-    found = {int(folder.name) for folder in folders if folder.name.isdecimal()}
+    found = {int(folder.name) for folder in folders if _is_step(folder.name)}
     return sorted(found - set(saved_steps(workdir)))
 
 
@@ -284,7 +336,7 @@ def _read_last(workdir: files.StrPath) -> int | None:
     """Return the step of the last complete checkpoint; None if the file is absent or damaged."""
     path = pathlib.Path(workdir) / _LAST
     try:
-        step = json.loads(path.read_bytes())["step"]
+        step = json.loads(files.read(path, limit=_RECORD_LIMIT))["step"]
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -297,6 +349,7 @@ def _read_last(workdir: files.StrPath) -> int | None:
 def _write_last(workdir: files.StrPath, step: int) -> None:
     path = pathlib.Path(workdir) / _LAST
     with files.writing(path):
+        files.remove_temporaries(path)
         files.write(path, json.dumps({"step": step}).encode())
 
 
@@ -309,6 +362,8 @@ def _intact(folder: pathlib.Path) -> dict[str, Any]:
     reason = ""
     try:
         record = _unsealed(folder / _RECORD)
+        if record.get("step", int(folder.name)) != int(folder.name):
+            raise _DamagedError(f"it is that of step {record['step']}")
         own = list(record["files"].items())[jax.process_index() :: jax.process_count()]
         for name, digest in own:
             if _sha256(folder / name) != digest:
@@ -329,23 +384,77 @@ def _signatures(tree: Any) -> dict[str, dict[str, Any]]:
 
 
 def _unsealed(path: pathlib.Path) -> dict[str, Any]:
-    """Return the record if its checksum fits: a SHA-256, or the CRC-32 of older versions."""
+    """Return the record if its checksum fits, and its form: who forges one computes the other too.
+
+    The checksum is a SHA-256, or the CRC-32 of older versions.
+
+    Raises:
+      _DamagedError: They do not.
+      OSError: It cannot be read.
+    """
     try:
-        sealed = json.loads(path.read_bytes())
+        sealed = json.loads(files.read(path, limit=_RECORD_LIMIT))
         text = json.dumps(sealed["record"])
         fits = (
             sealed["sha256"] == _text_sha256(text)
             if "sha256" in sealed
             else sealed["crc32"] == zlib.crc32(text.encode())
         )
-        if fits:
-            return sealed["record"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise _DamagedError(f"{path.name} is damaged: {error!r}") from error
-    raise _DamagedError(f"{path.name} is damaged: its checksum does not match")
+    if not fits:
+        raise _DamagedError(f"{path.name} is damaged: its checksum does not match")
+    if unforeseen := _unforeseen(sealed["record"]):
+        raise _DamagedError(f"{path.name} is damaged: {unforeseen}")
+    return sealed["record"]
+
+
+def _unforeseen(record: Any) -> str:
+    """Say what is not as `Checkpoints` writes it in a record; nothing where all is."""
+    if not isinstance(record, dict):
+        return "it holds no object"
+    own, leaves, metrics = record.get("files"), record.get("leaves"), record.get("metrics")
+    if not (isinstance(own, dict) and own):
+        return "it names no files"
+    for name, digest in own.items():
+        parts = name.split("/")
+        if set(parts) & {"", ".", ".."} or not name.isprintable() or not isinstance(digest, str):
+            return f"it names the file {name!r}"
+    if not isinstance(leaves, dict) or not all(isinstance(leaf, dict) for leaf in leaves.values()):
+        return "its leaves are no objects"
+    if metrics is not None and not (
+        isinstance(metrics, dict)
+        and type(metrics.get("bytes")) is int
+        and metrics["bytes"] >= 0
+        and isinstance(metrics.get("sha256"), str)
+    ):
+        return "its metrics have no length and SHA-256"
+    if type(record.get("step", 0)) is not int:
+        return "its step is no integer"
+    return ""
+
+
+def _is_step(name: str) -> bool:
+    """Return whether a folder is named as that of a checkpoint: 200, not 0200."""
+    return re.fullmatch("0|[1-9][0-9]*", name) is not None
+
+
+def _digest_of_metrics(workdir: files.StrPath) -> dict[str, Any] | None:
+    return _digest(records.read_metrics_file(workdir)) if records.has_metrics(workdir) else None
+
+
+def _digest(content: bytes) -> dict[str, Any]:
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _sha256(path: pathlib.Path) -> str:
+    """Return the digest of a file.
+
+    Raises:
+      OSError: It cannot be read, or is no file but a link, pipe or folder.
+    """
+    if path.is_symlink() or not path.is_file():
+        raise OSError(f"{path.name} is not a file")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

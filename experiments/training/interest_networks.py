@@ -38,17 +38,21 @@ class Settings:
     history_length: int = flag(
         30, "Newest items of a user that a network reads.", minimum=1, maximum=10_000
     )
-    embedding_size: int = flag(32, "Length of items and interests.", minimum=1)
-    max_interests: int = flag(4, "Largest number of interests of a user.", minimum=1)
+    embedding_size: int = flag(32, "Length of items and interests.", minimum=1, maximum=65536)
+    max_interests: int = flag(
+        4, "Largest number of interests of a user.", minimum=1, maximum=10_000
+    )
     interest_count: str = flag(
         "all",
         "Interests by the length of the history, by the formula of a paper or library; all: "
         "max_interests for everyone.",
         choices=("all", "mind", "deepmatch", "torcheasyrec", "easyrec"),
     )
-    num_iterations: int = flag(3, "Routing iterations; with 1, couplings do not adapt.", minimum=1)
+    num_iterations: int = flag(
+        3, "Routing iterations; with 1, couplings do not adapt.", minimum=1, maximum=1000
+    )
     vote_scale: float = flag(
-        4.0, "Initial length of a vote of a routing, in lengths of an item.", above=0
+        4.0, "Initial length of a vote of a routing, in lengths of an item.", above=0, maximum=1e6
     )
     hidden_layers: int = flag(
         0, "Hidden layers behind the interests of mind and easyrec; MIND has one.", choices=(0, 1)
@@ -60,7 +64,9 @@ class Settings:
         "it, negatives too, as retrieval does.",
         choices=("hard", "soft", "items"),
     )
-    label_power: float = flag(1.0, "Power of the label-aware attention of a soft readout.", above=0)
+    label_power: float = flag(
+        1.0, "Power of the label-aware attention of a soft readout.", above=0, maximum=1e6
+    )
 
 
 class Network(nnx.Module):

@@ -28,7 +28,7 @@ from experiments.data import datasets, interactions
 from experiments.data.interactions import HeldOut, Interactions, Split
 from experiments.errors import InputError
 from experiments.training import interest_networks, records, signals, trained
-from experiments.training.checkpoints import Checkpoints, begin_training
+from experiments.training.checkpoints import Checkpoints, begin_training, check_metrics
 
 Params = dict[str, Any]
 
@@ -79,9 +79,12 @@ class Config(interest_networks.Settings):
         choices=("uniform", "log_uniform"),
     )
     num_negatives: int = flag(
-        200, "Negatives of a step, common to its examples, of a sampled softmax.", minimum=1
+        200,
+        "Negatives of a step, common to its examples, of a sampled softmax.",
+        minimum=1,
+        maximum=10_000_000,
     )
-    batch_size: int = flag(128, "Examples in one step.", minimum=1)
+    batch_size: int = flag(128, "Examples in one step.", minimum=1, maximum=2**31 - 1)
     num_epochs: int = flag(30, "Passes over the training positions.", minimum=1)
     patience: int = flag(
         5, "Stop after so many epochs without a better validation; 0: never.", minimum=0
@@ -96,7 +99,9 @@ class Config(interest_networks.Settings):
         minimum=0,
         maximum=0.9,
     )
-    weight_decay: float = flag(0.0, "Decoupled weight decay of Adam, all parameters.", minimum=0)
+    weight_decay: float = flag(
+        0.0, "Decoupled weight decay of Adam, all parameters.", minimum=0, maximum=1e6
+    )
     seed: int = flag(
         0, "Seed of parameters, order of examples and negatives.", minimum=0, maximum=2**32 - 1
     )
@@ -284,6 +289,7 @@ def train(task: Task, evaluate: Callable[[Task, Params, HeldOut], Metrics]) -> t
             )
         if step:
             logging.info("going on from step %d of %d in %s", step, last_step, workdir)
+        check_metrics(workdir, step)
         metrics = stack.enter_context(
             records.Metrics(workdir, step=step, tensorboard=config.tensorboard)
         )

@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -266,6 +267,34 @@ class Trainer:
 
     def _evaluate(self, params: Params, images: Array, labels: Array) -> tuple[Array, Array]:
         return self.objective.loss(self._local_model(params), scaled(images), labels, None)
+
+
+def check_memory(state: Any) -> None:
+    """Check that a training state and its gradients fit into the memory of this process's devices.
+
+    Args:
+      state: A tree of `jax.ShapeDtypeStruct`s with shardings; its `params` have gradients.
+
+    Raises:
+      InputError: They do not.
+    """
+
+    def size(leaf: Any) -> int:
+        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    needed = sum(map(size, jax.tree.leaves((state, state.params))))
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":  # one memory, of all its devices
+        needed *= jax.local_device_count()
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        memory = (device.memory_stats() or {}).get("bytes_limit", math.inf)
+    if needed > memory:
+        raise InputError(
+            f"parameters, moments and gradients need {needed / 2**30:.1f} GiB, and there are "
+            f"{memory / 2**30:.1f} GiB; use a smaller network"
+        )
 
 
 def keep_compiled(folder: str) -> None:

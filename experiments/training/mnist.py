@@ -29,11 +29,19 @@ class Config(networks.Settings, runs.Settings):
         below=1,
     )
     reconstruction_weight: float = flag(
-        5e-4, "Weight of the reconstruction loss, a sum of squares; 0: no decoder.", minimum=0
+        5e-4,
+        "Weight of the reconstruction loss, a sum of squares; 0: no decoder.",
+        minimum=0,
+        maximum=1e6,
     )
-    shift: int = flag(2, "Largest random shift of training images, in pixels.", minimum=0)
+    shift: int = flag(
+        2, "Largest random shift of training images, in pixels.", minimum=0, maximum=1000
+    )
     canvas: int = flag(
-        0, "Side of a black canvas to place images on at random, in pixels; 0: none.", minimum=0
+        0,
+        "Side of a black canvas to place images on at random, in pixels; 0: none.",
+        minimum=0,
+        maximum=1000,
     )
     diagnostics: bool = flag(
         False, "Measure and draw the routing after each epoch.", affects_result=False

@@ -45,20 +45,25 @@ class Settings:
         "capsnet; cnn: the paper's baseline for MNIST; pooling_cnn: a small CNN with max-pooling.",
         choices=NETWORKS,
     )
-    num_iterations: int = flag(3, "Routing iterations; with 1, couplings are uniform.", minimum=1)
+    num_iterations: int = flag(
+        3, "Routing iterations; with 1, couplings are uniform.", minimum=1, maximum=1000
+    )
     gradient: str = flag(
         "full",
         "Backpropagate through all routing iterations, or the last one.",
         choices=("full", "last"),
     )
-    conv_channels: int = flag(256, "Channels of the first convolution.", minimum=1)
-    primary_types: int = flag(32, "Primary capsules at each position.", minimum=1)
+    conv_channels: int = flag(256, "Channels of the first convolution.", minimum=1, maximum=16384)
+    primary_types: int = flag(32, "Primary capsules at each position.", minimum=1, maximum=65536)
     primary_scale: float = flag(
-        1.0, "Factor on the primary capsules' convolution, before its bias.", above=0
+        1.0, "Factor on the primary capsules' convolution, before its bias.", above=0, maximum=1e6
     )
-    capsule_length: int = flag(16, "Dimensions of a class capsule.", minimum=1)
+    capsule_length: int = flag(16, "Dimensions of a class capsule.", minimum=1, maximum=65536)
     capsule_bias: float = flag(
-        0.0, "Initial bias of both capsule layers; 0: class capsules have none."
+        0.0,
+        "Initial bias of both capsule layers; 0: class capsules have none.",
+        minimum=-1e6,
+        maximum=1e6,
     )
     dtype: str = flag(
         "float32",

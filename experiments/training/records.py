@@ -22,6 +22,7 @@ from experiments.errors import InputError
 from experiments.files import StrPath
 
 _CONFIG, _METRICS = "config.json", "metrics.jsonl"
+_CONFIG_LIMIT, _METRICS_LIMIT = 2**20, 2**30  # bytes
 
 
 def open_workdir(path: StrPath, *, config: Any, data_sha256: str) -> pathlib.Path:
@@ -70,16 +71,25 @@ def exclusive(workdir: StrPath) -> Iterator[None]:
     """Lock the folder against training by another process, until the body or this process ends.
 
     Raises:
-      InputError: Another process holds the lock.
+      InputError: Another process holds the lock, or there can be none.
     """
-    # Opened for writing, because NFS grants an exclusive lock on no other file.
-    with open(pathlib.Path(workdir) / _CONFIG, "r+b") as file:
+    with contextlib.ExitStack() as stack:
+        try:
+            # Opened for writing, because NFS grants an exclusive lock on no other file.
+            file = stack.enter_context(open(pathlib.Path(workdir) / _CONFIG, "r+b"))
+        except OSError as error:
+            raise InputError(f"workdir {workdir} cannot be written: {error.strerror}") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(
                 f"workdir {workdir} is in use by another process; wait for its end or use "
                 "another --workdir"
+            ) from error
+        except OSError as error:  # a file system without locks
+            raise InputError(
+                f"workdir {workdir} cannot be locked against another process: {error.strerror}; "
+                "use a --workdir on another file system"
             ) from error
         yield
 
@@ -99,7 +109,7 @@ def read_config(workdir: StrPath) -> dict[str, Any]:
     if not holds_run(workdir):
         raise InputError(f"workdir {workdir} holds no run: it has no {_CONFIG}")
     try:
-        run = json.loads(path.read_bytes())
+        run = json.loads(files.read(path, limit=_CONFIG_LIMIT))
         if not (isinstance(run["config"], dict) and isinstance(run["data_sha256"], str)):
             raise TypeError("config or data_sha256 is of another type")
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
@@ -113,27 +123,50 @@ def read_metrics(workdir: StrPath) -> list[dict[str, Any]]:
     Raises:
       InputError: There is no such file, or a line is damaged.
     """
+    return [row for row, _ in _parse_metrics(workdir, read_metrics_file(workdir))]
+
+
+def read_metrics_file(workdir: StrPath) -> bytes:
+    """Read metrics.jsonl as it is.
+
+    Raises:
+      InputError: There is no such file, or it cannot be read.
+    """
     path = pathlib.Path(workdir) / _METRICS
     try:
-        lines = path.read_bytes().splitlines(keepends=True)
+        return files.read(path, limit=_METRICS_LIMIT)
     except FileNotFoundError:
         raise InputError(
             f"workdir {workdir} has no {_METRICS}: nothing was trained there yet"
         ) from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
+
+
+def _parse_metrics(workdir: StrPath, content: bytes) -> list[tuple[dict[str, Any], bytes]]:
+    """Return the rows with their lines, without a last one that is incomplete."""
+    found: list[tuple[dict[str, Any], bytes]] = []
+    before = -1
+    for number, line in enumerate(content.splitlines(keepends=True), 1):
         try:
             row = json.loads(line)
-            operator.index(row["step"])  # raises TypeError for anything but an integer
+            step = operator.index(row["step"])  # raises TypeError for anything but an integer
             files.json_line(row)  # raises ValueError for NaN
+            if step <= before:
+                raise ValueError(f"step {step} follows step {before}")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             if not line.endswith(b"\n"):
                 break
+            path = pathlib.Path(workdir) / _METRICS
             raise InputError(f"{path} is damaged at line {number} ({error!r})") from error
-        rows.append(row)
-    return rows
+        found.append((row, line))
+        before = step
+    return found
+
+
+def has_metrics(workdir: StrPath) -> bool:
+    """Return whether the folder has a metrics.jsonl."""
+    return (pathlib.Path(workdir) / _METRICS).exists()
 
 
 def last_step(workdir: StrPath) -> int:
@@ -142,7 +175,7 @@ def last_step(workdir: StrPath) -> int:
     Raises:
       InputError: A line is damaged.
     """
-    rows = read_metrics(workdir) if (pathlib.Path(workdir) / _METRICS).exists() else []
+    rows = read_metrics(workdir) if has_metrics(workdir) else []
     return rows[-1]["step"] if rows else 0
 
 
@@ -178,11 +211,11 @@ class Metrics:
             raise InputError("--tensorboard needs tensorboardX: pip install 'capsjax[tensorboard]'")
         self._path = pathlib.Path(workdir) / _METRICS
         self._summaries = None
-        rows = read_metrics(workdir) if self._path.exists() else []
+        content = read_metrics_file(workdir) if has_metrics(workdir) else b""
+        kept = [line for row, line in _parse_metrics(workdir, content) if row["step"] <= step]
         with files.writing(self._path):
-            files.write(
-                self._path, b"".join(files.json_line(row) for row in rows if row["step"] <= step)
-            )
+            files.remove_temporaries(self._path)
+            files.write(self._path, b"".join(line.removesuffix(b"\n") + b"\n" for line in kept))
         if tensorboard:
             import tensorboardX
 
@@ -205,10 +238,8 @@ class Metrics:
         for name, value in row.items():
             if not math.isfinite(value):
                 raise ValueError(f"Metrics.write: {name} must be finite, got {value}")
-        left = files.json_line(row)
         with files.writing(self._path):
-            while left:
-                left = left[self._file.write(left) :]
+            files.append(self._file, files.json_line(row))
             os.fsync(self._file.fileno())
         if self._summaries is not None:
             for name, value in row.items():

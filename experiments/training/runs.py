@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import signal
+import tempfile
 from collections.abc import Callable, Mapping
 from typing import Self
 
@@ -11,11 +13,17 @@ from absl import logging
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from experiments import files
 from experiments.cli import flag
 from experiments.data import datasets
 from experiments.errors import InputError
 from experiments.training import loop, parallel, processes, records, signals
-from experiments.training.checkpoints import Checkpoints, begin_training, saved_steps
+from experiments.training.checkpoints import (
+    Checkpoints,
+    begin_training,
+    check_metrics,
+    saved_steps,
+)
 
 
 class Display:
@@ -86,7 +94,9 @@ class Settings(parallel.Settings, processes.Settings):
         "Folder for checkpoints, metrics and figures; a run found there goes on.",
         affects_result=False,
     )
-    batch_size: int = flag(128, "Examples in one step, on all devices together.", minimum=1)
+    batch_size: int = flag(
+        128, "Examples in one step, on all devices together.", minimum=1, maximum=2**31 - 1
+    )
     num_epochs: int = flag(50, "Passes over the training data.", minimum=1)
     max_steps: int = flag(
         0, "Stop after this step; 0: after num_epochs.", minimum=0, affects_result=False
@@ -119,6 +129,10 @@ def prepare(settings: Settings) -> datasets.Dataset:
     spread = (settings.data_parallel, settings.capsule_parallel) != (1, 1)
     processes.start(settings, may_be_cluster=spread)
     if settings.compilation_cache:
+        folder = f"--compilation_cache: {settings.compilation_cache}"
+        with files.writing(folder):
+            os.makedirs(settings.compilation_cache, exist_ok=True)
+            tempfile.TemporaryFile(dir=settings.compilation_cache).close()
         loop.keep_compiled(settings.compilation_cache)
     dataset = processes.together(
         lambda: datasets.load(
@@ -180,6 +194,7 @@ def train(
         the loss is not finite.
     """
     workdir = pathlib.Path(settings.workdir)
+    processes.together(lambda: loop.check_memory(trainer.abstract_state()))
     last_step = num_steps(settings, train_examples)
     if settings.max_steps:
         last_step = min(last_step, settings.max_steps)
@@ -218,6 +233,7 @@ def train(
                 "starts again at step 0; save sooner with --checkpoint_every_steps",
                 *(workdir, stopped_at),
             )
+        processes.on_lead(lambda: check_metrics(workdir, first_step))
         metrics = processes.on_lead(
             lambda: stack.enter_context(
                 records.Metrics(workdir, step=first_step, tensorboard=settings.tensorboard)

@@ -1,4 +1,4 @@
-"""Graceful shutdown on Ctrl-C and SIGTERM."""
+"""Graceful shutdown on Ctrl-C, SIGTERM, and SIGHUP of a terminal that is closed."""
 
 import contextlib
 import signal
@@ -6,13 +6,16 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[], int]]:
-    """Record the first SIGINT or SIGTERM inside the block; a later one has its usual effect.
+    """Record the first SIGINT, SIGTERM or SIGHUP in the block; a later one has its usual effect.
 
     Signals within a second of the first count as the same request: Ctrl-C reaches all processes of
-    a terminal, and `launch` then sends SIGTERM to those that it started.
+    a terminal, and `launch` then sends SIGTERM to those that it started. SIGHUP stays ignored where
+    it is, under nohup.
 
     Yields:
       A function that returns the signal's number, or 0 while there was none.
@@ -32,7 +35,9 @@ def stop_requests() -> Iterator[Callable[[], int]]:
         for number, handler in before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
+        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+            continue
         before[number] = signal.signal(number, note)
     try:
         yield lambda: received
