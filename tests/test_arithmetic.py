@@ -120,7 +120,7 @@ def test_what_warps_load_together_is_requested_once():
         warps = jnp.broadcast_to(jnp.arange(4, dtype=jnp.int32)[:, None], (4, 16))
 
         def add(k, total):
-            return total + pltriton.load(x_ref.at[k + 0 * lanes, lanes])
+            return total + pltriton.load(x_ref.at[k, lanes])
 
         total = lax.fori_loop(0, 6, add, jnp.zeros((4, 16)))
         pltriton.store(y_ref.at[warps, lanes], total)

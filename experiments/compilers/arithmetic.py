@@ -318,7 +318,8 @@ def _count_requests(
 
 def _distinct(equation: core.JaxprEqn, shape: tuple[int, ...], axes: dict[Any, set[int]]) -> int:
     """Count the elements of a load or store; once along axes along which no index varies."""
-    indices = [x for x in equation.invars[1:] if x.aval.dtype == np.int32 and x.aval.shape]
+    others: list[Any] = list(equation.invars[1:])
+    indices = [x for x in others if x.aval.dtype == np.int32 and x.aval.shape]
     if not indices or any(x.aval.shape != shape for x in indices):
         return math.prod(shape)
     varying = set().union(*(_axes_of(x, axes) for x in indices))
@@ -335,12 +336,19 @@ def _axes_of(variable: Any, axes: dict[Any, set[int]]) -> set[int]:
 
 def _add_axes(equation: core.JaxprEqn, axes: dict[Any, set[int]]) -> None:
     """Add the axes along which the result of an elementwise operation or a broadcast varies."""
-    name, result = equation.primitive.name, equation.outvars[0] if equation.outvars else None
+    name = equation.primitive.name
     if name == "broadcast_in_dim":
         to = equation.params["broadcast_dimensions"]
-        axes[result] = {to[axis] for axis in _axes_of(equation.invars[0], axes)}
+        found = {to[axis] for axis in _axes_of(equation.invars[0], axes)}
+    elif name == "broadcast_to":  # by the indexing of a reference
+        operand: Any = equation.invars[0]
+        added = len(equation.params["shape"]) - operand.aval.ndim
+        found = {added + axis for axis in _axes_of(operand, axes)}
     elif name == "iota":
-        axes[result] = {equation.params["dimension"]}
+        found = {equation.params["dimension"]}
     elif name in _ELEMENTWISE:
-        alike = [x for x in equation.invars if x.aval.shape]
-        axes[result] = set().union(*(_axes_of(x, axes) for x in alike))
+        operands: list[Any] = list(equation.invars)
+        found = set().union(*(_axes_of(x, axes) for x in operands if x.aval.shape))
+    else:
+        return
+    axes[equation.outvars[0]] = found
