@@ -1,9 +1,10 @@
 """Functions of one tile in the Triton kernels for gaussian logits: loads, votes, logits, sums.
 
 A thread has one example, and one child or parent at a time: a tile is `[n, 32]`, n warps of 32
-examples each. So all sums over P, D or R stay in a thread, and only the kernel that merges
-sums of parts of the children has shared memory and barriers. Arrays have four numbers last and the examples next to last, so that a thread loads 16
-bytes at once and a warp 512 bytes in sequence. What is absent from four numbers is zero.
+examples each. So all sums over P, D or R stay in a thread, and only the kernel that merges sums of
+parts of the children has shared memory and barriers. Arrays have four numbers last and the examples
+next to last, so that a thread loads 16 bytes at once and a warp 512 bytes in sequence. What
+is absent from four numbers is zero.
 
 Logits are to the base 2, and computed from votes from a center of their parent on. A gaussian is a
 scale s, s² = q log2(e) / 2, and an offset of its mean z:
