@@ -256,7 +256,11 @@ def test_gaussian_kernels_need_registers_alone(target, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    kernels = [kernel for kernel in found["kernels"] if kernel["pallas"]]
+    own = [kernel for kernel in found["kernels"] if kernel["pallas"]]
+    # Sums of parts of the children are merged over the warps of a program.
+    merging = [kernel for kernel in own if "_merge" in kernel["name"]]
+    assert sum(kernel["floor_us"] for kernel in merging) <= 10
+    kernels = [kernel for kernel in own if kernel not in merging]
     # Statistics, moments of equal couplings and others, chain, gradients.
     assert len(kernels) >= 5
     for kernel in kernels:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
 from jax.extend import core
 
 from capsjax.kernels.dispatch import Unsupported
@@ -111,6 +112,24 @@ def test_requests_are_followed_into_loops():
 
     (found,) = arithmetic.kernels(program, shape(6, 16))
     assert [operand.requested for operand in found.operands] == [2 * 6 * 64, 2 * 64]
+
+
+def test_what_warps_load_together_is_requested_once():
+    def kernel(x_ref, y_ref):
+        lanes = jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32)[None], (4, 16))
+        warps = jnp.broadcast_to(jnp.arange(4, dtype=jnp.int32)[:, None], (4, 16))
+
+        def add(k, total):
+            return total + pltriton.load(x_ref.at[k, lanes])
+
+        total = lax.fori_loop(0, 6, add, jnp.zeros((4, 16)))
+        pltriton.store(y_ref.at[warps, lanes], total)
+
+    def program(x):
+        return pl.pallas_call(kernel, grid=(2,), out_shape=shape(4, 16))(x)
+
+    (found,) = arithmetic.kernels(program, shape(6, 16))
+    assert [operand.requested for operand in found.operands] == [2 * 6 * 64, 2 * 4 * 64]
 
 
 # A pass is counted as what it becomes on a platform.

@@ -339,6 +339,16 @@ def test_later_targets_execute_more_bundles_after_a_branch():
     assert late - early == 4 + 4  # 0x3 where 0x4 is skipped, 0x7 where the loop goes on
 
 
+@pytest.mark.parametrize("guard", ["", " (%p7_p2)"])
+def test_spilled_scalars_are_known_after_loads_with_and_without_a_predicate(guard):
+    spilled = FINAL.replace(
+        "%s95_s3 = smov %s5_s4",
+        f"%20 = sst [smem:[#allocation8_spill]] %s5_s4 }}\n   0x6   : > {{ "
+        f"%s95_s3 = sld [smem:[#allocation8_spill]]{guard.replace('%', '!%')}",
+    )
+    assert bundles.execute(bundles.parse(spilled, delay=1)).loops == ((5, 5 * 7 + 1),)
+
+
 def test_an_unknown_number_of_iterations_is_an_error():
     unknown = FINAL.replace("%s90_s3 = smov 0", "%s90_s3 = sld [smem:[#allocation1]]")
     with pytest.raises(ValueError, match=r"^bundles: the iterations of a loop depend"):

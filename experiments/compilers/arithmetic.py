@@ -71,7 +71,9 @@ class Operand:
     # Number of fetches by the shape of the block; blocks at the end of the array are clipped. A
     # block is fetched when its index changes from one step of the grid to the next.
     blocks: dict[tuple[int, ...], int]
-    requested: int  # bytes of all loads and stores in the body, times the grid
+    # Bytes of all loads and stores in the body, times the grid. What one load or store accesses
+    # several times, for several warps, counts once.
+    requested: int
 
     @property
     def size(self) -> int:
@@ -239,7 +241,7 @@ def _kernel(equation: core.JaxprEqn, calls: int) -> Kernel:
     body = equation.params["jaxpr"]
     references = {variable: position for position, variable in enumerate(body.invars)}
     requested: collections.Counter[int] = collections.Counter()
-    _count_requests(body, references, math.prod(mapping.grid), requested)
+    _count_requests(body, references, {}, math.prod(mapping.grid), requested)
     estimate = equation.params["cost_estimate"]
     return Kernel(
         name=equation.params["name"],
@@ -271,26 +273,82 @@ def _blocks(grid: tuple[int, ...], mapping: Any) -> dict[tuple[int, ...], int]:
 
 
 def _count_requests(
-    jaxpr: core.Jaxpr, references: dict[Any, int], times: int, requested: collections.Counter[int]
+    jaxpr: core.Jaxpr,
+    references: dict[Any, int],
+    axes: dict[Any, set[int]],
+    times: int,
+    requested: collections.Counter[int],
 ) -> None:
-    """Add the bytes that the body of a kernel loads and stores, by the position of the operand."""
+    """Add the bytes that the body of a kernel loads and stores, by the position of the operand.
+
+    Args:
+      jaxpr: The body, or a part of it.
+      references: Positions of the operands by variable.
+      axes: Along which the values of variables vary; along all where a variable is missing.
+      times: Number of executions.
+      requested: The count.
+    """
     for equation in jaxpr.eqns:
+        _add_axes(equation, axes)
         if equation.primitive.name in _MEMORY and equation.invars[0] in references:
             value: Any = (equation.outvars or equation.invars[1:])[0].aval
-            size = math.prod(value.shape) * value.dtype.itemsize
+            size = _distinct(equation, value.shape, axes) * value.dtype.itemsize
             requested[references[equation.invars[0]]] += times * size
         branches = []
         for sub in _jaxprs(equation, _Lowering(None, UNKNOWN_DEVICE)):
             # A cond has the index of the branch before the arguments of the branch.
             passed = equation.invars[len(equation.invars) - len(sub.invars) :]
-            inner = {
-                variable: references[outer]
-                for variable, outer in zip(sub.invars, passed, strict=True)
-                if not isinstance(outer, core.Literal) and outer in references
-            }
+            pairs = [
+                pair
+                for pair in zip(sub.invars, passed, strict=True)
+                if not isinstance(pair[1], core.Literal)
+            ]
+            inner = {variable: references[x] for variable, x in pairs if x in references}
+            # What a loop carries may vary along more axes later.
+            constants = equation.params.get("num_consts", len(pairs))
+            fixed = set(sub.invars[:constants])
+            inner_axes = {v: _axes_of(x, axes) for v, x in pairs if v in fixed}
             branches.append(collections.Counter[int]())
-            _count_requests(sub, inner, times * _times(equation), branches[-1])
+            _count_requests(sub, inner, inner_axes, times * _times(equation), branches[-1])
         if equation.primitive.name == "cond":
             branches = [max(branches, key=lambda branch: branch.total())]
         for branch in branches:
             requested.update(branch)
+
+
+def _distinct(equation: core.JaxprEqn, shape: tuple[int, ...], axes: dict[Any, set[int]]) -> int:
+    """Count the elements of a load or store; once along axes along which no index varies."""
+    others: list[Any] = list(equation.invars[1:])
+    indices = [x for x in others if x.aval.dtype == np.int32 and x.aval.shape]
+    if not indices or any(x.aval.shape != shape for x in indices):
+        return math.prod(shape)
+    varying = set().union(*(_axes_of(x, axes) for x in indices))
+    return math.prod(shape[axis] for axis in varying)
+
+
+def _axes_of(variable: Any, axes: dict[Any, set[int]]) -> set[int]:
+    """Return the axes along which a value may vary."""
+    if isinstance(variable, core.Literal):
+        return set()
+    every = {axis for axis, size in enumerate(getattr(variable.aval, "shape", ())) if size > 1}
+    return axes.get(variable, every)
+
+
+def _add_axes(equation: core.JaxprEqn, axes: dict[Any, set[int]]) -> None:
+    """Add the axes along which the result of an elementwise operation or a broadcast varies."""
+    name = equation.primitive.name
+    if name == "broadcast_in_dim":
+        to = equation.params["broadcast_dimensions"]
+        found = {to[axis] for axis in _axes_of(equation.invars[0], axes)}
+    elif name == "broadcast_to":  # by the indexing of a reference
+        operand: Any = equation.invars[0]
+        added = len(equation.params["shape"]) - operand.aval.ndim
+        found = {added + axis for axis in _axes_of(operand, axes)}
+    elif name == "iota":
+        found = {equation.params["dimension"]}
+    elif name in _ELEMENTWISE:
+        operands: list[Any] = list(equation.invars)
+        found = set().union(*(_axes_of(x, axes) for x in operands if x.aval.shape))
+    else:
+        return
+    axes[equation.outvars[0]] = found

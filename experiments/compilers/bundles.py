@@ -20,7 +20,8 @@ _REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
 _INSTRUCTION = re.compile(
     r"%(\w+) = ([\w.]+)(?: \((!?%\w+)(?:, (%\w+))?\))?,? ?(?:\[resolvable:\S+\] )?(.*)"
 )
-_SPILL = re.compile(r"\[smem:\[#(\w+_spill)\]\] ?(%\w+)?")
+# A store has its value after the place, a load perhaps a predicate under which it executes.
+_SPILL = re.compile(r"\[smem:\[#(\w+_spill)\]\] ?(?:(%\w+)|\((!?%\w+)\))?")
 _CORE = re.compile(r"%(\w+) = sld [^;]*/\* core id \*/")
 _MASK = 2**32 - 1
 _BINARY: dict[str, Callable[[int, int], int]] = {
@@ -120,7 +121,7 @@ def parse(text: str, delay: int) -> Kernel:
                 own.append(Scalar("smov", name, None, None, ("0",)))
             elif stored := _SPILL.fullmatch(rest):
                 place, source = (stored[1], stored[2]) if stored[2] else (name, stored[1])
-                own.append(Scalar("smov", place, guard, None, (source,)))
+                own.append(Scalar("smov", place, guard or stored[3], otherwise, (source,)))
             elif re.search(r"_[sp]\d+$", name):
                 operands = tuple(x.strip() for x in rest.split(","))
                 own.append(Scalar(opcode, name, guard, otherwise, operands))

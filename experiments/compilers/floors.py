@@ -28,7 +28,7 @@ def traffic(target: Target, call: hlo.Executed, kernels: Sequence[arithmetic.Ker
     That of a kernel is counted in its grid and blocks. On a TPU, a block is moved when its index
     changes from one step of the grid to the next. On a GPU, the order of the programs is unknown:
     an operand that fits into the L2 cache is moved once, and any other operand as often as the
-    programs load it.
+    programs load it. What the warps of a program load together is moved once for all of them.
 
     Args:
       target: The device.

@@ -95,14 +95,10 @@ def moments(
     if not is_uniform(inputs, state):
         softmax = gaussian_walks.statistics(config, sizes, operands, parents, center, share=False)
     found = gaussian_walks.moments(config, sizes, operands, parents, center, softmax)
-    # Merge the ranges of children (Chan, Golub and LeVeque 1979).
-    mass = jnp.sum(found.zeroth, 0)
-    share = found.zeroth / jnp.where(mass > 0, mass, 1)[None]
-    mean = jnp.sum(share[:, :, None] * found.first, 0)
-    shift = found.first - mean[None]
-    second = jnp.sum(found.second + found.zeroth[:, :, None] * shift * shift, 0)
     return Moments(
-        examples_first(sizes, mass), restore_states(sizes, mean), restore_states(sizes, second)
+        examples_first(sizes, found.zeroth),
+        restore_states(sizes, found.first),
+        restore_states(sizes, found.second),
     )
 
 
@@ -122,11 +118,11 @@ def chain(
     d_z: MaybeArray = None
     d_q: MaybeArray = None
     if term.state.k is not None:
-        d_k = examples_first(sizes, jnp.sum(found.zeroth, 0))
+        d_k = examples_first(sizes, found.zeroth)
     if term.state.q is not None:
         scale = scale_of(term.state.q)
-        d_z = restore_states(sizes, jnp.sum(found.first, 0)) * (term.state.q / scale)
-        d_q = restore_states(sizes, jnp.sum(found.second, 0)) * (-0.5 / (scale * scale))
+        d_z = restore_states(sizes, found.first) * (term.state.q / scale)
+        d_q = restore_states(sizes, found.second) * (-0.5 / (scale * scale))
     kept = jnp.stack([softmax.normaliser, softmax.share])
     return State(k=d_k, z=d_z, q=d_q), examples_first(sizes, kept)
 

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 
 from capsjax.kernels.vote_passes.config import TritonGaussianConfig
 from capsjax.kernels.vote_passes.triton.gaussian_tiles import (
+    FOUR,
     Operands,
     Parents,
     Sizes,
@@ -41,7 +42,7 @@ class Iteration(NamedTuple):
 class Gradients(NamedTuple):
     """Gradients of the inputs, in the layouts of the kernel; None for absent ones."""
 
-    poses: Any  # [I, R, P, B]
+    poses: Any  # [B, I, R, P/4, 4]
     weights: Any  # [splits, I, J, P·E]
     gates: Any  # [I, B], of the iterations whose couplings are equal
     prior: Any  # [splits, I, J, 1], or [I, J, B]
@@ -100,7 +101,7 @@ def gradients_of_inputs(
         is_shared = operands.prior.ndim == 2
         prior = float32(splits, I, J, 1) if is_shared else float32(I, J, sizes.padded_batch)
     of_gates = operands.gates is not None and any(x.softmax is None for x in iterations)
-    poses = I, sizes.rows, sizes.padded_length, sizes.padded_batch
+    poses = sizes.batch, I, sizes.rows, sizes.padded_length // FOUR, FOUR
     results = Gradients(
         poses=ShapedArray(poses, operands.poses.dtype),
         weights=float32(splits, I, J, sizes.padded_length * sizes.padded_columns),
@@ -225,9 +226,7 @@ class _Child(NamedTuple):
         """Store the gradients of the child."""
         tile, results = self.tile, self.results
         for r, row in enumerate(found.pose):
-            for p, x in enumerate(row):
-                x = x.astype(results.poses.dtype)
-                tile.store(results.poses, x, self.to, r, p, exists=self.exists)
+            tile.store_fours(results.poses, row, self.to, r, exists=self.exists)
         if results.gates is not None:
             tile.store(results.gates, found.gate, self.to, exists=self.exists)
         if results.coordinates is not None:

@@ -1,9 +1,10 @@
 """Functions of one tile in the Triton kernels for gaussian logits: loads, votes, logits, sums.
 
 A thread has one example, and one child or parent at a time: a tile is `[n, 32]`, n warps of 32
-examples each. So all sums over P, D or R stay in a thread, and no kernel has shared memory or
-barriers. Arrays have four numbers last and the examples next to last, so that a thread loads 16
-bytes at once and a warp 512 bytes in sequence. What is absent from four numbers is zero.
+examples each. So all sums over P, D or R stay in a thread, and only the kernel that merges sums of
+parts of the children has shared memory and barriers. Arrays have four numbers last and the examples
+next to last, so that a thread loads 16 bytes at once and a warp 512 bytes in sequence. What
+is absent from four numbers is zero.
 
 Logits are to the base 2, and computed from votes from a center of their parent on. A gaussian is a
 scale s, s² = q log2(e) / 2, and an offset of its mean z:
@@ -118,8 +119,8 @@ def prepare_poses(sizes: Sizes, poses: Array) -> Array:
 
 
 def restore_poses(sizes: Sizes, x: Array) -> Array:
-    """Return gradients of poses `[I, R, P, B]` as `[B, I, R, P]` without padding."""
-    return x[:, :, : sizes.length, : sizes.batch].transpose(3, 0, 1, 2)
+    """Return gradients of poses `[B, I, R, P/4, 4]` as `[B, I, R, P]` without padding."""
+    return x.reshape(*x.shape[:3], -1)[..., : sizes.length]
 
 
 def prepare_weights(sizes: Sizes, weights: Array) -> Array:
@@ -127,9 +128,8 @@ def prepare_weights(sizes: Sizes, weights: Array) -> Array:
 
     Poses keep their dtype, but the weights would be converted once for each tile of examples.
     """
-    x = pad(
-        weights.astype(jnp.float32), {1: sizes.padded_length, 3: sizes.padded_columns}
-    ).swapaxes(1, 2)
+    x = weights.astype(jnp.float32).swapaxes(1, 2)
+    x = pad(x, {2: sizes.padded_length, 3: sizes.padded_columns})
     return x.reshape(*x.shape[:3], -1, FOUR)
 
 
@@ -160,9 +160,8 @@ def prepare_states(sizes: Sizes, *states: Array) -> Array:
 
 
 def restore_states(sizes: Sizes, x: Array) -> Array:
-    """Return sums `[J, D, B]` as `[B, J, D]` without padding."""
-    x = x.reshape(sizes.parents, sizes.rows, sizes.padded_columns, -1)
-    x = x[:, :, : sizes.columns, : sizes.batch].transpose(3, 0, 1, 2)
+    """Return sums `[B, J, R, E/4, 4]` as `[B, J, D]` without padding."""
+    x = x.reshape(*x.shape[:3], -1)[..., : sizes.columns]
     return x.reshape(sizes.batch, sizes.parents, -1)
 
 
@@ -236,13 +235,9 @@ class Tile:
           again: Whether the thread has loaded them before, and does so again to save registers. The
             hint that it is the last time keeps the compiler from reusing the first load.
         """
-        shape = (self.warps, EXAMPLES, FOUR)
-        indices = [x if _is_one(x) else self.broadcast(x, 1) for x in at]
-        indices = [x if _is_one(x) else jnp.broadcast_to(x, shape) for x in indices]
-        four = jnp.arange(FOUR, dtype=jnp.int32)[None, None, :]
-        last = [jnp.broadcast_to(four, shape)]
+        indices, last = [self._for_fours(x) for x in at], [self._four]
         if examples:
-            last = [jnp.broadcast_to(self.example[None, :, None], shape), *last]
+            last = [self._for_fours(self.example[None, :, None]), *last]
         found = []
         for k in range(ref.shape[len(at)]):
             place = ref.at[(*indices, k, *last)]
@@ -253,6 +248,33 @@ class Tile:
             (a, c), (b, d) = lax.unstack(even, axis=-1), lax.unstack(odd, axis=-1)
             found += [a, b, c, d]
         return found
+
+    def store_fours(self, ref: Any, xs: Sequence[Array], *at: Any, exists: Array) -> None:
+        """Store numbers of each example, `[n, 32]` each, into `[B, …, count, 4]` or `[B, …, 4]`.
+
+        A thread stores 16 bytes at once, and those of a pose one after the other.
+        """
+        example = self.example[None, :, None]
+        indices = [self._for_fours(x) for x in (example, *at)]
+        mask = self._for_fours(exists) & self._for_fours(example < self.sizes.batch)
+        # Without an index of the fours there are four numbers.
+        places = [[k] for k in range(len(xs) // FOUR)] if len(indices) + 2 == ref.ndim else [[]]
+        for k, place in enumerate(places):
+            a, b, c, d = xs[FOUR * k :][:FOUR]
+            pairs = lax.stack([a, c], axis=-1), lax.stack([b, d], axis=-1)
+            x = lax.stack(pairs, axis=-1).reshape(mask.shape).astype(ref.dtype)
+            pltriton.store(ref.at[(*indices, *place, self._four)], x, mask=mask)
+
+    @property
+    def _four(self) -> Array:
+        return self._for_fours(jnp.arange(FOUR, dtype=jnp.int32)[None, None, :])
+
+    def _for_fours(self, x: Any) -> Any:
+        """Repeat numbers of the warps, `[n]`, or others for four numbers of each example."""
+        if _is_one(x):
+            return x
+        x = self.broadcast(x, 1) if x.ndim == 1 else x
+        return jnp.broadcast_to(x, (self.warps, EXAMPLES, FOUR))
 
     def load_pose(self, operands: Operands, i: Array) -> list[list[Array]]:
         """Load the poses of children, `[R][P]`."""

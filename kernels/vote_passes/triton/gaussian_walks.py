@@ -5,7 +5,7 @@ child's softmax, or its gradients. In a walk over the children a thread keeps th
 sums of one parent. The statistics, two numbers of each child, make parents independent.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax.experimental.pallas import triton as pltriton
 
 from capsjax.kernels.vote_passes.config import TritonGaussianConfig
 from capsjax.kernels.vote_passes.triton.gaussian_tiles import (
+    FOUR,
     Operands,
     Parents,
     Sizes,
@@ -28,6 +29,10 @@ from capsjax.kernels.vote_passes.triton.tiles import exp2, fma, log2, loop, reci
 TINY = float(jnp.finfo(jnp.float32).tiny)
 # Initial largest logit: finite, so that differences are, even if all logits are -infinity.
 LEAST = float(jnp.finfo(jnp.float32).min)
+# Where sums over ranges of children are merged: warps of a program, and ranges that a warp loads at
+# once, so that their latencies overlap.
+MERGE_WARPS = 8
+MERGE_RANGES = 4
 
 
 def call(
@@ -140,11 +145,11 @@ def statistics(
 
 
 class Sums(NamedTuple):
-    """Sums over a range of children; the last two are None if the parents have no gaussians."""
+    """Sums over the children; the last two are None if the parents have no gaussians."""
 
-    zeroth: Any  # [ranges, J, B]
-    first: Any  # [ranges, J, D, B]
-    second: Any  # [ranges, J, D, B]
+    zeroth: Any  # [J, B]
+    first: Any  # [B, J, R, E/4, 4]
+    second: Any  # [B, J, R, E/4, 4]
 
 
 class _Vote(NamedTuple):
@@ -164,7 +169,7 @@ def moments(
     center: Any,
     found: Statistics | None,
 ) -> Sums:
-    """Compute mass, mean and squares around the mean, for each range of children.
+    """Compute mass, mean and squares around the mean.
 
     The mean is updated by one vote after the other (West 1979).
     """
@@ -187,7 +192,7 @@ def moments(
 
     refs = operands, parents, center, found
     return _over_children(
-        config, sizes, refs, start, add, sizes.depth, "routing_gaussian_moments", is_far=True
+        config, sizes, refs, start, add, sizes.depth, "routing_gaussian_moments", is_central=True
     )
 
 
@@ -199,7 +204,7 @@ def logit_gradients(
     center: Any,
     found: Statistics,
 ) -> Sums:
-    """Compute the sums of dl, dl x and dl x², where x = s v + h, for each range of children."""
+    """Compute the sums of dl, dl x and dl x², where x = s v + h."""
 
     def start(tile: Tile, parents: Parents, j: Array) -> Any:
         return tile.load(parents.d_mass, j), tile.load_cotangents(parents, j)
@@ -219,7 +224,7 @@ def logit_gradients(
     depth = 0 if parents.gaussian is None else sizes.depth
     refs = operands, parents, center, found
     return _over_children(
-        config, sizes, refs, start, add, depth, "routing_gaussian_chain", is_far=False
+        config, sizes, refs, start, add, depth, "routing_gaussian_chain", is_central=False
     )
 
 
@@ -232,7 +237,7 @@ def _over_children(
     depth: int,
     name: str,
     *,
-    is_far: bool,
+    is_central: bool,
 ) -> Sums:
     """Walk over ranges of children, with a parent's sums in a thread.
 
@@ -244,8 +249,8 @@ def _over_children(
       add: `add(tile, vote, operands, known, sums)` returns the sums with a child added.
       depth: D of the sums; 0 if only those without D are wanted.
       name: Of the kernel.
-      is_far: Whether the center may be far from the votes, so that sums of votes from there on had
-        its rounding.
+      is_central: Whether the sums are mass, mean and squares around the mean. Votes are then not
+        computed from the center on, which may be far: their sums had its rounding.
     """
     warps = config.sums_warps
     steps = pl.cdiv(sizes.capsules, config.sums_ranges)
@@ -266,14 +271,14 @@ def _over_children(
             i = jnp.minimum(portion * steps + step, sizes.capsules - 1)
             inside = portion * steps + step < sizes.capsules
             pose = tile.load_pose(operands, i)
-            votes = tile.votes(operands, pose, None if is_far else center, i, j)
+            votes = tile.votes(operands, pose, None if is_central else center, i, j)
             if found is None:
                 weight = tile.equal_weight(operands, i)
                 differences: list[Array] = []
             else:
                 logit = tile.start_logit(operands, k, i, j)
                 near = votes
-                if is_far and center is not None:
+                if is_central and center is not None:
                     near = [v - c for v, c in zip(votes, center, strict=True)]
                 logit, differences = tile.logit(logit, near, gaussian)
                 weight = exp2(tile, logit - tile.load(found.normaliser, i))
@@ -283,6 +288,9 @@ def _over_children(
 
         nothing = [tile.zero] * depth
         sums = loop(steps, one_child, Sums(tile.zero, nothing, nothing))
+        if ranges == 1:
+            _store(tile, results, sums, at, exists)
+            return
         tile.store(results[0], sums.zeroth, portion, at, exists=exists)
         for d in range(depth):
             tile.store(results[1], sums.first[d], portion, at, d, exists=exists)
@@ -290,13 +298,108 @@ def _over_children(
 
     zeroth = float32(ranges, sizes.parents, sizes.padded_batch)
     others = float32(ranges, sizes.parents, depth, sizes.padded_batch)
+    parts = [zeroth, others, others] if depth else [zeroth]
     found = call(
         kernel,
         operands,
         grid=(pl.cdiv(sizes.parents, warps), sizes.tiles, ranges),
-        results=[zeroth, others, others] if depth else [zeroth],
+        results=_results(sizes, depth) if ranges == 1 else parts,
         warps=warps,
         sizes=sizes,
         name=name,
     )
+    if ranges > 1:
+        found = _merge(sizes, found, f"{name}_merge", is_central=is_central)
     return Sums(*found, *[None] * (3 - len(found)))
+
+
+def _results(sizes: Sizes, depth: int) -> list[ShapedArray]:
+    """Return the types of sums over all children."""
+    shape = sizes.batch, sizes.parents, sizes.rows, sizes.padded_columns // FOUR, FOUR
+    return [float32(sizes.parents, sizes.padded_batch), *[float32(*shape)] * (2 if depth else 0)]
+
+
+def _store(tile: Tile, results: Sequence[Any], sums: Sums, at: Array, exists: Array) -> None:
+    """Store sums over all children."""
+    tile.store(results[0], sums.zeroth, at, exists=exists)
+    columns = tile.sizes.padded_columns
+    for ref, xs in zip(results[1:], sums[1:], strict=True):
+        for row in range(tile.sizes.rows):
+            tile.store_fours(ref, xs[row * columns :][:columns], at, row, exists=exists)
+
+
+def _merge(sizes: Sizes, parts: Sequence[Array], name: str, *, is_central: bool) -> Any:
+    """Add up sums over ranges of children, `[ranges, J, B]` and twice `[ranges, J, D, B]`.
+
+    A program has four of the numbers of a parent; each warp takes every n-th range. Mean and
+    squares are merged by Chan, Golub and LeVeque 1979.
+    """
+    ranges = parts[0].shape[0]
+    fours = sizes.padded_columns // FOUR
+    per_step = MERGE_WARPS * MERGE_RANGES
+
+    def kernel(refs: Sequence[Any], *results: Any) -> None:
+        tile = Tile(sizes, MERGE_WARPS, pl.program_id(1))
+        j, place = pl.program_id(0), pl.program_id(2)
+
+        def add_up(terms: Callable[[Array, Array], list[Array]], count: int) -> list[Array]:
+            """Sum terms of each range, of which `terms` gets the index and the mass."""
+
+            def one_step(step: Array, totals: list[Array]) -> list[Array]:
+                for k in range(MERGE_RANGES):
+                    at = step * per_step + k * MERGE_WARPS + tile.warp
+                    inside = tile.broadcast(at < ranges)
+                    at = jnp.minimum(at, ranges - 1)
+                    found = terms(at, tile.load(refs[0], at, j))
+                    totals = [
+                        total + jnp.where(inside, x, 0.0)
+                        for total, x in zip(totals, found, strict=True)
+                    ]
+                return totals
+
+            totals = loop(pl.cdiv(ranges, per_step), one_step, [tile.zero] * count)
+            return [jnp.sum(x, 0)[None] for x in totals]
+
+        def load(ref: Any, at: Array) -> list[Array]:
+            return [tile.load(ref, at, j, place * FOUR + d) for d in range(FOUR)]
+
+        others = len(refs) > 1
+        if not others:
+            sums = add_up(lambda at, mass: [mass], 1)
+        elif is_central:
+            (mass, *first) = add_up(
+                lambda at, mass: [mass, *(mass * x for x in load(refs[1], at))], 1 + FOUR
+            )
+            share = 1 / jnp.where(mass > 0, mass, 1.0)
+            mean = [x * share for x in first]
+            mean_of_all = [jnp.broadcast_to(x, tile.zero.shape) for x in mean]
+
+            def squares(at: Array, mass: Array) -> list[Array]:
+                shifts = [x - m for x, m in zip(load(refs[1], at), mean_of_all, strict=True)]
+                return [
+                    fma(tile, mass * x, x, m2)
+                    for x, m2 in zip(shifts, load(refs[2], at), strict=True)
+                ]
+
+            sums = [mass, *mean, *add_up(squares, FOUR)]
+        else:
+            sums = add_up(
+                lambda at, mass: [mass, *load(refs[1], at), *load(refs[2], at)], 1 + 2 * FOUR
+            )
+        whole = Tile(sizes, 1, pl.program_id(1))
+        exists = whole.warp == 0
+        whole.store(results[0], sums[0], j, exists=exists & (place == 0))
+        if others:
+            for ref, xs in zip(results[1:], (sums[1 : 1 + FOUR], sums[1 + FOUR :]), strict=True):
+                whole.store_fours(ref, xs, j, place // fours, place % fours, exists=exists)
+
+    depth = sizes.depth if len(parts) > 1 else 0
+    return call(
+        kernel,
+        list(parts),
+        grid=(sizes.parents, sizes.tiles, max(1, depth // FOUR)),
+        results=_results(sizes, depth),
+        warps=MERGE_WARPS,
+        sizes=sizes,
+        name=name,
+    )
