@@ -44,6 +44,12 @@ class Settings:
     capsule_bias: float = flag(
         0.0, "Initial bias of both capsule layers; 0: class capsules have none."
     )
+    decoder_units: int = flag(
+        512,
+        "Units of the decoder's first hidden layer; the second has twice as many.",
+        minimum=1,
+        added=True,
+    )
     dtype: str = flag(
         "float32",
         "Dtype of the computation; parameters stay float32.",
@@ -173,6 +179,7 @@ def build(
             capsule_bias=settings.capsule_bias or None,
             num_iterations=settings.num_iterations,
             gradient=settings.gradient,
+            hidden=(settings.decoder_units, 2 * settings.decoder_units),
             implementation=None if settings.implementation == "auto" else settings.implementation,
             dtype=dtype,
             rngs=rngs,
