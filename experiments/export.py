@@ -61,8 +61,9 @@ def export(model: models.CapsNet, *, has_decoder: bool) -> bytes:
         found = {"capsules": capsules, "lengths": capsjax.lengths(capsules)}
         return found | ({"reconstructions": model.reconstruct(capsules)} if has_decoder else {})
 
-    sizes = ", ".join(map(str, dict(model.arguments)["image_shape"]))
-    (images,) = jax.export.symbolic_args_specs((jnp.zeros((1, 1, 1, 1)),), f"b, {sizes}")
+    (batch,) = jax.export.symbolic_shape("b")
+    shape = (batch, *dict(model.arguments)["image_shape"])
+    images = jax.ShapeDtypeStruct(shape, jnp.float32)
     # A call of Pallas-Triton, for which JAX promises no stability; it needs the same jaxlib.
     check = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
     exported = jax.export.export(jax.jit(network), platforms=PLATFORMS, disabled_checks=[check])

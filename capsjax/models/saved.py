@@ -87,8 +87,8 @@ def load(path: str | os.PathLike[str]) -> Any:
     Neither the programs of `experiments` nor the data that the network was trained on are needed.
 
     Args:
-      path: The file; or a folder with a `network.safetensors`, which the training programs write at
-        the end of a run, and `python -m experiments.export --workdir=FOLDER` at any time.
+      path: The file; or a folder with a `network.safetensors`, which
+        `python -m experiments.export --workdir=FOLDER` writes into the folder of a run.
 
     Returns:
       The network, on the default device: `CapsNet` or another class of `capsjax.models`.
