@@ -55,9 +55,20 @@ NETWORKS = {
 }
 
 
+def network(name):
+    """A network with random numbers in place of its initial values, which take long to compile."""
+    build = NETWORKS[name]
+    structure, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
+    return nnx.merge(
+        structure,
+        jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), state),
+    )
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_network_is_the_same_after_saving_and_loading(name, tmp_path):
-    model, path = NETWORKS[name](nnx.Rngs(1)), tmp_path / "network.safetensors"
+    model, path = network(name), tmp_path / "network.safetensors"
     models.save(model, path)
     same = models.load(path)
     assert type(same) is type(model)
@@ -69,7 +80,7 @@ def test_every_network_is_the_same_after_saving_and_loading(name, tmp_path):
 
 
 def test_statistics_of_training_are_saved(tmp_path):
-    model = NETWORKS["SRCapsNet"](nnx.Rngs(0))
+    model = network("SRCapsNet")
     model.normalisation.mean[...] = jnp.arange(48.0)
     models.save(model, tmp_path / "x")
     found = models.load(tmp_path / "x").normalisation.mean[...]
@@ -77,7 +88,7 @@ def test_statistics_of_training_are_saved(tmp_path):
 
 
 def test_a_run_is_loaded_in_a_process_that_has_the_library_only(tmp_path):
-    models.save(NETWORKS["CapsNet"](nnx.Rngs(0)), tmp_path / "network.safetensors")
+    models.save(network("CapsNet"), tmp_path / "network.safetensors")
     program = (
         "import sys; sys.modules['experiments'] = None; from capsjax import models; "
         f"print(models.load({str(tmp_path)!r}).arguments)"
@@ -101,7 +112,7 @@ def test_other_classes_and_changed_parameters_are_not_saved(tmp_path):
     other = Other((24, 24, 1), 10, conv_channels=8, types=3, rngs=nnx.Rngs(0))
     with pytest.raises(TypeError, match=r"^save: network must be one of .*, got Other$"):
         models.save(other, tmp_path / "x")
-    model = NETWORKS["SRCapsNet"](nnx.Rngs(0))
+    model = network("SRCapsNet")
     model.routing_bias = nnx.Param(jnp.zeros(3))
     with pytest.raises(ValueError, match=r"^save: network must have as routing_bias float32 \[.*"):
         models.save(model, tmp_path / "x")
@@ -112,7 +123,7 @@ def test_other_classes_and_changed_parameters_are_not_saved(tmp_path):
 def contents(tmp_path_factory):
     """Tensors and metadata of a file, by which others are made."""
     path = tmp_path_factory.mktemp("saved") / "x"
-    models.save(NETWORKS["CapsNet"](nnx.Rngs(0)), path)
+    models.save(network("CapsNet"), path)
     with safetensors.safe_open(path, framework="numpy") as file:
         return safetensors.numpy.load_file(path), file.metadata()
 
@@ -191,7 +202,7 @@ def test_other_contents_are_refused_in_one_line(name, contents, tmp_path):
 
 def test_many_blocks_are_refused_before_they_are_built(tmp_path):
     path = tmp_path / "x"
-    models.save(NETWORKS["InvertedAttentionCapsNet"](nnx.Rngs(0)), path)
+    models.save(network("InvertedAttentionCapsNet"), path)
     with safetensors.safe_open(path, framework="numpy") as file:
         strings = file.metadata()
     arguments({"blocks": [10**7, 1]})(None, strings)
