@@ -49,8 +49,8 @@ def main(config: Config) -> int:
     return 0
 
 
-def export(model: models.CapsNet, *, has_decoder: bool) -> bytes:
-    """Return a program from images `[B, H, W, C]` in [0, 1] to a dict of arrays.
+def export(model: Any, *, has_decoder: bool) -> bytes:
+    """Return a program of a `CapsNet` from images `[B, H, W, C]` in [0, 1] to a dict of arrays.
 
     Its keys are capsules `[B, J, D]` and lengths `[B, J]`; with a decoder that was trained, also
     reconstructions `[B, H, W, C]` from the longest capsules.
