@@ -54,6 +54,7 @@ def flag(
     below: float | None = None,
     choices: Sequence[T] | None = None,
     affects_result: bool = True,
+    added: bool = False,
 ) -> T:
     """Declare one field of a Config, and so one flag of the default's type.
 
@@ -67,6 +68,8 @@ def flag(
       choices: The only values allowed.
       affects_result: False for a setting that changes no number (a folder, say): a resumed run
         may change it.
+      added: True for a setting that runs of earlier versions lack; they were trained with its
+        default.
     """
     limits: list[tuple[str, Callable[[Any], bool]]] = []
     if minimum is not None:
@@ -79,7 +82,12 @@ def flag(
         limits.append((f"below {below}", lambda value: value < below))
     if choices is not None:
         limits.append((f"one of {', '.join(map(str, choices))}", lambda value: value in choices))
-    metadata = {"help": help, "limits": limits, "affects_result": affects_result}
+    metadata = {
+        "help": help,
+        "limits": limits,
+        "affects_result": affects_result,
+        "added": added,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -26,8 +26,8 @@ class Config:
 
 def main(config: Config) -> int:
     """Restore the newest checkpoint of the run, and print its evaluation."""
-    run = trained.load(config.workdir, data_dir=config.data_dir)
     paths = config.images.split(",") if config.images else []
+    run = trained.load(config.workdir, data_dir=config.data_dir, with_data=not paths)
     if paths:
         images = trained.read_images(run, paths)
         lines = classification_lines(paths, run.trainer.scores(run.params, images))

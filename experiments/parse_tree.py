@@ -34,7 +34,8 @@ class Config(selection.Settings):
 
 def main(config: Config) -> int:
     """Draw evidence and parse tree of each image."""
-    run = trained.load(config.workdir, data_dir=config.data_dir)
+    with_data = bool(config.overlap or not config.images)
+    run = trained.load(config.workdir, data_dir=config.data_dir, with_data=with_data)
     model = selection.capsnet_of(run, config.workdir)
     output = pathlib.Path(config.output)
     table: list[dict[str, Any]] = []

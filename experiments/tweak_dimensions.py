@@ -34,12 +34,20 @@ class Config(selection.Settings):
     """The network, the images and the output."""
 
     output: str = flag("runs/tweaks", "Folder of figures, animations and JSON results.")
-    examples: int = flag(256, "Test images for measuring effects, the first ones.", minimum=2)
+    examples: int = flag(
+        256,
+        "Test images for measuring effects, the first ones, at least 2; 0: none, so that --images "
+        "needs no data.",
+        minimum=0,
+    )
 
 
 def main(config: Config) -> int:
     """Draw the tweaks of each image, then measure their effects on test images."""
-    run = trained.load(config.workdir, data_dir=config.data_dir)
+    if config.examples == 1:
+        raise InputError("--examples must be 0 or at least 2, got 1")
+    with_data = bool(config.examples or not config.images)
+    run = trained.load(config.workdir, data_dir=config.data_dir, with_data=with_data)
     model = selection.capsnet_of(run, config.workdir)
     if not run.config.reconstruction_weight:
         raise InputError(
@@ -58,6 +66,9 @@ def main(config: Config) -> int:
         figure = classifier.dimension_tweaks(grid, values=inspection.TWEAKS)
         files.save_figure(figure, output / f"{name}_tweaks.png")
         files.write_bytes(output / f"{name}_sweep.gif", animate(grid, values=inspection.TWEAKS))
+    if not config.examples:
+        logging.info("figures are in %s", output)
+        return 0
     # Parameters are an argument, because XLA would constant-fold closed-over arrays for seconds.
     reconstruct = jax.jit(
         lambda params, images: effects.reconstruct_tweaked(run.trainer.model(params), images)

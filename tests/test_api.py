@@ -114,7 +114,7 @@ def test_imports_point_down(path):
         "capsjax": {"jax", "numpy", "capsjax"},
     }.get(path.parts[0])
     if path.parts[1] in ("nn", "models"):
-        allowed = allowed | {"flax"}
+        allowed = allowed | {"flax", "safetensors"}
     for name in imported_by(path):
         top = name.split(".")[0]
         assert top not in ("tests", "kernels"), f"{path} imports {name}"

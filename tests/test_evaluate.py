@@ -284,3 +284,14 @@ def test_config_of_restores_the_config(workdir, settings):
     del lacking["dtype"], lacking["dataset"]
     with pytest.raises(InputError, match=r"^workdir run .* lacks dataset, dtype$"):
         load_trained.config_of(mnist.Config, lacking, "run")
+
+
+def test_a_copied_run_classifies_images_without_its_data(program, workdir, settings, images):
+    with_data = program(workdir=workdir, images=",".join(images))
+    moved = pathlib.Path(settings.data_dir).rename(f"{settings.data_dir}_moved")
+    try:
+        without = program(workdir=workdir, images=",".join(images))
+    finally:
+        moved.rename(settings.data_dir)
+    assert with_data[0] == without[0] == 0
+    assert without[1] == with_data[1]

@@ -1,12 +1,19 @@
 """Blocks that several networks share."""
 
+import functools
+import inspect
+from typing import Any, TypeVar
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
 from capsjax.conv import strided_conv
+
+M = TypeVar("M", bound=nnx.Module)
 
 # Defaults of PyTorch's batch normalisation, whose momentum of 0.1 is here 0.9.
 EPSILON, MOMENTUM = 1e-5, 0.9
@@ -43,3 +50,35 @@ class NormalisedConvolution(nnx.Module):
         images = jnp.pad(images.astype(self.dtype), ((0, 0), around, around, (0, 0)))
         maps = strided_conv(images, self.kernel[...].astype(self.dtype), stride=self.stride)
         return self.normalisation(maps, use_running_average=not training).astype(self.dtype)
+
+
+def keeps_arguments(network: type[M]) -> type[M]:
+    """Decorate a network so that `arguments` holds those of its constructor, for `saved.save`.
+
+    They are pairs of name and value, hashable as NNX asks of what is no array: lists become tuples
+    and dtypes their names.
+    """
+    constructor = network.__init__
+    signature = inspect.signature(constructor)
+
+    @functools.wraps(constructor)
+    def initialise(self: Any, *positional: Any, **named: Any) -> None:
+        bound = signature.bind(self, *positional, **named)
+        bound.apply_defaults()
+        constructor(self, *positional, **named)
+        _, *given = bound.arguments.items()
+        self.arguments = tuple(
+            (name, jnp.dtype(value).name if name == "dtype" else _plain(value))
+            for name, value in given
+            if name != "rngs"
+        )
+
+    network.__init__ = initialise  # type: ignore[method-assign]
+    return network
+
+
+def _plain(value: Any) -> Any:
+    """Return nested lists as tuples, and NumPy's numbers as Python's."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value))
+    return value.item() if isinstance(value, np.generic) else value

@@ -8,8 +8,10 @@ from jax.typing import DTypeLike
 
 from capsjax import nn
 from capsjax.metrics import lengths
+from capsjax.models._blocks import keeps_arguments
 
 
+@keeps_arguments
 class CapsNet(nnx.Module):
     """CapsNet: a convolution, primary capsules, class capsules, and an image decoder.
 

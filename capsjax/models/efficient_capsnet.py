@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from capsjax import nn, shapes
 from capsjax.kernels.dtypes import accumulation_dtype
 from capsjax.metrics import lengths
+from capsjax.models._blocks import keeps_arguments
 from capsjax.routing.self_attention import exponential_squash, self_attention_routing
 
 # The defaults of the authors' normalization layers.
@@ -22,6 +23,7 @@ EPSILON, MOMENTUM = 1e-3, 0.99
 UPSAMPLED_CHANNELS, UPSAMPLED_KERNEL = (64, 128, 128), 3
 
 
+@keeps_arguments
 class EfficientCapsNet(nnx.Module):
     """Efficient-CapsNet: four convolutions, depthwise primary capsules, self-attention routing.
 

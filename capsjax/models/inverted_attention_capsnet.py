@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from capsjax import nn
 from capsjax.conv import strided_conv
-from capsjax.models._blocks import EPSILON, NormalisedConvolution
+from capsjax.models._blocks import EPSILON, NormalisedConvolution, keeps_arguments
 from capsjax.routing.inverted_attention import (
     inverted_attention_routing,
     inverted_attention_step,
@@ -20,6 +20,7 @@ from capsjax.routing.inverted_attention import (
 SIDE = 4
 
 
+@keeps_arguments
 class InvertedAttentionCapsNet(nnx.Module):
     """A residual backbone, primary capsules, two convolutional capsule layers, and classes.
 

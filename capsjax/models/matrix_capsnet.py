@@ -7,8 +7,10 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from capsjax import nn
+from capsjax.models._blocks import keeps_arguments
 
 
+@keeps_arguments
 class MatrixCapsNet(nnx.Module):
     """Matrix capsules: a convolution, primary capsules, two convolutional layers, and classes.
 

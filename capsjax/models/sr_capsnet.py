@@ -9,10 +9,11 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from capsjax import nn
-from capsjax.models._blocks import NormalisedConvolution, batch_norm
+from capsjax.models._blocks import NormalisedConvolution, batch_norm, keeps_arguments
 from capsjax.routing.self_routing import self_routing
 
 
+@keeps_arguments
 class SRCapsNet(nnx.Module):
     """SR-CapsNet: a convolution, primary capsules, self-routed capsules, and class activations.
 

@@ -27,6 +27,7 @@ class Config(networks.Settings, runs.Settings):
         "the first steps; 0: the parameters themselves.",
         minimum=0,
         below=1,
+        added=True,
     )
     reconstruction_weight: float = flag(
         5e-4,

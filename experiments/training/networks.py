@@ -65,6 +65,13 @@ class Settings:
         minimum=-1e6,
         maximum=1e6,
     )
+    decoder_units: int = flag(
+        512,
+        "Units of the decoder's first hidden layer; the second has twice as many.",
+        minimum=1,
+        maximum=65536,
+        added=True,
+    )
     dtype: str = flag(
         "float32",
         "Dtype of the computation; parameters stay float32.",
@@ -206,6 +213,7 @@ def build(
             capsule_bias=settings.capsule_bias or None,
             num_iterations=settings.num_iterations,
             gradient=settings.gradient,
+            hidden=(settings.decoder_units, 2 * settings.decoder_units),
             implementation=implementation,
             dtype=dtype,
             rngs=rngs,

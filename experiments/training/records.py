@@ -263,7 +263,12 @@ class Metrics:
 def _check_same_run(folder: pathlib.Path, config: Any, data_sha256: str) -> None:
     run = read_config(folder)
     here = {**dataclasses.asdict(config), "data_sha256": data_sha256}
-    there = {**run["config"], "data_sha256": run["data_sha256"]}
+    added = {
+        field.name: field.default
+        for field in dataclasses.fields(config)
+        if field.metadata.get("added", False)
+    }
+    there = {**added, **run["config"], "data_sha256": run["data_sha256"]}
     free = {
         field.name
         for field in dataclasses.fields(config)

@@ -1,6 +1,7 @@
 """Networks trained by train_mnist, loaded from the folders of their runs."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -11,7 +12,7 @@ from experiments import cli
 from experiments.data import datasets
 from experiments.errors import InputError
 from experiments.training import loop, mnist, records, runs
-from experiments.training.checkpoints import Checkpoints
+from experiments.training.checkpoints import Checkpoints, saved_shapes
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -35,25 +36,62 @@ class Trained(NamedTuple):
         return self.trainer.model(self.params)
 
 
-def load(workdir: str, *, data_dir: str = "") -> Trained:
+def load(workdir: str, *, data_dir: str = "", with_data: bool = True) -> Trained:
     """Restore the newest checkpoint of a run of train_mnist, on one device.
 
     Args:
       workdir: The folder of the run; nothing is written to it.
       data_dir: Folder of the data set's files; empty: that of the run.
+      with_data: False to read no data: sizes come from the checkpoint, and there are no examples.
 
     Raises:
       InputError: The folder holds no such run or no checkpoint, or the data found are not those of
-        the run.
+        the run, or sizes cannot be told without them.
     """
     run = records.read_config(workdir)
     config = config_of(mnist.Config, run["config"], workdir)
-    dataset = datasets.load(config.dataset, data_dir=data_dir or config.data_dir)
-    check_data(config, dataset, run["data_sha256"], workdir)
+    if with_data:
+        dataset = datasets.load(config.dataset, data_dir=data_dir or config.data_dir)
+        check_data(config, dataset, run["data_sha256"], workdir)
+    else:
+        dataset = _without_examples(config, run["data_sha256"], workdir)
     trainer = mnist.build(config, dataset)
     step, params = restored(trainer, workdir)
     test = mnist.test_split(config, dataset)
     return Trained(config, dataset, test, trainer, params, step)
+
+
+def _without_examples(config: mnist.Config, sha256: str, workdir: str) -> datasets.Dataset:
+    shapes = saved_shapes(workdir)
+    layers = "decoder']['layers" if config.network == "capsnet" else "layers"
+    first = "convolution']" if config.network == "capsnet" else "convolutions'][0]"
+    kernels = [f".params['{layers}'][{k}]['kernel']" for k in range(3)]
+    try:
+        channels = shapes[f".params['{first}['kernel']"][2]
+        last = [shapes[name][-1] for name in kernels if name in shapes][-1]
+        if config.network == "capsnet":
+            num_classes, side = (
+                shapes[".params['capsules']['weights']"][2],
+                math.isqrt(last // channels),
+            )
+        else:
+            num_classes, side = last, 0
+    except (KeyError, IndexError) as error:
+        raise InputError(f"workdir {workdir} has no checkpoint of a {config.network}") from error
+    if config.canvas or not side:
+        # A canvas hides the images' own side, and a CNN's pooling rounds it.
+        if config.dataset not in ("mnist", "mnist_small", "fashion_mnist"):
+            raise InputError(
+                f"workdir {workdir} does not tell the size of the images of {config.dataset}; name "
+                "the folder of the run's data with --data_dir"
+            )
+        side = 28
+    shape = side, side, channels
+    # Of the batch's size, because a trainer refuses less; broadcast, so that it takes no memory.
+    stand_in = np.broadcast_to(np.uint8(0), (config.batch_size, *shape))
+    train = datasets.Split(stand_in, np.zeros(config.batch_size, np.int32))
+    test = datasets.Split(stand_in[:0], train.labels[:0])
+    return datasets.Dataset(config.dataset, num_classes, train, test, sha256)
 
 
 def read_images(run: Trained, paths: Sequence[str]) -> np.ndarray:
@@ -92,15 +130,18 @@ def load_all(workdirs: Sequence[str], *, data_dir: str = "") -> dict[str, Traine
 def config_of(kind: type[C], settings: dict[str, Any], workdir: str) -> C:
     """Build the Config of a run from the settings in its config.json.
 
-    Settings that do not affect the result may be absent, since later versions add some.
+    Settings that do not affect the result, or that a later version added, may be absent.
 
     Raises:
       InputError: They are not the program's settings, or a value is not allowed.
     """
-    affects = {f.name: f.metadata["affects_result"] for f in dataclasses.fields(kind)}
+    fields = {f.name: f.metadata for f in dataclasses.fields(kind)}
+    required = {
+        name for name, m in fields.items() if m["affects_result"] and not m.get("added", False)
+    }
     for names, problem in (
-        ({name for name in affects if affects[name]} - settings.keys(), "lacks"),
-        (settings.keys() - affects.keys(), "has the unknown"),
+        (required - settings.keys(), "lacks"),
+        (settings.keys() - fields.keys(), "has the unknown"),
     ):
         if names:
             raise InputError(

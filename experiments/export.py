@@ -1,0 +1,74 @@
+"""Write the capsule network of a run as one safetensors file, and as a program for any device.
+
+`capsjax.models.load` reads network.safetensors. network.jax_export is a `jax.export` program for a
+batch of any size on CPU, CUDA and TPU, which needs none of the network's code. The run's data are
+not needed.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+import capsjax
+from capsjax import models
+from capsjax.models.saved import FILE_NAME
+from experiments import cli, files
+from experiments.cli import flag
+from experiments.errors import InputError
+from experiments.training import trained
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+PROGRAM = "network.jax_export"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The run and the output."""
+
+    workdir: str = flag("runs/mnist", "Folder of a train_mnist run with a capsule network.")
+    output: str = flag("", "Folder of both files; empty: the workdir.")
+
+
+def main(config: Config) -> int:
+    """Restore the newest checkpoint of the run, and write both files."""
+    run = trained.load(config.workdir, with_data=False)
+    if not isinstance(run.model, models.CapsNet):
+        raise InputError(f"workdir {config.workdir} holds a {run.config.network}, no CapsNet")
+    output = pathlib.Path(config.output or config.workdir)
+    with files.writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        models.save(run.model, output / FILE_NAME)
+    has_decoder = bool(run.config.reconstruction_weight)
+    files.write_bytes(output / PROGRAM, export(run.model, has_decoder=has_decoder))
+    for name in (FILE_NAME, PROGRAM):
+        logging.info("%s: %.1f MiB", output / name, (output / name).stat().st_size / 2**20)
+    return 0
+
+
+def export(model: Any, *, has_decoder: bool) -> bytes:
+    """Return a program of a `CapsNet` from images `[B, H, W, C]` in [0, 1] to a dict of arrays.
+
+    Its keys are capsules `[B, J, D]` and lengths `[B, J]`; with a decoder that was trained, also
+    reconstructions `[B, H, W, C]` from the longest capsules.
+    """
+
+    def network(images: jax.Array) -> dict[str, Any]:
+        capsules = model(images)
+        found = {"capsules": capsules, "lengths": capsjax.lengths(capsules)}
+        return found | ({"reconstructions": model.reconstruct(capsules)} if has_decoder else {})
+
+    (batch,) = jax.export.symbolic_shape("b")
+    shape = (batch, *dict(model.arguments)["image_shape"])
+    images = jax.ShapeDtypeStruct(shape, jnp.float32)
+    # A call of Pallas-Triton, for which JAX promises no stability; it needs the same jaxlib.
+    check = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
+    exported = jax.export.export(jax.jit(network), platforms=PLATFORMS, disabled_checks=[check])
+    return bytes(exported(images).serialize())
+
+
+if __name__ == "__main__":
+    cli.run(Config, main)
