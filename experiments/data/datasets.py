@@ -1,4 +1,4 @@
-"""Image classification data sets, the order of training batches, and users' image files.
+"""Image classification data sets, and the order of training batches.
 
 Shape letters: N examples; S height and width of an image; C channels, 1 or 3.
 """
@@ -7,17 +7,14 @@ import hashlib
 import itertools
 import os
 import re
-import struct
 import textwrap
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from experiments.data import idx
 from experiments.errors import InputError
@@ -40,12 +37,6 @@ _CACHE_FOLDERS = {
         "/usr/share/datasets/fashion-mnist",
     ),
 }
-_MIN_CONTRAST = 0.1  # as a fraction of white; an image with less is rejected as blank
-# Least difference from the background, as a fraction of the contrast, that counts as ink. Clean
-# digits are recognised equally well with 0.1 to 0.3; below 0.3, camera noise counts as ink.
-_INK_THRESHOLD = 0.3
-_MAX_SIDE = 1024  # pixels; larger images are scaled down first
-_IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 
 
 class Examples(Protocol):
@@ -218,29 +209,6 @@ def _batches(
         skipped = 0
 
 
-def read_images(paths: Sequence[str], *, image_size: int, channels: int) -> np.ndarray:
-    """Read image files and convert them to a data set's format.
-
-    With 1 channel, images are normalised as MNIST's scans were: pixels that differ from the
-    background (the median of the border) by at least 0.3 of the contrast are ink; the ink's
-    bounding box is scaled so that its longer side is 20/28 of S, and its centre of mass is placed
-    in the middle; dark ink on a light background is inverted. With 3 channels, images are scaled
-    and cropped to a centred square. Transparent pixels are treated as white.
-
-    Args:
-      paths: N BMP, GIF, JPEG, PNG or WebP files of any size.
-      image_size: Height and width S of the result in pixels.
-      channels: C, 1 or 3.
-
-    Returns:
-      Images in [0, 1], float32 `[N, S, S, C]`; with 1 channel, light ink on a dark background.
-
-    Raises:
-      InputError: A file is missing, unreadable, above Pillow's size limit, or blank.
-    """
-    return np.stack([_read_image(path, image_size, channels) for path in paths])
-
-
 def _idx_folders(name: str, root: Path | None) -> list[Path]:
     if name.startswith("tfds:"):
         return []
@@ -398,55 +366,3 @@ def _build_dataset(name: str, num_classes: int, train: Split, test: Split) -> Da
         digest.update(repr((array.shape, array.dtype.name)).encode())
         digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
     return Dataset(name, num_classes, train, test, digest.hexdigest())
-
-
-def _read_image(path: str, image_size: int, channels: int) -> np.ndarray:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_IMAGE_FORMATS) as opened:
-                image = ImageOps.exif_transpose(opened)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: the image is too large: {error}") from error
-    except (OSError, SyntaxError, ValueError, struct.error) as error:
-        raise InputError(f"{path}: the image cannot be read: {_one_line(error)}") from error
-    if image.mode.startswith(("I", "F")):
-        raise InputError(
-            f"{path}: an image must have 8 bits per channel, got Pillow mode {image.mode}."
-        )
-    image = image.convert("RGBA")
-    image.thumbnail((_MAX_SIDE, _MAX_SIDE))
-    white = Image.new("RGBA", image.size, "white")
-    image = Image.alpha_composite(white, image).convert("L" if channels == 1 else "RGB")
-    pixels = np.asarray(image, np.float32) / 255
-    if np.ptp(pixels, axis=(0, 1)).max() < _MIN_CONTRAST:
-        raise InputError(f"{path}: the image is blank: its contrast is below {_MIN_CONTRAST:.0%}.")
-    if channels == 1:
-        return _fit_digit(pixels, image_size)[..., None]
-    return np.asarray(ImageOps.fit(image, (image_size, image_size)), np.float32) / 255
-
-
-def _fit_digit(pixels: np.ndarray, image_size: int) -> np.ndarray:
-    """Normalise a grey image `[H, W]` to `[image_size, image_size]` as MNIST's scans were."""
-    background = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]))
-    dark_ink = background > (pixels.min() + pixels.max()) / 2
-    ink = background - pixels if dark_ink else pixels - background
-    ink = np.where(ink < _INK_THRESHOLD * ink.max(), 0, ink / ink.max())
-    rows, columns = np.flatnonzero(ink.any(axis=1)), np.flatnonzero(ink.any(axis=0))
-    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-
-    scale = image_size * 20 / 28 / max(ink.shape)
-    height, width = (max(1, round(side * scale)) for side in ink.shape)
-    resized = Image.fromarray(ink).resize((width, height), Image.Resampling.BOX)
-    digit = np.asarray(resized)
-    centre_of_mass = [
-        np.average(np.arange(side), weights=digit.sum(axis=1 - axis))
-        for axis, side in enumerate(digit.shape)
-    ]
-    top, left = (
-        min(max(0, round(image_size / 2 - centre)), image_size - side)
-        for centre, side in zip(centre_of_mass, digit.shape, strict=True)
-    )
-    result = np.zeros((image_size, image_size), np.float32)
-    result[top : top + height, left : left + width] = digit
-    return result

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 
 from experiments import cli
-from experiments.data import datasets
+from experiments.data import datasets, image_files
 from experiments.errors import InputError
 from experiments.training import loop, mnist, records, runs
 from experiments.training.checkpoints import Checkpoints
@@ -62,10 +62,9 @@ def read_images(run: Trained, paths: Sequence[str]) -> np.ndarray:
     They are resized to the data set's images, and centred on the canvas if there is one.
 
     Raises:
-      InputError: As `datasets.read_images`.
+      InputError: As `image_files.read_images`.
     """
-    size, _, channels = run.dataset.test.images.shape[1:]
-    images = datasets.read_images(paths, image_size=size, channels=channels)
+    images = image_files.read_images(paths, shape=run.dataset.test.images.shape[1:])
     return datasets.centred(images, run.test.images.shape[1])
 
 
