@@ -16,6 +16,9 @@ from experiments.training.checkpoints import Checkpoints
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+# Settings that older runs lack; their defaults are what those runs were trained with.
+_ADDED = {"kernel_size"}
+
 C = TypeVar("C", bound="DataclassInstance")
 
 
@@ -65,7 +68,20 @@ def read_images(run: Trained, paths: Sequence[str]) -> np.ndarray:
       InputError: As `image_files.read_images`.
     """
     images = image_files.read_images(paths, shape=run.dataset.test.images.shape[1:])
-    return datasets.centred(images, run.test.images.shape[1])
+    return datasets.centred(images, run.config.canvas) if run.config.canvas else images
+
+
+def read_pictures(run: Trained, paths: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    """Read image files as `read_images` does, and return what is doubtful about each as well.
+
+    Raises:
+      InputError: As `image_files.read_pictures`.
+    """
+    pictures = image_files.read_pictures(paths, shape=run.dataset.test.images.shape[1:])
+    images = np.stack([picture.pixels for picture in pictures])
+    canvas = run.config.canvas
+    doubts = [picture.doubt for picture in pictures]
+    return datasets.centred(images, canvas) if canvas else images, doubts
 
 
 def load_all(workdirs: Sequence[str], *, data_dir: str = "") -> dict[str, Trained]:
@@ -98,7 +114,7 @@ def config_of(kind: type[C], settings: dict[str, Any], workdir: str) -> C:
     """
     affects = {f.name: f.metadata["affects_result"] for f in dataclasses.fields(kind)}
     for names, problem in (
-        ({name for name in affects if affects[name]} - settings.keys(), "lacks"),
+        ({name for name in affects if affects[name]} - settings.keys() - _ADDED, "lacks"),
         (settings.keys() - affects.keys(), "has the unknown"),
     ):
         if names:
