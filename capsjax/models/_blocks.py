@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
@@ -10,6 +11,17 @@ from capsjax.conv import strided_conv
 
 # Defaults of PyTorch's batch normalisation, whose momentum of 0.1 is here 0.9.
 EPSILON, MOMENTUM = 1e-5, 0.9
+
+
+def check_labels(name: str, labels: Array, num_classes: int) -> None:
+    """Raise ValueError for concrete labels that are no class; one_hot would give zeros for them."""
+    if isinstance(labels, jax.core.Tracer):
+        return
+    values = np.asarray(labels)
+    if values.size and not (0 <= values.min() and values.max() < num_classes):
+        raise ValueError(
+            f"{name}: labels must be 0 to {num_classes - 1}, got {values.min()} to {values.max()}"
+        )
 
 
 def batch_norm(channels: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.BatchNorm:

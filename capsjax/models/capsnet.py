@@ -8,6 +8,7 @@ from jax.typing import DTypeLike
 
 from capsjax import nn
 from capsjax.metrics import lengths
+from capsjax.models import _blocks
 
 
 class CapsNet(nnx.Module):
@@ -122,7 +123,12 @@ class CapsNet(nnx.Module):
 
         Returns:
           Images `[..., H, W, C]` in [0, 1].
+
+        Raises:
+          ValueError: A label is not 0 … J - 1; labels traced by a transformation are not checked.
         """
         if labels is None:
             labels = jnp.argmax(lengths(capsules), axis=-1)
+        else:
+            _blocks.check_labels("CapsNet.reconstruct", labels, capsules.shape[-2])
         return self.decoder(capsules, jax.nn.one_hot(labels, capsules.shape[-2]))
