@@ -18,7 +18,7 @@ def check_labels(name: str, labels: Array, num_classes: int) -> None:
     if isinstance(labels, jax.core.Tracer):
         return
     values = np.asarray(labels)
-    if values.size and not (0 <= values.min() and values.max() < num_classes):
+    if values.size and not (values.min() >= 0 and values.max() < num_classes):
         raise ValueError(
             f"{name}: labels must be 0 to {num_classes - 1}, got {values.min()} to {values.max()}"
         )
