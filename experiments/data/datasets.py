@@ -263,7 +263,7 @@ def _from_idx(name: str, paths: dict[str, Path]) -> Dataset:
         if name.startswith("emnist_"):  # which is published with rows and columns exchanged
             images = np.ascontiguousarray(images.swapaxes(1, 2))
         splits[split] = _check_split(images, np.searchsorted(classes, labels), len(classes), where)
-    dataset = _build_dataset(name, len(classes), **splits, class_names=_names(name, classes))
+    dataset = _build_dataset(name, len(classes), splits, class_names=_names(name, classes))
     folder = paths["train-images-idx3-ubyte"].parent
     if name == "fashion_mnist" and dataset.sha256 == _MNIST_SHA256:
         raise InputError(f"{folder}: the files are MNIST, not Fashion-MNIST: use --dataset=mnist.")
@@ -285,7 +285,7 @@ def _from_folder(name: str, folder: Path) -> Dataset:
         split: _check_split(images, labels, len(names), str(folder))
         for split, (images, labels) in arrays.items()
     }
-    return _build_dataset(name, len(names), **splits, class_names=names)
+    return _build_dataset(name, len(names), splits, class_names=names)
 
 
 def _classes(labels: np.ndarray) -> np.ndarray:
@@ -327,7 +327,7 @@ def _from_npz(name: str, path: Path, *, sha256: str, keys: str) -> Dataset:
         images_key, labels_key = keys.replace("{}", split).split()
         images, labels = arrays[images_key][..., None], arrays[labels_key]
         splits[split] = _check_split(images, labels, _NUM_CLASSES, str(path))
-    return _build_dataset(name, _NUM_CLASSES, **splits)
+    return _build_dataset(name, _NUM_CLASSES, splits)
 
 
 def _find_prepared(name: str, root: Path) -> Path | None:
@@ -403,7 +403,7 @@ def _from_tfds(name: str, folder: Path) -> Dataset:
         splits[split] = _check_split(
             np.array(images), np.array(labels), label.num_classes, str(folder)
         )
-    return _build_dataset(name, label.num_classes, **splits)
+    return _build_dataset(name, label.num_classes, splits)
 
 
 def _one_line(error: Exception) -> str:
@@ -433,8 +433,13 @@ def _check_split(images: np.ndarray, labels: np.ndarray, num_classes: int, where
 
 
 def _build_dataset(
-    name: str, num_classes: int, train: Split, test: Split, class_names: tuple[str, ...] = ()
+    name: str,
+    num_classes: int,
+    splits: dict[str, Split],
+    *,
+    class_names: tuple[str, ...] = (),
 ) -> Dataset:
+    train, test = splits["train"], splits["test"]
     if train.images.shape[1:] != test.images.shape[1:]:
         raise InputError(
             f"{name}: training and test images must have one shape, "
