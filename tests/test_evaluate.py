@@ -159,7 +159,9 @@ def test_image_files_are_classified_in_both_polarities(program, workdir, trained
     lengths = trainer.scores(params, pixels)
     assert lengths.shape == (2, 10)
     assert np.ptp(lengths[0]) > 0.01
-    for line, path, row in zip(lines[1:], images, lengths, strict=True):
+    # Below the table: the scores of this network are close.
+    assert all(line.startswith("doubtful: ") for line in lines[3:])
+    for line, path, row in zip(lines[1:3], images, lengths, strict=True):
         name, winner, longest, _, *shown = line.split()
         assert (name, int(winner)) == (path, row.argmax())
         assert longest == shown[row.argmax()] == f"{row.max():.3f}"

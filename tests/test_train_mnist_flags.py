@@ -76,6 +76,7 @@ EFFECTS = {
     "diagnostics": (True, training),
     "network": ("pooling_cnn", compiling),
     "conv_channels": (3, compiling),
+    "kernel_size": (7, compiling),
     "primary_types": (2, compiling),
     "primary_scale": (0.5, compiling),
     "capsule_length": (4, compiling),
