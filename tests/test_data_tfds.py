@@ -81,7 +81,6 @@ def test_the_newest_version_is_read_by_default(tmp_path, toy):
 @pytest.mark.parametrize(
     ("kwargs", "file", "damage", "message"),
     [
-        ({"shape": (4, 6, 3)}, "", None, r"images must be square .* \(4, 6, 3\)"),
         ({"image": "picture"}, "", None, r"must have the features image .* got label, picture and"),
         ({}, "toy-train*", lambda content: content[:5000], r"TFDS cannot read"),
         ({}, "toy-test*", lambda content: b"", r"TFDS cannot read"),

@@ -13,7 +13,7 @@ from PIL import Image
 
 from experiments import evaluate
 from experiments.analysis import inspection
-from experiments.data import datasets, idx
+from experiments.data import datasets, idx, image_files
 from experiments.errors import InputError
 from experiments.training import loop, mnist, records
 from experiments.training import trained as load_trained
@@ -155,11 +155,13 @@ def test_image_files_are_classified_in_both_polarities(program, workdir, trained
     assert contents(workdir) == before
     lines = stdout.splitlines()
     assert lines[0].split() == ["image", "class", "score", "|", *"0123456789"]
-    pixels = datasets.read_images(images, image_size=17, channels=1)
+    pixels = image_files.read_images(images, shape=(17, 17, 1))
     lengths = trainer.scores(params, pixels)
     assert lengths.shape == (2, 10)
     assert np.ptp(lengths[0]) > 0.01
-    for line, path, row in zip(lines[1:], images, lengths, strict=True):
+    # Below the table: the scores of this network are close.
+    assert all(line.startswith("doubtful: ") for line in lines[3:])
+    for line, path, row in zip(lines[1:3], images, lengths, strict=True):
         name, winner, longest, _, *shown = line.split()
         assert (name, int(winner)) == (path, row.argmax())
         assert longest == shown[row.argmax()] == f"{row.max():.3f}"
@@ -173,7 +175,7 @@ def test_image_files_are_centred_on_the_canvas(trained, images):
     settings = mnist.Config(canvas=25)
     test = datasets.placed(dataset.test, 25)
     run = load_trained.Trained(settings, dataset, test, trainer, params, 2)
-    small = datasets.read_images(images, image_size=17, channels=1)
+    small = image_files.read_images(images, shape=(17, 17, 1))
     on_canvas = load_trained.read_images(run, images)
     assert on_canvas.shape == (2, 25, 25, 1)
     np.testing.assert_array_equal(on_canvas[:, 4:-4, 4:-4], small)

@@ -151,3 +151,12 @@ def test_couplings_need_all_weights():
         ValueError, match=r"^Capsules\.couplings: axis_name must be None, got 'caps"
     ):
         layer.couplings(jnp.ones((2, 6, 4)))
+
+
+@pytest.mark.parametrize("labels", [[0, 10], [-1, 2]])
+def test_reconstruct_refuses_labels_that_are_no_class(labels):
+    model, capsules = _small(), jnp.ones((2, 10, 16))
+    with pytest.raises(ValueError, match=r"CapsNet\.reconstruct: labels must be 0 to 9, got"):
+        model.reconstruct(capsules, jnp.array(labels))
+    traced = jax.jit(lambda labels: model.reconstruct(capsules, labels))(jnp.array(labels))
+    assert traced.shape == (2, 28, 28, 1)

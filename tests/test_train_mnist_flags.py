@@ -77,6 +77,7 @@ EFFECTS = {
     "network": ("pooling_cnn", compiling),
     "ema_decay": (0.9, compiling),
     "conv_channels": (3, compiling),
+    "kernel_size": (7, compiling),
     "primary_types": (2, compiling),
     "primary_scale": (0.5, compiling),
     "capsule_length": (4, compiling),

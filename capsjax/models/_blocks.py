@@ -19,6 +19,17 @@ M = TypeVar("M", bound=nnx.Module)
 EPSILON, MOMENTUM = 1e-5, 0.9
 
 
+def check_labels(name: str, labels: Array, num_classes: int) -> None:
+    """Raise ValueError for concrete labels that are no class; one_hot would give zeros for them."""
+    if isinstance(labels, jax.core.Tracer):
+        return
+    values = np.asarray(labels)
+    if values.size and not (values.min() >= 0 and values.max() < num_classes):
+        raise ValueError(
+            f"{name}: labels must be 0 to {num_classes - 1}, got {values.min()} to {values.max()}"
+        )
+
+
 def batch_norm(channels: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.BatchNorm:
     """Return a batch normalisation, which computes in float32 at least."""
     wide = jnp.promote_types(dtype, jnp.float32)

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 
 from capsjax import nn
 from capsjax.metrics import lengths
-from capsjax.models._blocks import keeps_arguments
+from capsjax.models._blocks import check_labels, keeps_arguments
 
 
 @keeps_arguments
@@ -124,7 +124,12 @@ class CapsNet(nnx.Module):
 
         Returns:
           Images `[..., H, W, C]` in [0, 1].
+
+        Raises:
+          ValueError: A label is not 0 … J - 1; labels traced by a transformation are not checked.
         """
         if labels is None:
             labels = jnp.argmax(lengths(capsules), axis=-1)
+        else:
+            check_labels("CapsNet.reconstruct", labels, capsules.shape[-2])
         return self.decoder(capsules, jax.nn.one_hot(labels, capsules.shape[-2]))

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from capsjax import nn, shapes
 from capsjax.kernels.dtypes import accumulation_dtype
 from capsjax.metrics import lengths
-from capsjax.models._blocks import keeps_arguments
+from capsjax.models._blocks import check_labels, keeps_arguments
 from capsjax.routing.self_attention import exponential_squash, self_attention_routing
 
 # The defaults of the authors' normalization layers.
@@ -213,9 +213,14 @@ class EfficientCapsNet(nnx.Module):
 
         Returns:
           Images `[..., H, W, C]` in [0, 1].
+
+        Raises:
+          ValueError: A label is not 0 … J - 1; labels traced by a transformation are not checked.
         """
         if labels is None:
             labels = jnp.argmax(lengths(capsules), axis=-1)
+        else:
+            check_labels("EfficientCapsNet.reconstruct", labels, capsules.shape[-2])
         return self.decoder(capsules, jax.nn.one_hot(labels, capsules.shape[-2]))
 
 

@@ -1,25 +1,23 @@
-"""Image classification data sets, the order of training batches, and users' image files.
+"""Image classification data sets, and the order of training batches.
 
-Shape letters: N examples; S height and width of an image; C channels, 1 or 3.
+Shape letters: N examples; H, W height and width of an image; C channels, 1 or 3.
 """
 
 import hashlib
 import itertools
 import os
 import re
-import struct
 import textwrap
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from absl import logging
 
-from experiments.data import idx
+from experiments.data import folders, idx
 from experiments.errors import InputError
 
 MNIST_SMALL = Path(__file__).parent / "mnist_small" / "mnist_small.npz"
@@ -31,6 +29,8 @@ _MNIST_SHA256 = "b0b75c7f5724eba07d4667d9b28ea5fdf9f225df12c75ea697d8f200525cc2b
 _NUM_CLASSES = 10  # of MNIST and Fashion-MNIST
 # Subfolder that torchvision makes for each data set.
 _TORCHVISION_FOLDERS = {"mnist": "MNIST/raw", "fashion_mnist": "FashionMNIST/raw"}
+_TFDS = r"tfds:\w+(/[\w.-]+)*"
+_EMNIST = ("balanced", "byclass", "bymerge", "digits", "letters", "mnist")
 # Default folders of idx files: torchvision with root "data" (as in its examples), Keras, Debian.
 _CACHE_FOLDERS = {
     "mnist": ("data/MNIST/raw",),
@@ -40,12 +40,6 @@ _CACHE_FOLDERS = {
         "/usr/share/datasets/fashion-mnist",
     ),
 }
-_MIN_CONTRAST = 0.1  # as a fraction of white; an image with less is rejected as blank
-# Least difference from the background, as a fraction of the contrast, that counts as ink. Clean
-# digits are recognised equally well with 0.1 to 0.3; below 0.3, camera noise counts as ink.
-_INK_THRESHOLD = 0.3
-_MAX_SIDE = 1024  # pixels; larger images are scaled down first
-_IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 
 
 class Examples(Protocol):
@@ -66,7 +60,7 @@ class Examples(Protocol):
 class Split(NamedTuple):
     """The training or the test part of a data set."""
 
-    images: np.ndarray  # uint8 [N, S, S, C]
+    images: np.ndarray  # uint8 [N, H, W, C]
     labels: np.ndarray  # int32 [N]
 
     @property
@@ -88,13 +82,16 @@ class Dataset:
     train: Split
     test: Split
     sha256: str  # of the decoded arrays and their shapes, so independent of the file format
+    class_names: tuple[str, ...] = ()  # empty: the numbers from 0
 
 
 def load(name: str, *, data_dir: str = "", download: bool = False) -> Dataset:
     """Load a data set by its name.
 
     Args:
-      name: `mnist_small` (included with the programs), `mnist`, `fashion_mnist` or `tfds:<name>`.
+      name: `mnist_small` (included with the programs), `mnist`, `fashion_mnist`, `emnist_letters`
+        and the other parts of EMNIST, `folder:DIR` (one folder of images a class, below `train` and
+        `test` or not), or `tfds:<name>`.
       data_dir: Folder to search for idx or idx.gz files, directly or in torchvision's subfolder,
         and for a data set prepared by TFDS. Empty: the default folders of torchvision, Keras,
         Debian and TFDS.
@@ -110,9 +107,14 @@ def load(name: str, *, data_dir: str = "", download: bool = False) -> Dataset:
                 f"name the data set in {data_dir} with --dataset=mnist."
             )
         return _from_npz(name, MNIST_SMALL, sha256=_MNIST_SMALL_SHA256, keys="{}_images {}_labels")
-    if not re.fullmatch(r"mnist|fashion_mnist|tfds:\w+(/[\w.-]+)*", name):
+    if name.startswith("folder:"):
+        if data_dir:
+            raise InputError(f"--dataset={name} names its folder itself and takes no --data_dir.")
+        return _from_folder(name, Path(os.path.expanduser(name.removeprefix("folder:"))))
+    if not re.fullmatch(rf"mnist|fashion_mnist|emnist_({'|'.join(_EMNIST)})|{_TFDS}", name):
         raise InputError(
-            f"--dataset must be mnist_small, mnist, fashion_mnist or tfds:<name>, got {name!r}."
+            "--dataset must be mnist_small, mnist, fashion_mnist, emnist_<part> "
+            f"({', '.join(_EMNIST)}), folder:<DIR> or tfds:<name>, got {name!r}."
         )
     root = Path(os.path.expanduser(data_dir)) if data_dir else None
     # os.path, because Path's methods raise for names that are too long.
@@ -124,9 +126,9 @@ def load(name: str, *, data_dir: str = "", download: bool = False) -> Dataset:
 
     searched = []
     for folder in _idx_folders(name, root):
-        if paths := idx.locate(folder):
+        if paths := idx.locate(folder, **_idx_names(name)):
             return _from_idx(name, paths)
-        searched.append(f"the four idx or idx.gz files in {folder}")
+        searched.append(f"the four idx or idx.gz files in {folder}{_listing(folder)}")
     if name == "mnist" and not root:
         path = Path(os.path.expanduser("~/.keras/datasets/mnist.npz"))
         if os.path.isfile(path):
@@ -155,24 +157,25 @@ def placed(split: Split, canvas: int) -> Split:
     on N and `canvas`.
 
     Args:
-      split: Images `[N, S, S, C]`.
-      canvas: Height and width of the result in pixels, at least S.
+      split: Images `[N, H, W, C]`.
+      canvas: Height and width of the result in pixels, at least H and W.
     """
-    size, side = split.size, split.images.shape[1]
+    size, height, width, channels = split.images.shape
     # Raw bits of Philox are stable between versions of NumPy; `Generator`'s numbers are not.
     bits = np.random.Philox(key=np.array([canvas, size], np.uint64)).random_raw(2 * size)
-    corners = (bits % np.uint64(canvas - side + 1)).astype(int).reshape(size, 2)
-    images = np.zeros((size, canvas, canvas, split.images.shape[3]), np.uint8)
+    free = np.array([canvas - height + 1, canvas - width + 1], np.uint64)
+    corners = (bits.reshape(size, 2) % free).astype(int)
+    images = np.zeros((size, canvas, canvas, channels), np.uint8)
     for image, original, (row, column) in zip(images, split.images, corners, strict=True):
-        image[row : row + side, column : column + side] = original
+        image[row : row + height, column : column + width] = original
     return Split(images, split.labels)
 
 
 def centred(images: np.ndarray, canvas: int) -> np.ndarray:
-    """Pad images `[N, S, S, C]` to `[N, canvas, canvas, C]` with black, keeping them centred."""
-    free = canvas - images.shape[1]
-    edges = (free // 2, free - free // 2)
-    return np.pad(images, ((0, 0), edges, edges, (0, 0)))
+    """Pad images `[N, H, W, C]` to `[N, canvas, canvas, C]` with black, keeping them centred."""
+    frees = [canvas - side for side in images.shape[1:3]]
+    edges = [(free // 2, free - free // 2) for free in frees]
+    return np.pad(images, ((0, 0), *edges, (0, 0)))
 
 
 def batches(
@@ -218,48 +221,90 @@ def _batches(
         skipped = 0
 
 
-def read_images(paths: Sequence[str], *, image_size: int, channels: int) -> np.ndarray:
-    """Read image files and convert them to a data set's format.
-
-    With 1 channel, images are normalised as MNIST's scans were: pixels that differ from the
-    background (the median of the border) by at least 0.3 of the contrast are ink; the ink's
-    bounding box is scaled so that its longer side is 20/28 of S, and its centre of mass is placed
-    in the middle; dark ink on a light background is inverted. With 3 channels, images are scaled
-    and cropped to a centred square. Transparent pixels are treated as white.
-
-    Args:
-      paths: N BMP, GIF, JPEG, PNG or WebP files of any size.
-      image_size: Height and width S of the result in pixels.
-      channels: C, 1 or 3.
-
-    Returns:
-      Images in [0, 1], float32 `[N, S, S, C]`; with 1 channel, light ink on a dark background.
-
-    Raises:
-      InputError: A file is missing, unreadable, above Pillow's size limit, or blank.
-    """
-    return np.stack([_read_image(path, image_size, channels) for path in paths])
-
-
 def _idx_folders(name: str, root: Path | None) -> list[Path]:
     if name.startswith("tfds:"):
         return []
     if root:
-        return [root, root / _TORCHVISION_FOLDERS[name]]
-    return [Path(os.path.expanduser(folder)) for folder in _CACHE_FOLDERS[name]]
+        return [root, root / _TORCHVISION_FOLDERS.get(name, "EMNIST/raw")]
+    caches = _CACHE_FOLDERS.get(name, ("data/EMNIST/raw",))
+    return [Path(os.path.expanduser(folder)) for folder in caches]
+
+
+def _idx_names(name: str) -> dict[str, str]:
+    if not name.startswith("emnist_"):
+        return {}
+    return {"prefix": f"emnist-{name.removeprefix('emnist_')}-", "test": "test"}
+
+
+def _listing(folder: Path) -> str:
+    """Return what a folder has, as an addition to a message."""
+    if not os.path.isdir(folder):
+        return " (no such folder)"
+    names = sorted(os.listdir(folder))
+    return f" (it has {', '.join(names[:8]) or 'nothing'}{' and more' * (len(names) > 8)})"
 
 
 def _from_idx(name: str, paths: dict[str, Path]) -> Dataset:
+    arrays = {
+        split: (idx.read_images(paths[images]), idx.read_labels(paths[labels]))
+        for split, (images, labels) in idx.STEMS.items()
+    }
+    classes = _classes(np.concatenate([labels for _, labels in arrays.values()]))
     splits = {}
-    for split, (images_stem, labels_stem) in idx.STEMS.items():
-        images, labels = idx.read_images(paths[images_stem]), idx.read_labels(paths[labels_stem])
+    for split, (images, labels) in arrays.items():
+        images_stem, labels_stem = idx.STEMS[split]
         where = f"{paths[images_stem]} and {paths[labels_stem].name}"
-        splits[split] = _check_split(images, labels, _NUM_CLASSES, where)
-    dataset = _build_dataset(name, _NUM_CLASSES, **splits)
+        outside = np.flatnonzero(~np.isin(labels, classes))
+        if outside.size:
+            raise InputError(
+                f"{where}: labels must not be negative, got {labels[outside[0]]} at index "
+                f"{outside[0]}."
+            )
+        if name.startswith("emnist_"):  # which is published with rows and columns exchanged
+            images = np.ascontiguousarray(images.swapaxes(1, 2))
+        splits[split] = _check_split(images, np.searchsorted(classes, labels), len(classes), where)
+    dataset = _build_dataset(name, len(classes), splits, class_names=_names(name, classes))
+    folder = paths["train-images-idx3-ubyte"].parent
     if name == "fashion_mnist" and dataset.sha256 == _MNIST_SHA256:
-        folder = paths["train-images-idx3-ubyte"].parent
         raise InputError(f"{folder}: the files are MNIST, not Fashion-MNIST: use --dataset=mnist.")
+    if name == "mnist" and dataset.sha256 != _MNIST_SHA256:
+        logging.warning(
+            "%s: the files are not the published MNIST: %d training and %d test images of %d "
+            "classes; they are used as they are",
+            folder,
+            dataset.train.size,
+            dataset.test.size,
+            dataset.num_classes,
+        )
     return dataset
+
+
+def _from_folder(name: str, folder: Path) -> Dataset:
+    arrays, names = folders.read(folder)
+    splits = {
+        split: _check_split(images, labels, len(names), str(folder))
+        for split, (images, labels) in arrays.items()
+    }
+    return _build_dataset(name, len(names), splits, class_names=names)
+
+
+def _classes(labels: np.ndarray) -> np.ndarray:
+    """Return the labels that are classes: 0 to 9, or from 0 or 1 to the highest if it is above 9.
+
+    If most of those do not occur, the classes are the labels that do.
+    """
+    if labels.max() < _NUM_CLASSES:
+        return np.arange(_NUM_CLASSES)
+    found = np.unique(labels[labels >= 0])
+    if found[0] <= 1 and found[-1] < 2 * len(found):
+        return np.arange(found[0], found[-1] + 1)
+    return found
+
+
+def _names(name: str, classes: np.ndarray) -> tuple[str, ...]:
+    if name == "emnist_letters":
+        return tuple(chr(ord("A") + int(label) - 1) for label in classes)
+    return () if np.array_equal(classes, np.arange(len(classes))) else tuple(map(str, classes))
 
 
 def _from_npz(name: str, path: Path, *, sha256: str, keys: str) -> Dataset:
@@ -282,7 +327,7 @@ def _from_npz(name: str, path: Path, *, sha256: str, keys: str) -> Dataset:
         images_key, labels_key = keys.replace("{}", split).split()
         images, labels = arrays[images_key][..., None], arrays[labels_key]
         splits[split] = _check_split(images, labels, _NUM_CLASSES, str(path))
-    return _build_dataset(name, _NUM_CLASSES, **splits)
+    return _build_dataset(name, _NUM_CLASSES, splits)
 
 
 def _find_prepared(name: str, root: Path) -> Path | None:
@@ -358,7 +403,7 @@ def _from_tfds(name: str, folder: Path) -> Dataset:
         splits[split] = _check_split(
             np.array(images), np.array(labels), label.num_classes, str(folder)
         )
-    return _build_dataset(name, label.num_classes, **splits)
+    return _build_dataset(name, label.num_classes, splits)
 
 
 def _one_line(error: Exception) -> str:
@@ -371,9 +416,9 @@ def _check_split(images: np.ndarray, labels: np.ndarray, num_classes: int, where
             f"{where}: there must be one label per image and at least one image, "
             f"got {len(images)} images and {len(labels)} labels."
         )
-    if images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] not in (1, 3):
+    if images.ndim != 4 or images.shape[3] not in (1, 3):
         raise InputError(
-            f"{where}: images must be square and have 1 or 3 channels, "
+            f"{where}: images must have 1 or 3 channels, "
             f"got height, width, channels = {images.shape[1:]}."
         )
     if images.dtype != np.uint8:
@@ -387,7 +432,14 @@ def _check_split(images: np.ndarray, labels: np.ndarray, num_classes: int, where
     return Split(images, labels.astype(np.int32))
 
 
-def _build_dataset(name: str, num_classes: int, train: Split, test: Split) -> Dataset:
+def _build_dataset(
+    name: str,
+    num_classes: int,
+    splits: dict[str, Split],
+    *,
+    class_names: tuple[str, ...] = (),
+) -> Dataset:
+    train, test = splits["train"], splits["test"]
     if train.images.shape[1:] != test.images.shape[1:]:
         raise InputError(
             f"{name}: training and test images must have one shape, "
@@ -397,56 +449,4 @@ def _build_dataset(name: str, num_classes: int, train: Split, test: Split) -> Da
     for array in (*train, *test):
         digest.update(repr((array.shape, array.dtype.name)).encode())
         digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
-    return Dataset(name, num_classes, train, test, digest.hexdigest())
-
-
-def _read_image(path: str, image_size: int, channels: int) -> np.ndarray:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_IMAGE_FORMATS) as opened:
-                image = ImageOps.exif_transpose(opened)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: the image is too large: {error}") from error
-    except (OSError, SyntaxError, ValueError, struct.error) as error:
-        raise InputError(f"{path}: the image cannot be read: {_one_line(error)}") from error
-    if image.mode.startswith(("I", "F")):
-        raise InputError(
-            f"{path}: an image must have 8 bits per channel, got Pillow mode {image.mode}."
-        )
-    image = image.convert("RGBA")
-    image.thumbnail((_MAX_SIDE, _MAX_SIDE))
-    white = Image.new("RGBA", image.size, "white")
-    image = Image.alpha_composite(white, image).convert("L" if channels == 1 else "RGB")
-    pixels = np.asarray(image, np.float32) / 255
-    if np.ptp(pixels, axis=(0, 1)).max() < _MIN_CONTRAST:
-        raise InputError(f"{path}: the image is blank: its contrast is below {_MIN_CONTRAST:.0%}.")
-    if channels == 1:
-        return _fit_digit(pixels, image_size)[..., None]
-    return np.asarray(ImageOps.fit(image, (image_size, image_size)), np.float32) / 255
-
-
-def _fit_digit(pixels: np.ndarray, image_size: int) -> np.ndarray:
-    """Normalise a grey image `[H, W]` to `[image_size, image_size]` as MNIST's scans were."""
-    background = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]))
-    dark_ink = background > (pixels.min() + pixels.max()) / 2
-    ink = background - pixels if dark_ink else pixels - background
-    ink = np.where(ink < _INK_THRESHOLD * ink.max(), 0, ink / ink.max())
-    rows, columns = np.flatnonzero(ink.any(axis=1)), np.flatnonzero(ink.any(axis=0))
-    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-
-    scale = image_size * 20 / 28 / max(ink.shape)
-    height, width = (max(1, round(side * scale)) for side in ink.shape)
-    resized = Image.fromarray(ink).resize((width, height), Image.Resampling.BOX)
-    digit = np.asarray(resized)
-    centre_of_mass = [
-        np.average(np.arange(side), weights=digit.sum(axis=1 - axis))
-        for axis, side in enumerate(digit.shape)
-    ]
-    top, left = (
-        min(max(0, round(image_size / 2 - centre)), image_size - side)
-        for centre, side in zip(centre_of_mass, digit.shape, strict=True)
-    )
-    result = np.zeros((image_size, image_size), np.float32)
-    result[top : top + height, left : left + width] = digit
-    return result
+    return Dataset(name, num_classes, train, test, digest.hexdigest(), class_names)

@@ -21,15 +21,20 @@ STEMS = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
+_LABEL_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4"}  # by the third byte
 _MAX_BYTES = 2**32
 _BLOCK_BYTES = 2**20
 
 
-def locate(folder: Path) -> dict[str, Path]:
+def locate(folder: Path, *, prefix: str = "", test: str = "t10k") -> dict[str, Path]:
     """Find the four idx files of a data set, preferring plain files to gzipped ones.
 
+    Upper and lower case are one, `.` may stand for `-`, and a file may lie in a folder of its name.
+
     Args:
-      folder: The folder to search, without its subfolders.
+      folder: The folder to search.
+      prefix: What precedes the names in `STEMS`: `emnist-letters-`, say.
+      test: What the names of test files start with, after the prefix.
 
     Returns:
       The path of each name in `STEMS`; an empty dict if the folder has none of the files.
@@ -37,32 +42,46 @@ def locate(folder: Path) -> dict[str, Path]:
     Raises:
       InputError: Some of the files are missing, but not all.
     """
-    stems = [stem for pair in STEMS.values() for stem in pair]
+    wanted = {stem: prefix + stem.replace("t10k", test) for pair in STEMS.values() for stem in pair}
+    candidates: dict[str, list[Path]] = {}
+    present = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    for name in present:
+        path = folder / name
+        if os.path.isdir(path) and _plain(name) in wanted.values():
+            inner = [
+                path / file for file in sorted(os.listdir(path)) if _plain(file) == _plain(name)
+            ]
+        else:
+            inner = [path]
+        for file in filter(os.path.isfile, inner):
+            candidates.setdefault(_plain(file.name), []).append(file)
     paths = {}
-    for stem in stems:
-        for path in (folder / stem, folder / f"{stem}.gz"):
-            if os.path.isfile(path):
-                paths[stem] = path
-                break
-    missing = [stem for stem in stems if stem not in paths]
+    for stem, name in wanted.items():
+        if found := candidates.get(name):
+            # The published name first, and a plain file before a packed one.
+            paths[stem] = min(found, key=lambda path: (path.name != name, path.suffix == ".gz"))
+    missing = [name for stem, name in wanted.items() if stem not in paths]
     if paths and missing:
-        raise InputError(f"{folder}: {', '.join(missing)} (plain or .gz) is missing.")
+        raise InputError(
+            f"{folder}: {', '.join(missing)} (plain or .gz) is missing. The folder has "
+            f"{', '.join(present[:12])}{' and more' * (len(present) > 12)}."
+        )
     return paths
 
 
 def read_images(path: Path) -> np.ndarray:
-    """Read square grey images, uint8 `[N, S, S, 1]`, from an idx3 or idx3.gz file."""
-    images = _read(path, rank=3)
-    if images.shape[1] != images.shape[2]:
-        raise InputError(
-            f"{path}: images must be square, got {images.shape[1]} x {images.shape[2]} pixels."
-        )
-    return images[..., None]
+    """Read grey images, uint8 `[N, H, W, 1]`, from an idx3 file, gzipped or not."""
+    return _read(path, rank=3)[..., None]
 
 
 def read_labels(path: Path) -> np.ndarray:
-    """Read labels, uint8 `[N]`, from an idx1 or idx1.gz file."""
+    """Read labels, integers `[N]` of the file's type, from an idx1 file, gzipped or not."""
     return _read(path, rank=1)
+
+
+def _plain(name: str) -> str:
+    """Return a file's name as the published files are spelled."""
+    return name.lower().removesuffix(".gz").replace(".", "-")
 
 
 def header(array: np.ndarray) -> bytes:
@@ -76,8 +95,14 @@ def _magic(rank: int) -> int:
 
 def _read(path: Path, *, rank: int) -> np.ndarray:
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
-            return _parse(stream, path, rank=rank)
+        with path.open("rb") as file:
+            # By content, because unpackers and browsers keep or drop .gz wrongly.
+            is_packed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            if not is_packed:
+                return _parse(file, path, rank=rank)
+            with gzip.open(file) as stream:
+                return _parse(stream, path, rank=rank)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: the file cannot be read: {error}.") from error
 
@@ -90,13 +115,15 @@ def _parse(stream: BufferedIOBase, path: Path, *, rank: int) -> np.ndarray:
             f"got a file of {len(header)} bytes."
         )
     magic, *shape = struct.unpack(f">{1 + rank}I", header)
-    if magic != _magic(rank):
+    types = _LABEL_TYPES if rank == 1 else {0x08: "u1"}
+    if magic & 0xFF != rank or magic >> 8 not in types:
         raise InputError(
             f"{path}: the magic number of an idx{rank} file of bytes is 0x{_magic(rank):08x}, "
             f"got 0x{magic:08x}."
         )
+    dtype = np.dtype(types[magic >> 8])
     sizes = " x ".join(map(str, shape))
-    num_bytes = math.prod(shape)
+    num_bytes = math.prod(shape) * dtype.itemsize
     if not 1 <= num_bytes <= _MAX_BYTES:
         raise InputError(
             f"{path}: the sizes in the header must amount to 1 to {_MAX_BYTES} bytes of data, "
@@ -109,7 +136,8 @@ def _parse(stream: BufferedIOBase, path: Path, *, rank: int) -> np.ndarray:
             f"{path}: the sizes in the header, {sizes}, need {num_bytes} bytes of data, "
             f"got {found}."
         )
-    return np.frombuffer(data, np.uint8).reshape(shape)
+    values = np.frombuffer(data, dtype).reshape(shape)
+    return values.astype(dtype.newbyteorder("="), copy=False)
 
 
 def _read_at_most(stream: BufferedIOBase, limit: int) -> bytearray:

@@ -57,17 +57,18 @@ def build(config: Config, dataset: datasets.Dataset) -> loop.Trainer:
         or the batch is larger than the data.
     """
     num_steps = runs.num_steps(config, dataset.train)
-    side, _, channels = dataset.train.images.shape[1:]
+    height, width, channels = dataset.train.images.shape[1:]
+    side = min(height, width)
     if config.shift >= side:
         raise InputError(
             f"--shift must be less than the {side} pixels of the images, got {config.shift}"
         )
-    if config.canvas and config.canvas < side:
+    if config.canvas and config.canvas < max(height, width):
         raise InputError(
-            f"--canvas must be 0 or at least the {side} pixels of the images, got {config.canvas}"
+            f"--canvas must be 0 or at least the {max(height, width)} pixels of the images, "
+            f"got {config.canvas}"
         )
-    side = config.canvas or side
-    shape = side, side, channels
+    shape = config.canvas or height, config.canvas or width, channels
     moves = (dataset.num_classes, config.shift, config.canvas)
     optimizer = loop.adam(
         config.learning_rate,

@@ -54,6 +54,13 @@ class Settings:
         choices=("full", "last"),
     )
     conv_channels: int = flag(256, "Channels of the first convolution.", minimum=1, maximum=16384)
+    kernel_size: int = flag(
+        9,
+        "Height and width of the windows of capsnet's two convolutions.",
+        minimum=1,
+        maximum=1024,
+        added=True,
+    )
     primary_types: int = flag(32, "Primary capsules at each position.", minimum=1, maximum=65536)
     primary_scale: float = flag(
         1.0, "Factor on the primary capsules' convolution, before its bias.", above=0, maximum=1e6
@@ -207,6 +214,7 @@ def build(
             image_shape,
             num_classes,
             conv_channels=settings.conv_channels,
+            kernel_size=settings.kernel_size,
             primary_types=settings.primary_types,
             primary_scale=settings.primary_scale,
             capsule_length=settings.capsule_length,
@@ -219,7 +227,10 @@ def build(
             rngs=rngs,
         )
     except ValueError as error:
-        raise InputError(str(error)) from error
+        advice = ""
+        if settings.network == "capsnet" and min(image_shape[:2]) < 2 * settings.kernel_size - 1:
+            advice = f"; --kernel_size={(min(image_shape[:2]) + 1) // 2} is the largest that fits"
+        raise InputError(f"{error}{advice}") from error
 
 
 def _padded(x: Array, kernel_size: int) -> Array:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 
 from experiments import cli
-from experiments.data import datasets
+from experiments.data import datasets, image_files
 from experiments.errors import InputError
 from experiments.training import loop, mnist, records, runs
 from experiments.training.checkpoints import Checkpoints, saved_shapes
@@ -78,8 +78,8 @@ def _without_examples(config: mnist.Config, sha256: str, workdir: str) -> datase
             num_classes, side = last, 0
     except (KeyError, IndexError) as error:
         raise InputError(f"workdir {workdir} has no checkpoint of a {config.network}") from error
-    if config.canvas or not side:
-        # A canvas hides the images' own side, and a CNN's pooling rounds it.
+    if config.canvas or not side or side * side * channels != last:
+        # A canvas hides the images' own side, a CNN's pooling rounds it, and others are no squares.
         if config.dataset not in ("mnist", "mnist_small", "fashion_mnist"):
             raise InputError(
                 f"workdir {workdir} does not tell the size of the images of {config.dataset}; name "
@@ -100,11 +100,23 @@ def read_images(run: Trained, paths: Sequence[str]) -> np.ndarray:
     They are resized to the data set's images, and centred on the canvas if there is one.
 
     Raises:
-      InputError: As `datasets.read_images`.
+      InputError: As `image_files.read_images`.
     """
-    size, _, channels = run.dataset.test.images.shape[1:]
-    images = datasets.read_images(paths, image_size=size, channels=channels)
-    return datasets.centred(images, run.test.images.shape[1])
+    images = image_files.read_images(paths, shape=run.dataset.test.images.shape[1:])
+    return datasets.centred(images, run.config.canvas) if run.config.canvas else images
+
+
+def read_pictures(run: Trained, paths: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    """Read image files as `read_images` does, and return what is doubtful about each as well.
+
+    Raises:
+      InputError: As `image_files.read_pictures`.
+    """
+    pictures = image_files.read_pictures(paths, shape=run.dataset.test.images.shape[1:])
+    images = np.stack([picture.pixels for picture in pictures])
+    canvas = run.config.canvas
+    doubts = [picture.doubt for picture in pictures]
+    return datasets.centred(images, canvas) if canvas else images, doubts
 
 
 def load_all(workdirs: Sequence[str], *, data_dir: str = "") -> dict[str, Trained]:
