@@ -1,0 +1,19 @@
+"""What setup.cfg installs is the tree, though it cannot follow the link capsjax/kernels everywhere."""
+
+import configparser
+import pathlib
+
+import setuptools
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def test_every_package_is_installed():
+    options = configparser.ConfigParser()
+    options.read(ROOT / "setup.cfg")
+    listed = options["options"]["packages"].split()
+    library = setuptools.find_packages(ROOT, include=["capsjax*"], exclude=["capsjax.kernels*"])
+    kernels = setuptools.find_packages(ROOT / "kernels")
+    found = [*library, "capsjax.kernels", *(f"capsjax.kernels.{name}" for name in kernels)]
+    assert sorted(listed) == sorted(found)
+    assert options["options"]["package_dir"].split() == ["capsjax.kernels", "=", "kernels"]
