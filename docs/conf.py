@@ -7,7 +7,7 @@ import capsjax.models
 import capsjax.nn
 
 project = "capsjax"
-copyright = "the capsjax authors"
+author = copyright = "the capsjax authors"
 version = release = capsjax.__version__
 
 extensions = [
@@ -27,7 +27,7 @@ html_theme = "sphinx_book_theme"
 html_title = "capsjax"
 html_static_path = ["_static"]
 html_css_files = ["tables.css"]
-html_theme_options = {"show_toc_level": 2}
+html_theme_options = {"show_toc_level": 2, "navbar_persistent": []}
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
@@ -36,10 +36,7 @@ python_maximum_signature_line_length = 88
 # Without intersphinx, whose inventories need a network, names of other projects have no target.
 nitpick_ignore_regex = [
     ("py:.*", r"(jax|flax|nnx|numpy|collections|typing|lax)\..*"),
-    (
-        "py:.*",
-        r"(tuple\[int|Array|DTypeLike|Initializer|Mapping|Sequence|Callable|Any|Protocol|nnx|optional)",
-    ),
+    ("py:.*", r"tuple\[int|Array|DTypeLike|Initializer|Mapping|Sequence|Callable|Any|Protocol"),
     ("py:.*", r"(capsjax|_arguments)\..*\b_\w+"),
 ]
 

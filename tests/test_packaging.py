@@ -1,4 +1,4 @@
-"""What setup.cfg installs is the tree, though it cannot follow the link capsjax/kernels everywhere."""
+"""The packages that setup.cfg names are those of the tree."""
 
 import configparser
 import pathlib
