@@ -2,6 +2,9 @@
 
 import re
 
+from flax import nnx
+from sphinx.util import inspect as sphinx_inspect
+
 import capsjax
 import capsjax.models
 import capsjax.nn
@@ -26,7 +29,7 @@ default_role = "code"  # docstrings write code in single backquotes
 html_theme = "sphinx_book_theme"
 html_title = "capsjax"
 html_static_path = ["_static"]
-html_css_files = ["tables.css"]
+html_css_files = ["narrow.css"]
 html_theme_options = {"show_toc_level": 2, "navbar_persistent": []}
 
 autodoc_member_order = "bysource"
@@ -61,9 +64,20 @@ def _link_public_names(app, what, name, obj, options, lines):
     for index, line in enumerate(lines):
         parts = line.split("`")  # code has odd indices
         parts[::2] = [part.replace("|", r"\|") for part in parts[::2]]
-        lines[index] = pattern.sub(link, "`".join(parts))
+        text = pattern.sub(link, "`".join(parts))
+        # An argument that is described as "C." is no item of an enumeration.
+        lines[index] = re.sub(r"^(\s*(?::param \w+:)?\s*[A-Z])\.(?=\s|$)", r"\1\\.", text)
+
+
+def _sign_modules(app, what, name, obj, options, signature, result):
+    """Give NNX modules the signature of `__init__`, which their metaclass hides."""
+    if what == "class" and issubclass(obj, nnx.Module):
+        own = sphinx_inspect.signature(obj.__init__, bound_method=True)
+        return sphinx_inspect.stringify_signature(own, show_return_annotation=False), None
+    return None
 
 
 def setup(app):
-    """Connect the handler above."""
+    """Connect the handlers above."""
+    app.connect("autodoc-process-signature", _sign_modules)
     app.connect("autodoc-process-docstring", _link_public_names)
