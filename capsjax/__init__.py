@@ -28,3 +28,5 @@ from capsjax.routing.self_routing import self_routing as self_routing
 from capsjax.routing.variational_bayes import (
     variational_bayes_routing as variational_bayes_routing,
 )
+
+__version__ = "0.1.0"

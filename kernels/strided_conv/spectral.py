@@ -28,7 +28,7 @@ from capsjax.kernels.sharding import vary_over, varying_axes
 Pair = tuple[int, int]
 
 # Costs, in multiplications, of moving one number of the patches, of a transformed image or output,
-# and of a transformed kernel: fitted to the timings in BUILD_NOTES.md, "Convolution on a CPU".
+# and of a transformed kernel: fitted to the timings in docs/results/cpu.md, "Convolution on a CPU".
 PATCH, IMAGE, KERNEL = 25, 150, 60
 # Contracted size (phases times channels) of a chunk. With half of it XLA:CPU runs the batch of
 # matrix products on a single core.

@@ -19,7 +19,7 @@ class XlaConfig:
 
 
 # Numbers in a tile of votes: 1.3 MB in float32, which fit into a core's caches. Twice and half of
-# that are slower at 1152 x 8 -> 10 x 16 (BUILD_NOTES.md, "Routing on a CPU").
+# that are slower at 1152 x 8 -> 10 x 16 (docs/results/cpu.md, "Routing on a CPU").
 TILE_VOTES = 16 * 10 * 16 * 128
 # Examples are the innermost axis: 128 float32 fill 8 vector registers of 16 lanes. Padding to full
 # registers of 8 lanes is faster, except for the smallest batches.
