@@ -38,7 +38,7 @@ python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
 # Without intersphinx, whose inventories need a network, names of other projects have no target.
 nitpick_ignore_regex = [
-    ("py:.*", r"(jax|flax|nnx|numpy|collections|typing|lax)\..*"),
+    ("py:.*", r"(jax|flax|nnx|numpy|os|collections|typing|lax)\..*"),
     ("py:.*", r"tuple\[int|Array|DTypeLike|Initializer|Mapping|Sequence|Callable|Any|Protocol"),
     ("py:.*", r"(capsjax|_arguments)\..*\b_\w+"),
 ]

@@ -91,7 +91,7 @@ def load(path: str | os.PathLike[str]) -> Any:
         `python -m experiments.export --workdir=FOLDER` writes into the folder of a run.
 
     Returns:
-      The network, on the default device: `CapsNet` or another class of `capsjax.models`.
+      The network, `CapsNet` or another class of `capsjax.models`, on the default device.
 
     Raises:
       FileNotFoundError: There is no such file, or the folder has none.
