@@ -17,6 +17,7 @@ _INK_THRESHOLD = 0.3  # of the ink's strength: what is drawn
 _STRONG = 0.5  # of the ink's strength: what is looked for; the lines of paper are weaker or long
 _LINE_LENGTH = 0.6  # of the way across the sheet
 _LINE_WIDTH = 0.025  # wider lines are strokes
+_EDGE = 1 / 60  # where a sheet has ended
 _SPECK = 0.04  # of the largest component's area
 _DRAWING = 0.25  # of the largest component's area: as large as another drawing
 _NEAR = 0.35  # of the drawing's longer side: a part of it is not farther away
@@ -105,8 +106,13 @@ def _sheet(pixels: np.ndarray) -> np.ndarray | None:
         return None
     sheet = np.zeros(pixels.shape, bool)
     sheet[region.slice] = region.image_filled
-    # Strokes that cross the edge of the sheet cut into it.
-    return sheet
+    # A sheet ends within a narrow band; a shadow on it does not.
+    near = max(2, round(max(pixels.shape) * _EDGE))
+    inside = sheet & ~ndimage.binary_erosion(sheet, iterations=near, border_value=1)
+    outside = ndimage.binary_dilation(sheet, iterations=near) & ~sheet
+    step = np.median(pixels[inside]) - np.median(pixels[outside])
+    whole = np.median(pixels[sheet]) - np.median(pixels[~sheet])
+    return sheet if step * whole > 0.5 * whole * whole else None
 
 
 def _rectangle_area(mask: np.ndarray) -> float:
