@@ -20,8 +20,8 @@ from experiments.training.checkpoints import Checkpoints
 
 
 @functools.cache  # each network is compiled once
-def load(workdir, *, data_dir, original=trained.load):
-    run = original(workdir.replace("cnn", "capsnet"), data_dir=data_dir)
+def load(workdir, *, data_dir, with_data=True, original=trained.load):
+    run = original(workdir.replace("cnn", "capsnet"), data_dir=data_dir, with_data=with_data)
     if not workdir.endswith("cnn"):
         return run
     config = dataclasses.replace(run.config, network="pooling_cnn")
@@ -208,7 +208,7 @@ def test_invalid_settings_of_both_programs_are_refused(
             {"examples": 13},
             "--examples must be at most the 12 test images of mnist, got 13",
         ),
-        ("tweak_dimensions", "capsnet", {"examples": 1}, "--examples must be at least 2, got 1"),
+        ("tweak_dimensions", "capsnet", {"examples": 1}, "--examples must be 0 or at least 2, got 1"),
         (
             "parse_tree",
             "capsnet",
