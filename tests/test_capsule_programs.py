@@ -208,7 +208,12 @@ def test_invalid_settings_of_both_programs_are_refused(
             {"examples": 13},
             "--examples must be at most the 12 test images of mnist, got 13",
         ),
-        ("tweak_dimensions", "capsnet", {"examples": 1}, "--examples must be 0 or at least 2, got 1"),
+        (
+            "tweak_dimensions",
+            "capsnet",
+            {"examples": 1},
+            "--examples must be 0 or at least 2, got 1",
+        ),
         (
             "parse_tree",
             "capsnet",
