@@ -77,6 +77,7 @@ EFFECTS = {
     "network": ("pooling_cnn", compiling),
     "ema_decay": (0.9, compiling),
     "conv_channels": (3, compiling),
+    "decoder_units": (8, compiling),
     "kernel_size": (7, compiling),
     "primary_types": (2, compiling),
     "primary_scale": (0.5, compiling),
