@@ -13,12 +13,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from capsjax.models import CapsNet
 from experiments import files, train_mnist
 from experiments.analysis import inspection
 from experiments.data import datasets
 from experiments.figures import classifier
-from experiments.training import mnist, networks, parallel, processes, runs, trained
+from experiments.training import mnist, parallel, processes, runs, trained
 from experiments.training.checkpoints import Checkpoints
 
 # The weights of the class capsules are 10 MB, all else 0.7 MB.
@@ -98,7 +97,6 @@ def state_hash(state) -> str:
 
 def main(data_dir: str, workdir: str) -> None:
     """Trains two steps on four devices with all metrics and figures, and restores on fewer."""
-    networks.CapsNet = functools.partial(CapsNet, hidden=(8,))
     for name in ("couplings", "coupling_entropy", "reconstructions", "dimension_tweaks"):
         setattr(classifier, name, lambda *_, **__: None)
     files.save_figure = lambda *_: None
@@ -119,6 +117,7 @@ def main(data_dir: str, workdir: str) -> None:
         primary_types=TYPES,
         capsule_length=LENGTH,
         capsule_bias=0.1,
+        decoder_units=4,
         diagnostics=True,
         capsule_parallel=4,
         max_steps=2,

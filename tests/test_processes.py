@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import small_runs
 
-from experiments import launch as launcher
 from experiments import train_mnist
 from experiments.analysis import inspection
 from experiments.errors import InputError
