@@ -13,7 +13,7 @@ from flax import nnx
 from capsjax.models import CapsNet
 from experiments.benchmarks import contenders
 from experiments.training.objectives import CapsuleClassification
-from experiments.training.transforms import scaled
+from experiments.training.transforms import Augmentation, scaled
 
 SMALL = partial(CapsNet, conv_channels=4, primary_types=2, hidden=(8,))
 BATCH_SIZE, IMAGE_SIZE = 3, 20
@@ -47,7 +47,7 @@ def expected():
     """Return capsjax's class capsules, reconstructions, mean loss and its gradients."""
     images, labels = batch()
     graph = _structure()[0]
-    objective = CapsuleClassification(10, 0, 0, contenders.RECONSTRUCTION_WEIGHT)
+    objective = CapsuleClassification(10, Augmentation(), contenders.RECONSTRUCTION_WEIGHT)
 
     def mean_loss(params):
         model, pixels = nnx.merge(graph, params), scaled(jnp.asarray(images))

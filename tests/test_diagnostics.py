@@ -21,6 +21,7 @@ from experiments.errors import InputError
 from experiments.figures import routing
 from experiments.training import loop, mnist, runs, transforms
 from experiments.training.objectives import CapsuleClassification
+from experiments.training.transforms import Augmentation
 
 
 def middles(split, size):
@@ -82,7 +83,9 @@ def small():
             rngs=nnx.Rngs(0),
         )
 
-    trainer = loop.Trainer(build, CapsuleClassification(10, 1, 0, 0.0005), optax.adam(0.01))
+    trainer = loop.Trainer(
+        build, CapsuleClassification(10, Augmentation(shift=1), 0.0005), optax.adam(0.01)
+    )
     params = trainer.initial_state(0).params
     params["capsules"]["weights"] *= 20  # long votes, so that routing changes the couplings
     return trainer, params, digits

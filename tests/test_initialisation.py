@@ -16,6 +16,7 @@ from capsjax.models import CapsNet
 from experiments.data import datasets
 from experiments.training import loop
 from experiments.training.objectives import CapsuleClassification
+from experiments.training.transforms import Augmentation
 
 LENGTH = 0.5
 # (I, P, J, D): few and many children, few and many parents, short and long outputs.
@@ -141,7 +142,7 @@ def test_three_layers_learn_with_the_rule_only(dataset, weights_init, least, mos
     steps = 120
     trainer = loop.Trainer(
         lambda: Stack(weights_init, rngs=nnx.Rngs(0)),
-        CapsuleClassification(10, 0, 0, 0.0),
+        CapsuleClassification(10, Augmentation(), 0.0),
         loop.adam(0.003, final_learning_rate=0.001, num_steps=steps),
     )
     *_, last = loop.train(

@@ -16,6 +16,7 @@ from experiments.analysis import classifier_run
 from experiments.data import datasets
 from experiments.errors import InputError
 from experiments.training import checkpoints, loop, mnist, networks, objectives, parallel, trained
+from experiments.training.transforms import Augmentation
 
 SMALL = {"convolutions": ((4, 5, 2), (8, 3, 1)), "primary_kernel_size": 8, "hidden": (8,)}
 
@@ -103,7 +104,7 @@ def test_the_average_is_that_of_the_definition():
 def test_the_spread_loss_is_that_of_the_paper():
     activations = jnp.asarray([[0.9, 0.5, 0.1], [0.2, 0.3, 0.1]])
     labels = jnp.asarray([0, 0])
-    objective = objectives.SpreadClassification(3, 0, 0, growing_steps=10)
+    objective = objectives.SpreadClassification(3, Augmentation(), growing_steps=10)
 
     def loss(step):
         at = objective if step is None else objective.at_step(jnp.asarray(step))
@@ -121,7 +122,7 @@ def test_probabilities_and_logits_have_one_cross_entropy():
     logits = jnp.asarray([[1.0, 2.0, -1.0]])
     labels = jnp.asarray([2])
     found = [
-        objectives.NormalisedClassification(3, 0, 0, probabilities=probabilities).loss(
+        objectives.NormalisedClassification(3, Augmentation(), probabilities=probabilities).loss(
             lambda images, training: images, output, labels, None
         )
         for probabilities, output in ((False, logits), (True, jax.nn.softmax(logits)))

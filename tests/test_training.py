@@ -14,11 +14,11 @@ from flax import nnx
 
 import capsjax
 from capsjax.models import CapsNet
-from experiments.data import datasets
+from experiments.data import affine, datasets
 from experiments.errors import InputError
 from experiments.training import loop
 from experiments.training.objectives import CapsuleClassification
-from experiments.training.transforms import scaled, shifted
+from experiments.training.transforms import Augmentation, scaled, shifted, turned
 
 BATCH, EPOCH_STEPS, LAST_STEP = 32, 20, 40
 
@@ -60,7 +60,7 @@ def trainer():
         )
 
     optimizer = loop.adam(0.01, final_learning_rate=0.003, num_steps=LAST_STEP)
-    return Counted(build, CapsuleClassification(10, 1, 0, 0.0005), optimizer)
+    return Counted(build, CapsuleClassification(10, Augmentation(shift=1), 0.0005), optimizer)
 
 
 def run(trainer, state, dataset, *, last_step=LAST_STEP, log_every_steps=10, stopped=lambda: 0):
@@ -141,6 +141,38 @@ def test_shifts_depend_on_the_key_alone():
     assert (one != other).any(axis=(1, 2, 3)).sum() > 20
 
 
+def test_each_image_turns_and_grows_within_the_limits():
+    # A spot to the right of the centre: where it goes tells angle and factor.
+    images = np.zeros((300, 31, 31, 1), np.float32)
+    images[:, 14:17, 22:25] = 1
+    moved = np.asarray(turned(jnp.asarray(images), jax.random.key(0), rotation=40, scale=0.2))
+    down, right = (
+        (moved[..., 0] * grid).sum((1, 2)) / moved.sum((1, 2, 3))
+        for grid in np.mgrid[-15:16, -15:16]
+    )
+    angles, factors = np.rad2deg(np.arctan2(down, right)), np.hypot(down, right) / 8
+    np.testing.assert_allclose([angles.min(), angles.max()], [-40, 40], atol=2)
+    np.testing.assert_allclose([factors.min(), factors.max()], [0.8, 1.2], atol=0.02)
+    assert abs(np.corrcoef(angles, factors)[0, 1]) < 0.2
+    expected = affine.warp(
+        images,
+        affine.Pose.broadcast(300, rotation=angles, scale=np.stack([factors, factors], 1)),
+    )
+    np.testing.assert_allclose(moved, expected, atol=0.2)  # the spot's place is not exact
+
+
+def test_rotation_and_scale_are_part_of_the_augmentation():
+    images = jnp.asarray(np.random.default_rng(0).random((4, 9, 9, 1), np.float32))
+    key = jax.random.key(1)
+    still = Augmentation()(images, key)
+    assert still is images
+    assert (Augmentation(rotation=20)(images, key) != images).any()
+    assert (Augmentation(scale=0.1)(images, key) != images).any()
+    both = Augmentation(rotation=20, shift=1)(images, key)
+    first = Augmentation(rotation=20)(images, key)
+    chex.assert_trees_all_equal(both, shifted(first, key, 1))
+
+
 def test_bytes_become_0_to_1():
     images = scaled(jnp.array([0, 51, 255], jnp.uint8))
     assert images.dtype == jnp.float32
@@ -198,7 +230,7 @@ def test_the_decoder_sees_the_label_in_training_and_the_longest_capsule_after(lo
 
 def test_without_weight_there_is_no_decoder(trainer, expected):
     params, images, labels, wanted = expected
-    objective = CapsuleClassification(10, 0, 0, 0.0)
+    objective = CapsuleClassification(10, Augmentation(), 0.0)
 
     @jax.jit
     def losses(params, images, labels):

@@ -12,7 +12,7 @@ import capsjax
 from capsjax.models import CapsNet
 from experiments.benchmarks import contenders
 from experiments.training import loop, objectives
-from experiments.training.transforms import scaled
+from experiments.training.transforms import Augmentation, scaled
 
 MATRIX = 2048  # side of the matrix product
 
@@ -23,8 +23,7 @@ def contender(params: loop.Params, images: np.ndarray, labels: np.ndarray) -> co
         lambda: CapsNet(images.shape[1:], rngs=nnx.Rngs(0)),
         objectives.CapsuleClassification(
             num_classes=10,
-            shift=2,
-            canvas=0,
+            augmentation=Augmentation(shift=2),
             reconstruction_weight=contenders.RECONSTRUCTION_WEIGHT,
         ),
         loop.adam(1e-3, final_learning_rate=1e-4, num_steps=1000),

@@ -71,7 +71,7 @@ def warp(images: np.ndarray, pose: Pose, *, order: int = 1) -> np.ndarray:
     offset = -np.einsum("nij,nj->ni", backward, pose.shift)
     # Reversed to (row, column), because `map_coordinates` takes array indices.
     return np.asarray(
-        _sample(
+        sample(
             jnp.asarray(images, jnp.float32),
             jnp.asarray(backward[:, ::-1, ::-1], jnp.float32),
             jnp.asarray(offset[:, ::-1], jnp.float32),
@@ -107,7 +107,7 @@ def uniform(count: int, size: int, *, key: list[int]) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnames="order")
-def _sample(images: Array, backward: Array, offset: Array, *, order: int) -> Array:
+def sample(images: Array, backward: Array, offset: Array, *, order: int) -> Array:
     """Sample each image at `backward @ x + offset` for every output pixel x, from the centre."""
     centre = (np.array(images.shape[1:3]) - 1) / 2
     grid = np.indices(images.shape[1:3], np.float32) - centre[:, None, None]

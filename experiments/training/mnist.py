@@ -5,7 +5,7 @@ import dataclasses
 from experiments.cli import flag
 from experiments.data import datasets
 from experiments.errors import InputError
-from experiments.training import loop, networks, objectives, runs
+from experiments.training import loop, networks, objectives, runs, transforms
 
 MARGIN_EPOCHS = 10  # in which the margin of the spread loss grows; the paper does not say
 
@@ -38,6 +38,21 @@ class Config(networks.Settings, runs.Settings):
     shift: int = flag(
         2, "Largest random shift of training images, in pixels.", minimum=0, maximum=1000
     )
+    rotation: float = flag(
+        0.0,
+        "Largest random rotation of training images, in degrees.",
+        minimum=0,
+        maximum=180,
+        added=True,
+    )
+    scale: float = flag(
+        0.0,
+        "Largest random change of the size of what training images show: 0.1 is up to 10 % "
+        "smaller or larger.",
+        minimum=0,
+        below=1,
+        added=True,
+    )
     canvas: int = flag(
         0,
         "Side of a black canvas to place images on at random, in pixels; 0: none.",
@@ -69,7 +84,10 @@ def build(config: Config, dataset: datasets.Dataset) -> loop.Trainer:
             f"got {config.canvas}"
         )
     shape = config.canvas or height, config.canvas or width, channels
-    moves = (dataset.num_classes, config.shift, config.canvas)
+    augmentation = transforms.Augmentation(
+        shift=config.shift, rotation=config.rotation, scale=config.scale, canvas=config.canvas
+    )
+    task = dataset.num_classes, augmentation
     optimizer = loop.adam(
         config.learning_rate,
         final_learning_rate=config.final_learning_rate,
@@ -82,14 +100,14 @@ def build(config: Config, dataset: datasets.Dataset) -> loop.Trainer:
     match config.network:
         case "capsnet" | "efficient_capsnet" as name:
             objective = objectives.CapsuleClassification(
-                *moves, config.reconstruction_weight, name == "efficient_capsnet"
+                *task, config.reconstruction_weight, name == "efficient_capsnet"
             )
         case "matrix_capsnet":
-            objective = objectives.SpreadClassification(*moves, MARGIN_EPOCHS * epoch_steps)
+            objective = objectives.SpreadClassification(*task, MARGIN_EPOCHS * epoch_steps)
         case "sr_capsnet" | "inverted_attention_capsnet" as name:
-            objective = objectives.NormalisedClassification(*moves, name == "sr_capsnet")
+            objective = objectives.NormalisedClassification(*task, name == "sr_capsnet")
         case _:
-            objective = objectives.SoftmaxClassification(*moves)
+            objective = objectives.SoftmaxClassification(*task)
     return loop.Trainer(
         lambda: networks.build(config, shape, dataset.num_classes, seed=config.seed),
         objective,

@@ -13,7 +13,7 @@ import optax
 from jax import Array
 
 import capsjax
-from experiments.training.transforms import AxisName, placed, shifted
+from experiments.training.transforms import Augmentation, AxisName
 
 
 class Objective(Protocol):
@@ -59,15 +59,11 @@ class Classification:
     """Classification of images with one class each; subclasses add loss and scores."""
 
     num_classes: int
-    shift: int  # largest random shift, in pixels
-    canvas: int  # side in pixels; 0: the size of the images
+    augmentation: Augmentation
 
     def augment(self, images: Array, key: Array, *, axis_name: AxisName = None) -> Array:
-        """Shift images by up to `shift` pixels, then place them at random on the canvas."""
-        moved = shifted(images, key, self.shift, axis_name=axis_name)
-        if not self.canvas:
-            return moved
-        return placed(moved, jax.random.fold_in(key, 1), self.canvas, axis_name=axis_name)
+        """Move images at random."""
+        return self.augmentation(images, key, axis_name=axis_name)
 
     def at_step(self, step: Array) -> Self:
         """Return this objective, which is the same at all steps."""

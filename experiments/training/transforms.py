@@ -1,13 +1,16 @@
-"""Scale images to 0 … 1, and augment training images by random translations.
+"""Scale images to 0 … 1, and augment training images by random movements.
 
 Shape letters are those of `capsjax.shapes`.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+
+from experiments.data import affine
 
 AxisName = str | tuple[str, ...] | None
 
@@ -35,6 +38,51 @@ def draw(
     examples, *rest = shape
     whole = sampler((examples * lax.axis_size(axis_name), *rest))
     return lax.dynamic_slice_in_dim(whole, examples * lax.axis_index(axis_name), examples)
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """Random movements of training images, drawn anew for each image of a step."""
+
+    shift: int = 0  # largest shift along each axis, in pixels
+    rotation: float = 0.0  # largest rotation, in degrees
+    scale: float = 0.0  # largest change of width and height: 0.1 is up to 10 % smaller or larger
+    canvas: int = 0  # side of a black canvas, in pixels; 0: the images keep their size
+
+    def __call__(self, images: Array, key: Array, *, axis_name: AxisName = None) -> Array:
+        """Rotate and scale, then shift, then place on the canvas images `[B, H, W, C]`."""
+        if self.rotation or self.scale:
+            images = turned(
+                images,
+                jax.random.fold_in(key, 3),
+                rotation=self.rotation,
+                scale=self.scale,
+                axis_name=axis_name,
+            )
+        images = shifted(images, key, self.shift, axis_name=axis_name)
+        if not self.canvas:
+            return images
+        return placed(images, jax.random.fold_in(key, 1), self.canvas, axis_name=axis_name)
+
+
+def turned(
+    images: Array, key: Array, *, rotation: float, scale: float, axis_name: AxisName = None
+) -> Array:
+    """Rotate and scale images `[B, H, W, C]` at random about their centre, bilinearly.
+
+    Angles are uniform in ±`rotation` degrees, factors in 1 ± `scale`, the same for width and
+    height. Pixels from outside an image are 0.
+    """
+    angle, factor = draw(
+        lambda shape: jax.random.uniform(key, shape, minval=-1, maxval=1),
+        (len(images), 2),
+        axis_name,
+    ).T
+    angle, factor = jnp.radians(rotation * angle), 1 + scale * factor
+    cosine, sine = jnp.cos(angle) / factor, jnp.sin(angle) / factor
+    # From (row, column) of the output to that of the input, as `affine.warp` with the same pose.
+    backward = jnp.moveaxis(jnp.stack([cosine, -sine, sine, cosine]).reshape(2, 2, -1), -1, 0)
+    return affine.sample(images, backward, jnp.zeros((len(images), 2)), order=1)
 
 
 def shifted(images: Array, key: Array, limit: int, *, axis_name: AxisName = None) -> Array:
