@@ -1,4 +1,7 @@
-"""Pallas-Triton kernels for gaussian logits, interpreted, against the float64 oracle."""
+"""Pallas-Triton kernels with votes in registers, interpreted, against the float64 oracle.
+
+Their logits are gaussian, with central moments, or linear, with sums and matrices as poses.
+"""
 
 from dataclasses import replace
 from functools import cache, partial
@@ -38,18 +41,29 @@ class Problem(NamedTuple):
     dtype: str = "float32"
     mean: float = 0.0  # of the votes, whose standard deviation is about 1
     jump: float = 0.0  # of the states' means from that of the votes
+    logits: str = "gaussian"
+    leaky: bool = False
+    mass: bool = False  # whether "sums" include it
 
 
+MATRICES = 35, 5, 2, 3, 3, 2
 EVERY = "gates", "k", "mask", "coordinates"
 PROBLEMS = {
     "plain": Problem(),
     "prior of each example": Problem(prior="BIJ"),
-    "parent mask": Problem(options=("mask",)),
+    "parent mask, leaky": Problem(options=("mask",), leaky=True),
     "gates": Problem(options=("gates",)),
     "no open gate": Problem(options=("gates", "closed")),
-    "matrices, all": Problem((35, 5, 2, 3, 3, 2), prior="IJ", options=EVERY),
+    "matrices, all": Problem(MATRICES, prior="IJ", options=EVERY),
     "bfloat16, all": Problem((35, 5, 1, 5, 3, 4), prior="BIJ", options=EVERY, dtype="bfloat16"),
     "one of each": Problem((1, 1, 1, 1, 1, 1)),
+    "linear": Problem(MATRICES, logits="linear"),
+    "linear, all": Problem(MATRICES, prior="IJ", options=EVERY, logits="linear", mass=True),
+    "linear, bfloat16 and leaky, all": Problem(
+        (35, 5, 3, 4, 3, 2), "BIJ", EVERY, "bfloat16", logits="linear", leaky=True, mass=True
+    ),
+    "linear, leaky": Problem(MATRICES, options=("mask", "gates"), logits="linear", leaky=True),
+    "linear, two of each": Problem((2, 2, 2, 1, 2, 1), logits="linear"),
 }
 # Several parents and children in a program, several programs, and several tiles in a program.
 SMALL = TritonGaussianConfig(
@@ -65,6 +79,12 @@ IMPLEMENTATIONS = {
     "two children": Implementation("triton", replace(SMALL, statistics_children=2), interpret=True),
     "triton": Implementation("triton", interpret=True),
     "xla": Implementation("xla"),
+}
+OTHER_TILES = {
+    "gates": "two children",
+    "one of each": "triton",
+    "linear, leaky": "two children",
+    "linear, two of each": "triton",
 }
 # Relative to the largest entry of a leaf. Results in bfloat16 have 8 significant bits.
 ERRORS = {"float32": 3e-6, "bfloat16": 5e-3}
@@ -114,19 +134,25 @@ def make(problem):
         coordinates=given("coordinates", normal(1.0, children, depth)),
         parent_mask=given("mask", jnp.asarray(mask)),
     )
-    precision = rng.uniform(0.1, 0.5, (batch, parents, depth))
-    if problem.jump:  # with the precision of a parent that far away, so that no coupling is 0
-        precision *= (3 / problem.jump) ** 2
-    state = State(
-        k=given("k", normal(1.0, batch, parents)),
-        z=normal(0.5, batch, parents, depth) + (problem.mean + problem.jump),
-        q=jnp.asarray(precision, "float32"),
-    )
-    cotangents = [
-        Moments(*(normal(1.0, batch, parents, *last) for last in ((), (depth,), (depth,))))
-        for _ in range(2)
-    ]
-    spec = Spec(parents, logits="gaussian", moments="central")
+    k = given("k", normal(1.0, batch, parents))
+    if problem.logits == "linear":
+        moments = "sums"
+        state = State(k, b=normal(0.5, batch, parents, depth))
+    else:
+        moments = "central"
+        precision = rng.uniform(0.1, 0.5, (batch, parents, depth))
+        if problem.jump:  # with the precision of a parent that far away, so that no coupling is 0
+            precision *= (3 / problem.jump) ** 2
+        center = normal(0.5, batch, parents, depth) + (problem.mean + problem.jump)
+        state = State(k, z=center, q=jnp.asarray(precision, "float32"))
+    cotangents = []
+    for _ in range(2):
+        mass, *others = (normal(1.0, batch, parents, *last) for last in ((), (depth,), (depth,)))
+        if problem.logits == "linear":
+            cotangents.append(Moments(mass if problem.mass else None, others[0]))
+        else:
+            cotangents.append(Moments(mass, *others))
+    spec = Spec(parents, problem.logits, moments, problem.mass, problem.leaky)
     return spec, inputs, (State(), state), cotangents
 
 
@@ -177,9 +203,8 @@ def assert_close(actual, wanted, dtype):
 @pytest.mark.parametrize(
     ("name", "implementation"),
     [
-        *((name, "small tiles") for name in PROBLEMS if name not in ("gates", "one of each")),
-        ("gates", "two children"),
-        ("one of each", "triton"),
+        *((name, "small tiles") for name in PROBLEMS if name not in OTHER_TILES),
+        *OTHER_TILES.items(),
     ],
 )
 def test_passes_match_the_oracle(name, implementation):

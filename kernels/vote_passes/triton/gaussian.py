@@ -1,4 +1,7 @@
-"""The passes with gaussian logits and central moments, by the Triton kernels."""
+"""The passes by the Triton kernels that hold votes in registers.
+
+Their logits are gaussian with central moments, or linear with sums, which matrices as poses need.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -56,8 +59,9 @@ def config_for(spec: Spec, inputs: Inputs, *, device: Device) -> TritonGaussianC
     dtype, weights = inputs.poses.dtype, inputs.weights
     rules = {
         f"must be float32 or bfloat16, got {dtype}": dtype in (jnp.float32, jnp.bfloat16),
-        "must have gaussian logits with central moments": spec.moments == "central",
-        "must not be leaky": not spec.leaky,
+        "must have linear logits and sums, or gaussian logits and central moments": (
+            (spec.logits, spec.moments) in (("linear", "sums"), ("gaussian", "central"))
+        ),
         "must have weights [I, P, J, E]": weights is not None and weights.ndim == 4,
         "must have a batch of known size": isinstance(inputs.poses.shape[0], int),
         "must lie on one device (jax.shard_map, or Explicit axes)": device.num_devices == 1,
@@ -86,19 +90,21 @@ def config_for(spec: Spec, inputs: Inputs, *, device: Device) -> TritonGaussianC
 def moments(
     spec: Spec, inputs: Inputs, state: State, *, config: TritonGaussianConfig, interpret: bool
 ) -> Moments:
-    """Compute the central moments."""
+    """Compute the sums of votes, or the central moments."""
     sizes = _sizes(spec, inputs, interpret)
     operands = _operands(sizes, inputs)
     parents = _parents(sizes, inputs, state, state.z)
-    center = None if state.z is None else prepare_states(sizes, state.z)
+    center = _center(sizes, state.z)
     softmax = None
     if not is_uniform(inputs, state):
         softmax = gaussian_walks.statistics(config, sizes, operands, parents, center, share=False)
-    found = gaussian_walks.moments(config, sizes, operands, parents, center, softmax)
+    found = gaussian_walks.moments(
+        config, sizes, operands, parents, center, softmax, mass=spec.mass
+    )
     return Moments(
-        examples_first(sizes, found.zeroth),
+        None if found.zeroth is None else examples_first(sizes, found.zeroth),
         restore_states(sizes, found.first),
-        restore_states(sizes, found.second),
+        None if found.second is None else restore_states(sizes, found.second),
     )
 
 
@@ -110,21 +116,27 @@ def chain(
         return State(), nothing_kept(inputs)
     sizes = _sizes(spec, inputs, interpret)
     operands = _operands(sizes, inputs)
-    mean = term.moments.first
-    parents, center = _parents(sizes, inputs, term.state, mean, term), prepare_states(sizes, mean)
+    mean = _mean(sizes, term)
+    parents, center = _parents(sizes, inputs, term.state, mean, term), _center(sizes, mean)
     softmax = gaussian_walks.statistics(config, sizes, operands, parents, center, share=True)
-    found = gaussian_walks.logit_gradients(config, sizes, operands, parents, center, softmax)
+    has_biases = term.state.k is not None
+    found = gaussian_walks.logit_gradients(
+        config, sizes, operands, parents, center, softmax, biases=has_biases
+    )
     d_k: MaybeArray = None
+    d_b: MaybeArray = None
     d_z: MaybeArray = None
     d_q: MaybeArray = None
-    if term.state.k is not None:
+    if has_biases:
         d_k = examples_first(sizes, found.zeroth)
+    if term.state.b is not None:
+        d_b = restore_states(sizes, found.first)
     if term.state.q is not None:
         scale = scale_of(term.state.q)
         d_z = restore_states(sizes, found.first) * (term.state.q / scale)
         d_q = restore_states(sizes, found.second) * (-0.5 / (scale * scale))
     kept = jnp.stack([softmax.normaliser, softmax.share])
-    return State(k=d_k, z=d_z, q=d_q), examples_first(sizes, kept)
+    return State(d_k, d_b, d_z, d_q), examples_first(sizes, kept)
 
 
 def input_gradients(
@@ -141,8 +153,8 @@ def input_gradients(
     operands = _operands(sizes, inputs)
     has_gates = inputs.gates is not None
     # Of the last iteration, which is nearest to those of the others: means converge.
-    mean = terms[-1].moments.first
-    center = prepare_states(sizes, mean)
+    mean = _mean(sizes, terms[-1])
+    center = _center(sizes, mean)
     iterations = []
     for term in terms:
         parents, softmax = _parents(sizes, inputs, term.state, mean, term), None
@@ -193,7 +205,17 @@ def input_gradients(
 def _sizes(spec: Spec, inputs: Inputs, interpret: bool) -> Sizes:
     batch, capsules, rows, length = inputs.poses.shape
     columns = inputs.weights.shape[-1]
-    return Sizes(batch, capsules, rows, length, spec.num_parents, columns, interpret)
+    of_spec = spec.logits, spec.leaky
+    return Sizes(batch, capsules, rows, length, spec.num_parents, columns, *of_spec, interpret)
+
+
+def _mean(sizes: Sizes, term: Term) -> MaybeArray:
+    """Return the mean of central moments; None for sums."""
+    return None if sizes.logits == "linear" else term.moments.first
+
+
+def _center(sizes: Sizes, mean: MaybeArray) -> MaybeArray:
+    return None if mean is None else prepare_states(sizes, mean)
 
 
 def _operands(sizes: Sizes, inputs: Inputs) -> Operands:
@@ -225,21 +247,28 @@ def _parents(
       sizes: Sizes of the problem.
       inputs: Those of the pass.
       state: That of the pass.
-      center: `[B, J, D]`, from which votes are computed on; None for 0, if the state has no mean.
+      center: `[B, J, D]`, from which votes are computed on; None for 0, if there is no mean.
       term: Given if the arrays of the moments are wanted, too.
     """
     masked = masks.masked(inputs, state)
     found: dict[str, Any] = {}
     if masked.k is not None:
         found["k"] = examples_last(sizes, masked.k * LOG2_E)
+    if masked.b is not None:
+        found["states"] = prepare_states(sizes, masked.b * LOG2_E)
     if masked.q is not None:
         scale = scale_of(masked.q)
         offsets = [] if center is masked.z else [-scale * (masked.z - center)]
-        found["gaussian"] = prepare_states(sizes, scale, *offsets)
-    if term is not None:
+        found["states"] = prepare_states(sizes, scale, *offsets)
+    if term is None:
+        return Parents(**found)
+    if term.cotangent.mass is not None:
+        found["d_mass"] = examples_last(sizes, term.cotangent.mass)
+    if sizes.logits == "linear":
+        found["cotangents"] = prepare_states(sizes, term.cotangent.first)
+    else:
         mass, mean, _ = term.moments
         first = reference.divide(term.cotangent.first, mass)
         offsets = [] if center is mean else [mean - center]
-        found["d_mass"] = examples_last(sizes, term.cotangent.mass)
         found["cotangents"] = prepare_states(sizes, first, term.cotangent.second, *offsets)
     return Parents(**found)
