@@ -1,7 +1,7 @@
 """Pallas-Triton kernels for NVIDIA GPUs (sm_80 and newer).
 
 They are of two kinds. Those for linear logits of vectors, with sums, compute no votes. The others
-hold votes in registers: for linear logits of matrices, and for gaussian logits with central moments.
+have votes in registers, for linear logits of matrices, and gaussian logits with central moments.
 """
 
 from collections.abc import Sequence
