@@ -368,7 +368,10 @@ def _triton_split(
 
 @dataclasses.dataclass(frozen=True)
 class TritonGaussianConfig:
-    """Tile sizes of the Pallas-Triton kernels for gaussian logits. Each warp has 32 examples."""
+    """Tile sizes of the Pallas-Triton kernels with votes in registers.
+
+    Each warp has 32 examples.
+    """
 
     # The walks over the children, with the sums of one parent for each warp.
     sums_warps: int  # parents of a program, which share the poses in the cache

@@ -119,8 +119,8 @@ def statistics(
             return found
 
         # The logit of the leak is 0, and its exponential 1.
-        start = [tile.zero, tile.zero + 1] if sizes.leaky else [tile.zero + LEAST, tile.zero]
-        start = (*start, *[tile.zero] * share)
+        of_leak = (tile.zero, tile.zero + 1) if sizes.leaky else (tile.zero + LEAST, tile.zero)
+        start = (*of_leak, *[tile.zero] * share)
         found = loop(sizes.parents, one_parent, [start] * count)
         for i, to, exists, (largest, total, *weighted) in zip(*children, found, strict=True):
             # At least TINY: the total is 0 if each logit is -infinity, and then so are couplings.
