@@ -14,7 +14,7 @@ from capsjax.kernels.dispatch import Unsupported
 from capsjax.kernels.vote_passes import linear
 from capsjax.kernels.vote_passes.config import (
     TritonConfig,
-    TritonGaussianConfig,
+    TritonVotesConfig,
     triton_config_for,
 )
 from capsjax.kernels.vote_passes.passes import (
@@ -26,7 +26,7 @@ from capsjax.kernels.vote_passes.passes import (
     Term,
     case_of,
 )
-from capsjax.kernels.vote_passes.triton import gaussian
+from capsjax.kernels.vote_passes.triton import votes
 from capsjax.kernels.vote_passes.triton.gradients import Iteration, gradients_of_inputs
 from capsjax.kernels.vote_passes.triton.sums import Parents, Wanted, weighted_sums
 
@@ -39,7 +39,7 @@ OLDEST = 8, 0
 
 def config_for(
     spec: Spec, inputs: Inputs, *others: object, device: Device
-) -> TritonConfig | TritonGaussianConfig:
+) -> TritonConfig | TritonVotesConfig:
     """Return the configuration for a pass.
 
     Raises:
@@ -49,7 +49,7 @@ def config_for(
     if device.capability is not None and device.capability < OLDEST:
         raise Unsupported(f"routing: {device.kind} is older than sm_80, which this kernel needs")
     if _holds_votes(spec, inputs):
-        return gaussian.config_for(spec, inputs, device=device)
+        return votes.config_for(spec, inputs, device=device)
     linear.check(spec, inputs, device, platform="cuda")
     case = case_of(spec, inputs)
     if case.length > MAX_LENGTH or case.depth > MAX_DEPTH:
@@ -65,7 +65,7 @@ def config_for(
 def moments(spec: Spec, inputs: Inputs, state: State, *, config: Any, interpret: bool) -> Moments:
     """Compute the moments: sums over children of couplings times votes."""
     if _holds_votes(spec, inputs):
-        return gaussian.moments(spec, inputs, state, config=config, interpret=interpret)
+        return votes.moments(spec, inputs, state, config=config, interpret=interpret)
     parents = Parents(*linear.state(inputs, state))
     wanted = Wanted(mass=spec.mass)
     found = weighted_sums(
@@ -79,7 +79,7 @@ def chain(
 ) -> tuple[State, Array]:
     """Compute the cotangent of the state, and keep the statistics of the softmax."""
     if _holds_votes(spec, inputs):
-        return gaussian.chain(spec, inputs, term, config=config, interpret=interpret)
+        return votes.chain(spec, inputs, term, config=config, interpret=interpret)
     wanted = Wanted(sums=term.state.b is not None, mass=term.state.k is not None, kept=True)
     found = weighted_sums(
         config,
@@ -103,7 +103,7 @@ def input_gradients(
 ) -> Inputs:
     """Compute the gradients of the inputs, summed over `terms`."""
     if _holds_votes(spec, inputs):
-        return gaussian.input_gradients(
+        return votes.input_gradients(
             spec,
             inputs,
             terms,

@@ -12,8 +12,9 @@ from jax import Array
 from jax.core import ShapedArray
 from jax.experimental import pallas as pl
 
-from capsjax.kernels.vote_passes.config import TritonGaussianConfig
-from capsjax.kernels.vote_passes.triton.gaussian_tiles import (
+from capsjax.kernels.vote_passes.config import TritonVotesConfig
+from capsjax.kernels.vote_passes.triton.tiles import exp2, fma, loop
+from capsjax.kernels.vote_passes.triton.votes_tiles import (
     FOUR,
     Operands,
     Parents,
@@ -21,12 +22,11 @@ from capsjax.kernels.vote_passes.triton.gaussian_tiles import (
     Statistics,
     Tile,
 )
-from capsjax.kernels.vote_passes.triton.gaussian_walks import (
+from capsjax.kernels.vote_passes.triton.votes_walks import (
     call,
     children_of,
     float32,
 )
-from capsjax.kernels.vote_passes.triton.tiles import exp2, fma, loop
 
 # A logit to the base e is that to the base 2 times this.
 LN_2 = 0.6931471805599453
@@ -66,7 +66,7 @@ class _OfVote(NamedTuple):
 
 
 def gradients_of_inputs(
-    config: TritonGaussianConfig,
+    config: TritonVotesConfig,
     sizes: Sizes,
     operands: Operands,
     iterations: Sequence[Iteration],

@@ -18,7 +18,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from capsjax import inverted_attention_routing
 from capsjax.kernels.dispatch import Unsupported
 from capsjax.kernels.vote_passes import passes, triton
-from capsjax.kernels.vote_passes.config import TritonGaussianConfig
+from capsjax.kernels.vote_passes.config import TritonVotesConfig
 from capsjax.kernels.vote_passes.passes import (
     Device,
     Implementation,
@@ -67,7 +67,7 @@ PROBLEMS = {
     "linear, two of each": Problem((2, 2, 2, 1, 2, 1), options=("gates",), logits="linear"),
 }
 # Several parents and children in a program, several programs, and several tiles in a program.
-SMALL = TritonGaussianConfig(
+SMALL = TritonVotesConfig(
     sums_warps=2,
     sums_ranges=3,
     statistics_warps=2,
@@ -411,9 +411,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_kernels_accept(name):
     spec, inputs = ACCEPTED[name]
-    assert isinstance(
-        triton.config_for(spec, inputs, State(), device=Device()), TritonGaussianConfig
-    )
+    assert isinstance(triton.config_for(spec, inputs, State(), device=Device()), TritonVotesConfig)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -15,8 +15,9 @@ from jax.core import ShapedArray
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from capsjax.kernels.vote_passes.config import TritonGaussianConfig
-from capsjax.kernels.vote_passes.triton.gaussian_tiles import (
+from capsjax.kernels.vote_passes.config import TritonVotesConfig
+from capsjax.kernels.vote_passes.triton.tiles import exp2, fma, log2, loop, reciprocal
+from capsjax.kernels.vote_passes.triton.votes_tiles import (
     FOUR,
     Operands,
     Parents,
@@ -24,7 +25,6 @@ from capsjax.kernels.vote_passes.triton.gaussian_tiles import (
     Statistics,
     Tile,
 )
-from capsjax.kernels.vote_passes.triton.tiles import exp2, fma, log2, loop, reciprocal
 
 # Least number of normal size, so that its reciprocal is finite.
 TINY = float(jnp.finfo(jnp.float32).tiny)
@@ -80,7 +80,7 @@ def children_of(sizes: Sizes, warps: int, count: int, group: Array) -> Children:
 
 
 def statistics(
-    config: TritonGaussianConfig,
+    config: TritonVotesConfig,
     sizes: Sizes,
     operands: Operands,
     parents: Parents,
@@ -164,7 +164,7 @@ class _Vote(NamedTuple):
 
 
 def moments(
-    config: TritonGaussianConfig,
+    config: TritonVotesConfig,
     sizes: Sizes,
     operands: Operands,
     parents: Parents,
@@ -216,7 +216,7 @@ def moments(
 
 
 def logit_gradients(
-    config: TritonGaussianConfig,
+    config: TritonVotesConfig,
     sizes: Sizes,
     operands: Operands,
     parents: Parents,
@@ -262,7 +262,7 @@ def logit_gradients(
 
 
 def _over_children(
-    config: TritonGaussianConfig,
+    config: TritonVotesConfig,
     sizes: Sizes,
     operands: tuple[Operands, Parents, Any, Statistics | None],
     start: Callable[..., Any],

@@ -25,7 +25,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from capsjax.kernels.vote_passes.config import TRITON_GAUSSIAN_EXAMPLES as EXAMPLES
+from capsjax.kernels.vote_passes.config import TRITON_VOTES_EXAMPLES as EXAMPLES
 from capsjax.kernels.vote_passes.config import power_of_two
 from capsjax.kernels.vote_passes.triton.tiles import LOG2_E, exchange_lanes, fma, fnma
 

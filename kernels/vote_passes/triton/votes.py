@@ -12,7 +12,7 @@ from jax import Array
 
 from capsjax.kernels.dispatch import Unsupported
 from capsjax.kernels.vote_passes import masks, reference
-from capsjax.kernels.vote_passes.config import TritonGaussianConfig, triton_gaussian_config_for
+from capsjax.kernels.vote_passes.config import TritonVotesConfig, triton_votes_config_for
 from capsjax.kernels.vote_passes.passes import (
     Device,
     Inputs,
@@ -25,9 +25,10 @@ from capsjax.kernels.vote_passes.passes import (
     is_uniform,
     nothing_kept,
 )
-from capsjax.kernels.vote_passes.triton import gaussian_walks
-from capsjax.kernels.vote_passes.triton.gaussian_gradients import Iteration, gradients_of_inputs
-from capsjax.kernels.vote_passes.triton.gaussian_tiles import (
+from capsjax.kernels.vote_passes.triton import votes_walks
+from capsjax.kernels.vote_passes.triton.tiles import LOG2_E
+from capsjax.kernels.vote_passes.triton.votes_gradients import Iteration, gradients_of_inputs
+from capsjax.kernels.vote_passes.triton.votes_tiles import (
     Operands,
     Parents,
     Sizes,
@@ -44,13 +45,12 @@ from capsjax.kernels.vote_passes.triton.gaussian_tiles import (
     restore_weights,
     scale_of,
 )
-from capsjax.kernels.vote_passes.triton.tiles import LOG2_E
 
 # Numbers of a pose and of a vote, padded: a thread has both in registers, and gradients of both.
 MAX_NUMBERS = 16
 
 
-def config_for(spec: Spec, inputs: Inputs, *, device: Device) -> TritonGaussianConfig:
+def config_for(spec: Spec, inputs: Inputs, *, device: Device) -> TritonVotesConfig:
     """Return the configuration for a pass.
 
     Raises:
@@ -75,7 +75,7 @@ def config_for(spec: Spec, inputs: Inputs, *, device: Device) -> TritonGaussianC
             f"routing: R·P and R·E, with P and E rounded up to multiples of 4, must be at most "
             f"{MAX_NUMBERS}, got R = {sizes.rows}, P = {sizes.length} and E = {sizes.columns}"
         )
-    config = triton_gaussian_config_for(case_of(spec, inputs), processors=device.processors)
+    config = triton_votes_config_for(case_of(spec, inputs), processors=device.processors)
     of_examples = 1 if inputs.prior is None or inputs.prior.ndim == 2 else sizes.parents
     largest = max(
         sizes.capsules * sizes.padded_batch * max(MAX_NUMBERS, of_examples),
@@ -88,7 +88,7 @@ def config_for(spec: Spec, inputs: Inputs, *, device: Device) -> TritonGaussianC
 
 
 def moments(
-    spec: Spec, inputs: Inputs, state: State, *, config: TritonGaussianConfig, interpret: bool
+    spec: Spec, inputs: Inputs, state: State, *, config: TritonVotesConfig, interpret: bool
 ) -> Moments:
     """Compute the sums of votes, or the central moments."""
     sizes = _sizes(spec, inputs, interpret)
@@ -97,10 +97,8 @@ def moments(
     center = _center(sizes, state.z)
     softmax = None
     if not is_uniform(inputs, state):
-        softmax = gaussian_walks.statistics(config, sizes, operands, parents, center, share=False)
-    found = gaussian_walks.moments(
-        config, sizes, operands, parents, center, softmax, mass=spec.mass
-    )
+        softmax = votes_walks.statistics(config, sizes, operands, parents, center, share=False)
+    found = votes_walks.moments(config, sizes, operands, parents, center, softmax, mass=spec.mass)
     return Moments(
         None if found.zeroth is None else examples_first(sizes, found.zeroth),
         restore_states(sizes, found.first),
@@ -109,7 +107,7 @@ def moments(
 
 
 def chain(
-    spec: Spec, inputs: Inputs, term: Term, *, config: TritonGaussianConfig, interpret: bool
+    spec: Spec, inputs: Inputs, term: Term, *, config: TritonVotesConfig, interpret: bool
 ) -> tuple[State, Array]:
     """Compute the cotangent of the state, and keep the statistics of the softmax."""
     if term.state.is_empty:
@@ -118,9 +116,9 @@ def chain(
     operands = _operands(sizes, inputs)
     mean = _mean(sizes, term)
     parents, center = _parents(sizes, inputs, term.state, mean, term), _center(sizes, mean)
-    softmax = gaussian_walks.statistics(config, sizes, operands, parents, center, share=True)
+    softmax = votes_walks.statistics(config, sizes, operands, parents, center, share=True)
     has_biases = term.state.k is not None
-    found = gaussian_walks.logit_gradients(
+    found = votes_walks.logit_gradients(
         config, sizes, operands, parents, center, softmax, biases=has_biases
     )
     d_k: MaybeArray = None
@@ -145,7 +143,7 @@ def input_gradients(
     terms: Sequence[Term],
     *,
     constant_couplings: bool,
-    config: TritonGaussianConfig,
+    config: TritonVotesConfig,
     interpret: bool,
 ) -> Inputs:
     """Compute the gradients of the inputs, summed over `terms`."""
@@ -162,9 +160,7 @@ def input_gradients(
             pass
         elif term.kept is None:
             share = has_gates or not constant_couplings
-            softmax = gaussian_walks.statistics(
-                config, sizes, operands, parents, center, share=share
-            )
+            softmax = votes_walks.statistics(config, sizes, operands, parents, center, share=share)
         else:
             softmax = Statistics(*examples_last(sizes, term.kept))
         iterations.append(Iteration(parents, softmax))
