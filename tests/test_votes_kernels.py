@@ -135,13 +135,13 @@ def make(problem):
         coordinates=given("coordinates", normal(1.0, children, depth)),
         parent_mask=given("mask", jnp.asarray(mask)),
     )
+    precision = rng.uniform(0.1, 0.5, (batch, parents, depth))
     k = given("k", normal(1.0, batch, parents))
     if problem.logits == "linear":
         moments = "sums"
         state = State(k, b=normal(0.5, batch, parents, depth))
     else:
         moments = "central"
-        precision = rng.uniform(0.1, 0.5, (batch, parents, depth))
         if problem.jump:  # with the precision of a parent that far away, so that no coupling is 0
             precision *= (3 / problem.jump) ** 2
         center = normal(0.5, batch, parents, depth) + (problem.mean + problem.jump)
