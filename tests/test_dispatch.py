@@ -74,7 +74,6 @@ INPUTS = Inputs(struct(B, I, 1, P), struct(I, P, J, D), prior=struct(I, J))
 REFUSED = {  # how the arguments of a pass are changed, and what kernels say
     "float16": ({"poses": struct(B, I, 1, P, dtype="float16")}, "must be float32 or bfloat16"),
     "cosine": ({"spec": Spec(J, logits="cosine")}, "must have linear logits and sums"),
-    "matrices": ({"poses": struct(B, I, 2, P)}, "must have vectors as poses"),
     "shared weights": ({"weights": struct(P, J, D)}, r"must have weights \[I, P, J, D\]"),
     "votes": ({"weights": None}, r"must have weights \[I, P, J, D\]"),
     "coordinates": ({"coordinates": struct(I, D)}, "must have no coordinates"),
@@ -105,6 +104,17 @@ def test_kernels_say_which_arguments_they_do_not_take(name, option):
         config_for(**others)
     assert config_for(LINEAR, State(), Device(), INPUTS)
     assert config_for(**EVERY_OPTION, device=Device())
+
+
+def test_linear_logits_of_matrices_are_left_to_the_plain_form_on_a_tpu():
+    matrices = INPUTS._replace(poses=struct(B, I, 2, P))
+    mosaic_tpu, triton = (
+        importlib.import_module(f"capsjax.kernels.vote_passes.{name}")
+        for name in ("mosaic_tpu", "triton")
+    )
+    with pytest.raises(Unsupported, match="inputs of this kernel must have vectors as poses"):
+        mosaic_tpu.config_for(LINEAR, matrices, State(), device=Device())
+    assert triton.config_for(LINEAR, matrices, State(), device=Device())
 
 
 def test_an_old_gpu_and_what_exceeds_registers_are_left_to_the_plain_form():

@@ -367,8 +367,11 @@ def _triton_split(
 
 
 @dataclasses.dataclass(frozen=True)
-class TritonGaussianConfig:
-    """Tile sizes of the Pallas-Triton kernels for gaussian logits. Each warp has 32 examples."""
+class TritonVotesConfig:
+    """Tile sizes of the Pallas-Triton kernels with votes in registers.
+
+    Each warp has 32 examples.
+    """
 
     # The walks over the children, with the sums of one parent for each warp.
     sums_warps: int  # parents of a program, which share the poses in the cache
@@ -382,21 +385,19 @@ class TritonGaussianConfig:
 
 
 # Examples of a tile: the lanes of a warp.
-TRITON_GAUSSIAN_EXAMPLES = 32
+TRITON_VOTES_EXAMPLES = 32
 # Candidate warps of a program; 8 with 200 registers each fill a multiprocessor at once.
-TRITON_GAUSSIAN_WARPS = (4, 2, 1)
+TRITON_VOTES_WARPS = (4, 2, 1)
 # How much longer a step of one warp takes that shares no loads with others.
-TRITON_GAUSSIAN_UNSHARED = 0.25
+TRITON_VOTES_UNSHARED = 0.25
 # Most children of a warp whose poses fit into registers beside the states of parents. The gradients
 # of a second child's pose and vote do not.
-TRITON_GAUSSIAN_CHILDREN = 3
+TRITON_VOTES_CHILDREN = 3
 # Loading a parent's states takes as long as this part of one child's arithmetic.
-TRITON_GAUSSIAN_LOADS = 0.2
+TRITON_VOTES_LOADS = 0.2
 
 
-def triton_gaussian_config_for(
-    case: Case, *, processors: int | None = None
-) -> TritonGaussianConfig:
+def triton_votes_config_for(case: Case, *, processors: int | None = None) -> TritonVotesConfig:
     """Return the configuration for a case: that whose busiest multiprocessor has least to do.
 
     Args:
@@ -404,7 +405,7 @@ def triton_gaussian_config_for(
       processors: Multiprocessors of the device; None if unknown.
     """
     processors = processors or TRITON_PROCESSORS
-    tiles = -(-case.batch // TRITON_GAUSSIAN_EXAMPLES)
+    tiles = -(-case.batch // TRITON_VOTES_EXAMPLES)
     columns = case.depth // case.rows
     columns, length = _round_up(columns, 4), _round_up(case.length, 4)
 
@@ -412,7 +413,7 @@ def triton_gaussian_config_for(
         """Return the time that the busiest multiprocessor takes for a step of all its programs."""
         blocks = -(-programs // processors)
         resident = min(blocks * warps, TRITON_ENOUGH_WARPS)
-        sharing = 1 + TRITON_GAUSSIAN_UNSHARED / warps
+        sharing = 1 + TRITON_VOTES_UNSHARED / warps
         return blocks * warps * sharing * TRITON_ENOUGH_WARPS / resident
 
     def parts(count: int, size: int, others: int) -> Iterator[tuple[int, int]]:
@@ -424,18 +425,19 @@ def triton_gaussian_config_for(
             yield -(-count // steps), steps
 
     sums = []
-    size = 4 * case.parents * 2 * case.rows * columns * tiles * TRITON_GAUSSIAN_EXAMPLES
-    for warps in TRITON_GAUSSIAN_WARPS:
+    # Two sums of D numbers for each parent; with linear logits there is one.
+    size = 4 * case.parents * 2 * case.rows * columns * tiles * TRITON_VOTES_EXAMPLES
+    for warps in TRITON_VOTES_WARPS:
         others = -(-case.parents // warps) * tiles
         for ranges, steps in parts(case.capsules, size, others):
             # A program loads states and stores sums, which takes about a step.
             sums.append(((steps + 1) * busiest(others * ranges, warps), warps, ranges))
     statistics, gradients = [], []
     size = 4 * case.capsules * case.parents * length * columns
-    for warps in TRITON_GAUSSIAN_WARPS:
-        for children in range(1, TRITON_GAUSSIAN_CHILDREN + 1):
+    for warps in TRITON_VOTES_WARPS:
+        for children in range(1, TRITON_VOTES_CHILDREN + 1):
             programs = -(-case.capsules // (warps * children)) * tiles
-            time = (children + TRITON_GAUSSIAN_LOADS) * busiest(programs, warps)
+            time = (children + TRITON_VOTES_LOADS) * busiest(programs, warps)
             statistics.append((time, warps, children))
         groups = -(-case.capsules // warps)
         for splits, steps in parts(tiles, size, groups):
@@ -444,7 +446,7 @@ def triton_gaussian_config_for(
     _, sums_warps, ranges = min(sums, key=lambda x: x[0])
     _, statistics_warps, statistics_children = min(statistics, key=lambda x: x[0])
     _, gradients_warps, splits = min(gradients, key=lambda x: x[0])
-    return TritonGaussianConfig(
+    return TritonVotesConfig(
         sums_warps=sums_warps,
         sums_ranges=ranges,
         statistics_warps=statistics_warps,

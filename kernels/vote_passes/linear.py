@@ -1,4 +1,4 @@
-"""Arguments and results of the kernels, which support linear logits with sums of votes."""
+"""Arguments and results of the kernels for linear logits of vectors, with sums of votes."""
 
 from typing import Any, NamedTuple
 

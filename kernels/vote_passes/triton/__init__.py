@@ -1,6 +1,7 @@
 """Pallas-Triton kernels for NVIDIA GPUs (sm_80 and newer).
 
-They are of two kinds: for linear logits with sums, and for gaussian logits with central moments.
+They are of two kinds. Those for linear logits of vectors, with sums, compute no votes. The others
+have votes in registers, for linear logits of matrices, and gaussian logits with central moments.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from capsjax.kernels.dispatch import Unsupported
 from capsjax.kernels.vote_passes import linear
 from capsjax.kernels.vote_passes.config import (
     TritonConfig,
-    TritonGaussianConfig,
+    TritonVotesConfig,
     triton_config_for,
 )
 from capsjax.kernels.vote_passes.passes import (
@@ -25,7 +26,7 @@ from capsjax.kernels.vote_passes.passes import (
     Term,
     case_of,
 )
-from capsjax.kernels.vote_passes.triton import gaussian
+from capsjax.kernels.vote_passes.triton import votes
 from capsjax.kernels.vote_passes.triton.gradients import Iteration, gradients_of_inputs
 from capsjax.kernels.vote_passes.triton.sums import Parents, Wanted, weighted_sums
 
@@ -38,7 +39,7 @@ OLDEST = 8, 0
 
 def config_for(
     spec: Spec, inputs: Inputs, *others: object, device: Device
-) -> TritonConfig | TritonGaussianConfig:
+) -> TritonConfig | TritonVotesConfig:
     """Return the configuration for a pass.
 
     Raises:
@@ -47,8 +48,8 @@ def config_for(
     del others
     if device.capability is not None and device.capability < OLDEST:
         raise Unsupported(f"routing: {device.kind} is older than sm_80, which this kernel needs")
-    if spec.logits == "gaussian":
-        return gaussian.config_for(spec, inputs, device=device)
+    if _holds_votes(spec, inputs):
+        return votes.config_for(spec, inputs, device=device)
     linear.check(spec, inputs, device, platform="cuda")
     case = case_of(spec, inputs)
     if case.length > MAX_LENGTH or case.depth > MAX_DEPTH:
@@ -63,8 +64,8 @@ def config_for(
 
 def moments(spec: Spec, inputs: Inputs, state: State, *, config: Any, interpret: bool) -> Moments:
     """Compute the moments: sums over children of couplings times votes."""
-    if spec.logits == "gaussian":
-        return gaussian.moments(spec, inputs, state, config=config, interpret=interpret)
+    if _holds_votes(spec, inputs):
+        return votes.moments(spec, inputs, state, config=config, interpret=interpret)
     parents = Parents(*linear.state(inputs, state))
     wanted = Wanted(mass=spec.mass)
     found = weighted_sums(
@@ -77,8 +78,8 @@ def chain(
     spec: Spec, inputs: Inputs, term: Term, *, config: Any, interpret: bool
 ) -> tuple[State, Array]:
     """Compute the cotangent of the state, and keep the statistics of the softmax."""
-    if spec.logits == "gaussian":
-        return gaussian.chain(spec, inputs, term, config=config, interpret=interpret)
+    if _holds_votes(spec, inputs):
+        return votes.chain(spec, inputs, term, config=config, interpret=interpret)
     wanted = Wanted(sums=term.state.b is not None, mass=term.state.k is not None, kept=True)
     found = weighted_sums(
         config,
@@ -101,8 +102,8 @@ def input_gradients(
     interpret: bool,
 ) -> Inputs:
     """Compute the gradients of the inputs, summed over `terms`."""
-    if spec.logits == "gaussian":
-        return gaussian.input_gradients(
+    if _holds_votes(spec, inputs):
+        return votes.input_gradients(
             spec,
             inputs,
             terms,
@@ -129,6 +130,11 @@ def input_gradients(
     if inputs.gates is not None:
         d_gates = sum(iteration.kept[:, 2] for iteration in iterations)
     return linear.input_gradients(inputs, d_poses, d_weights, d_prior, d_gates)
+
+
+def _holds_votes(spec: Spec, inputs: Inputs) -> bool:
+    is_linear = (spec.logits, spec.moments) == ("linear", "sums")
+    return spec.logits == "gaussian" or (is_linear and inputs.poses.shape[2] > 1)
 
 
 def _parents(inputs: Inputs, term: Term) -> Parents:

@@ -1,4 +1,4 @@
-"""The Triton kernel for the gradients of the inputs of passes with gaussian logits.
+"""The Triton kernel with votes in registers for the gradients of the inputs of passes.
 
 A warp owns a child, whose gradients of weights then have one place, and takes tiles of examples one
 after the other. It walks over the parents once for all iterations.
@@ -12,8 +12,9 @@ from jax import Array
 from jax.core import ShapedArray
 from jax.experimental import pallas as pl
 
-from capsjax.kernels.vote_passes.config import TritonGaussianConfig
-from capsjax.kernels.vote_passes.triton.gaussian_tiles import (
+from capsjax.kernels.vote_passes.config import TritonVotesConfig
+from capsjax.kernels.vote_passes.triton.tiles import exp2, fma, loop
+from capsjax.kernels.vote_passes.triton.votes_tiles import (
     FOUR,
     Operands,
     Parents,
@@ -21,12 +22,11 @@ from capsjax.kernels.vote_passes.triton.gaussian_tiles import (
     Statistics,
     Tile,
 )
-from capsjax.kernels.vote_passes.triton.gaussian_walks import (
+from capsjax.kernels.vote_passes.triton.votes_walks import (
     call,
     children_of,
     float32,
 )
-from capsjax.kernels.vote_passes.triton.tiles import exp2, fma, loop
 
 # A logit to the base e is that to the base 2 times this.
 LN_2 = 0.6931471805599453
@@ -66,7 +66,7 @@ class _OfVote(NamedTuple):
 
 
 def gradients_of_inputs(
-    config: TritonGaussianConfig,
+    config: TritonVotesConfig,
     sizes: Sizes,
     operands: Operands,
     iterations: Sequence[Iteration],
@@ -116,7 +116,7 @@ def gradients_of_inputs(
         results=results,
         warps=warps,
         sizes=sizes,
-        name="routing_gaussian_input_gradients",
+        name="input_gradients",
     )
     return Gradients(*found)
 
@@ -166,29 +166,31 @@ class _Child(NamedTuple):
         """Add the gradients of one iteration to those of the vote for a parent."""
         tile, i, (parents, softmax) = self.tile, self.i, iteration
         d_vote, d_logit, d_gate = so_far
-        cotangents, d_mass = tile.load_cotangents(parents, j), tile.load(parents.d_mass, j)
-        d_gated, slopes = tile.cotangent(d_mass, votes, cotangents)
+        d_gated, slopes = tile.cotangent(votes, tile.load_cotangents(parents, j))
         if softmax is None:
             weight = tile.equal_weight(self.operands, i)
-            d_gate = fma(tile, d_gated, tile.zero + 1 / tile.sizes.parents, d_gate)
+            d_gate = fma(tile, d_gated, tile.zero + tile.sizes.equal_coupling, d_gate)
         else:
             # Statistics are loaded again for each parent: in registers there would be two numbers
             # for every iteration.
-            gaussian = tile.load_gaussian(parents, j)
+            states = tile.load_states(parents, j)
             k = None if parents.k is None else tile.load(parents.k, j)
             start = tile.start_logit(self.operands, k, i, j)
-            logit, differences = tile.logit(start, votes, gaussian)
+            logit, differences = tile.logit(start, votes, states)
             weight = exp2(tile, logit - tile.load(softmax.normaliser, i))
         d_vote = [fma(tile, weight, slope, d) for slope, d in zip(slopes, d_vote, strict=True)]
         if softmax is not None and not constant_couplings:
             term = weight * (d_gated - tile.load(softmax.share, i))
             d_logit = d_logit + term
-            if gaussian is not None:
+            if states is not None and tile.sizes.logits == "linear":
+                factor = term * LN_2
+                d_vote = [fma(tile, factor, b, d) for b, d in zip(*states, d_vote, strict=True)]
+            elif states is not None:
                 # q (v - z) is the difference times 2 ln(2) s.
                 factor = term * (-2 * LN_2)
                 d_vote = [
                     fma(tile, factor * s, x, d)
-                    for s, x, d in zip(gaussian[0], differences, d_vote, strict=True)
+                    for s, x, d in zip(states[0], differences, d_vote, strict=True)
                 ]
         return _OfVote(d_vote, d_logit, d_gate)
 

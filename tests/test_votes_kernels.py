@@ -1,4 +1,7 @@
-"""Pallas-Triton kernels for gaussian logits, interpreted, against the float64 oracle."""
+"""Pallas-Triton kernels with votes in registers, interpreted, against the float64 oracle.
+
+Their logits are gaussian, with central moments, or linear, with sums and matrices as poses.
+"""
 
 from dataclasses import replace
 from functools import cache, partial
@@ -12,9 +15,10 @@ import pytest
 import tolerances
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
+from capsjax import inverted_attention_routing
 from capsjax.kernels.dispatch import Unsupported
 from capsjax.kernels.vote_passes import passes, triton
-from capsjax.kernels.vote_passes.config import TritonGaussianConfig
+from capsjax.kernels.vote_passes.config import TritonVotesConfig
 from capsjax.kernels.vote_passes.passes import (
     Device,
     Implementation,
@@ -38,21 +42,32 @@ class Problem(NamedTuple):
     dtype: str = "float32"
     mean: float = 0.0  # of the votes, whose standard deviation is about 1
     jump: float = 0.0  # of the states' means from that of the votes
+    logits: str = "gaussian"
+    leaky: bool = False
+    mass: bool = False  # whether "sums" include it
 
 
+MATRICES = 35, 5, 2, 3, 3, 2
 EVERY = "gates", "k", "mask", "coordinates"
 PROBLEMS = {
     "plain": Problem(),
     "prior of each example": Problem(prior="BIJ"),
-    "parent mask": Problem(options=("mask",)),
+    "parent mask, leaky": Problem(options=("mask",), leaky=True),
     "gates": Problem(options=("gates",)),
     "no open gate": Problem(options=("gates", "closed")),
-    "matrices, all": Problem((35, 5, 2, 3, 3, 2), prior="IJ", options=EVERY),
+    "matrices, all": Problem(MATRICES, prior="IJ", options=EVERY),
     "bfloat16, all": Problem((35, 5, 1, 5, 3, 4), prior="BIJ", options=EVERY, dtype="bfloat16"),
     "one of each": Problem((1, 1, 1, 1, 1, 1)),
+    "linear": Problem(MATRICES, logits="linear"),
+    "linear, all": Problem(MATRICES, prior="IJ", options=EVERY, logits="linear", mass=True),
+    "linear, bfloat16 and leaky, all": Problem(
+        (35, 5, 3, 4, 3, 2), "BIJ", EVERY, "bfloat16", logits="linear", leaky=True, mass=True
+    ),
+    "linear, leaky": Problem(MATRICES, options=("mask", "gates"), logits="linear", leaky=True),
+    "linear, two of each": Problem((2, 2, 2, 1, 2, 1), options=("gates",), logits="linear"),
 }
 # Several parents and children in a program, several programs, and several tiles in a program.
-SMALL = TritonGaussianConfig(
+SMALL = TritonVotesConfig(
     sums_warps=2,
     sums_ranges=3,
     statistics_warps=2,
@@ -65,6 +80,12 @@ IMPLEMENTATIONS = {
     "two children": Implementation("triton", replace(SMALL, statistics_children=2), interpret=True),
     "triton": Implementation("triton", interpret=True),
     "xla": Implementation("xla"),
+}
+OTHER_TILES = {
+    "gates": "two children",
+    "one of each": "triton",
+    "linear, leaky": "two children",
+    "linear, two of each": "triton",
 }
 # Relative to the largest entry of a leaf. Results in bfloat16 have 8 significant bits.
 ERRORS = {"float32": 3e-6, "bfloat16": 5e-3}
@@ -115,18 +136,24 @@ def make(problem):
         parent_mask=given("mask", jnp.asarray(mask)),
     )
     precision = rng.uniform(0.1, 0.5, (batch, parents, depth))
-    if problem.jump:  # with the precision of a parent that far away, so that no coupling is 0
-        precision *= (3 / problem.jump) ** 2
-    state = State(
-        k=given("k", normal(1.0, batch, parents)),
-        z=normal(0.5, batch, parents, depth) + (problem.mean + problem.jump),
-        q=jnp.asarray(precision, "float32"),
-    )
-    cotangents = [
-        Moments(*(normal(1.0, batch, parents, *last) for last in ((), (depth,), (depth,))))
-        for _ in range(2)
-    ]
-    spec = Spec(parents, logits="gaussian", moments="central")
+    k = given("k", normal(1.0, batch, parents))
+    if problem.logits == "linear":
+        moments = "sums"
+        state = State(k, b=normal(0.5, batch, parents, depth))
+    else:
+        moments = "central"
+        if problem.jump:  # with the precision of a parent that far away, so that no coupling is 0
+            precision *= (3 / problem.jump) ** 2
+        center = normal(0.5, batch, parents, depth) + (problem.mean + problem.jump)
+        state = State(k, z=center, q=jnp.asarray(precision, "float32"))
+    cotangents = []
+    for _ in range(2):
+        mass, *others = (normal(1.0, batch, parents, *last) for last in ((), (depth,), (depth,)))
+        if problem.logits == "linear":
+            cotangents.append(Moments(mass if problem.mass else None, others[0]))
+        else:
+            cotangents.append(Moments(mass, *others))
+    spec = Spec(parents, problem.logits, moments, problem.mass, problem.leaky)
     return spec, inputs, (State(), state), cotangents
 
 
@@ -177,9 +204,8 @@ def assert_close(actual, wanted, dtype):
 @pytest.mark.parametrize(
     ("name", "implementation"),
     [
-        *((name, "small tiles") for name in PROBLEMS if name not in ("gates", "one of each")),
-        ("gates", "two children"),
-        ("one of each", "triton"),
+        *((name, "small tiles") for name in PROBLEMS if name not in OTHER_TILES),
+        *OTHER_TILES.items(),
     ],
 )
 def test_passes_match_the_oracle(name, implementation):
@@ -187,8 +213,9 @@ def test_passes_match_the_oracle(name, implementation):
     assert_close(run(problem, implementation), exact(problem), problem.dtype)
 
 
-def test_constant_couplings_have_no_gradient():
-    problem = PROBLEMS["matrices, all"]
+@pytest.mark.parametrize("name", ["matrices, all", "linear, two of each"])
+def test_constant_couplings_have_no_gradient(name):
+    problem = PROBLEMS[name]
     spec, inputs, states, cotangents = make(problem)
     wanted = exact(problem, constant_couplings=True)
 
@@ -238,10 +265,12 @@ def test_a_precision_of_zero_has_a_gradient():
     assert_close(actual, State(*wanted), problem.dtype)
 
 
-def test_a_state_of_biases_alone_needs_no_votes_for_its_softmax():
-    problem = PROBLEMS["gates"]
+@pytest.mark.parametrize("name", ["gates", "linear, two of each"])
+def test_a_state_of_biases_alone_needs_no_votes_for_its_softmax(name):
+    problem = PROBLEMS[name]
     spec, inputs, _, cotangents = make(problem)
-    state = State(k=cotangents[0].mass)
+    rng = np.random.default_rng(1)
+    state = State(k=jnp.asarray(rng.normal(size=cotangents[0].first.shape[:2]), "float32"))
     exact_arguments = jax.tree.map(lambda x: np.asarray(x, np.float64), (inputs, state))
     actual = run_passes(spec, inputs, (State(), state), cotangents)
     _, wanted = oracles.vote_moments(spec, *exact_arguments)
@@ -270,6 +299,12 @@ def mixture_step(t, carry, moments, params):
     return carry, state, (moments.first, moments.mass)
 
 
+def attention_step(t, carry, moments, params):
+    del t, params
+    return carry, State(b=moments.first / 4), (moments.first, moments.mass)
+
+
+STEPS = {"gaussian": mixture_step, "linear": attention_step}
 KERNELS = {"statistics", "moments", "chain", "input_gradients"}
 
 
@@ -280,12 +315,15 @@ KERNELS = {"statistics", "moments", "chain", "input_gradients"}
         ("prior of each example", {}, KERNELS),
         ("bfloat16, all", {"gradient": "last"}, KERNELS - {"chain"}),
         ("plain", {"num_iterations": 1}, {"moments", "input_gradients"}),
+        ("linear", {}, KERNELS),
+        ("linear, bfloat16 and leaky, all", {}, KERNELS),
     ],
 )
 def test_a_whole_program_is_lowered_to_kernels(name, settings, kernels):
     spec, inputs, *_ = make(PROBLEMS[name])
     settings = {"num_iterations": 3} | settings
-    routing = Routing(spec, mixture_step, **settings, implementation=Implementation("triton"))
+    step = STEPS[spec.logits]
+    routing = Routing(spec, step, **settings, implementation=Implementation("triton"))
 
     def value_and_gradients(inputs, parent_mask):
         def route(inputs):
@@ -294,12 +332,9 @@ def test_a_whole_program_is_lowered_to_kernels(name, settings, kernels):
         outputs, vjp = jax.vjp(route, inputs)
         return outputs, vjp(outputs)
 
-    device = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-    with use_abstract_mesh(AbstractMesh((), (), (), abstract_device=device)):
-        arguments = inputs._replace(parent_mask=None), inputs.parent_mask
-        program = jax.jit(value_and_gradients).trace(*arguments)
-        text = program.lower(lowering_platforms=("cuda",)).as_text()
-    found = {kernel for kernel in KERNELS if f"routing_gaussian_{kernel}" in text}
+    arguments = inputs._replace(parent_mask=None), inputs.parent_mask
+    text = lowered_for_a_gpu(value_and_gradients, *arguments)
+    found = {kernel for kernel in KERNELS if f"routing_{spec.logits}_{kernel}" in text}
     assert found == kernels
     assert "stablehlo.while" not in text
 
@@ -308,32 +343,58 @@ def struct(*shape, dtype="float32"):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
+def lowered_for_a_gpu(function, *arguments):
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((), (), (), abstract_device=device)):
+        program = jax.jit(function).trace(*arguments)
+        return program.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_inverted_attention_of_matrices_has_kernels_on_a_gpu_and_none_on_a_tpu():
+    arrays = struct(2, 6, 4, 4), struct(6, 4, 3, 4)
+    route = jax.jit(partial(inverted_attention_routing, matrix=True))
+    assert "routing_linear_moments" in lowered_for_a_gpu(route, *arrays)
+    on_a_tpu = route.trace(*arrays).lower(lowering_platforms=("tpu",)).as_text()
+    assert "tpu_custom_call" not in on_a_tpu
+    assert "stablehlo.while" in on_a_tpu
+
+
 SPEC = Spec(3, logits="gaussian", moments="central")
-MATRICES = Inputs(struct(2, 6, 4, 4), struct(6, 4, 3, 4))
+LINEAR = Spec(3)
+OF_MATRICES = Inputs(struct(2, 6, 4, 4), struct(6, 4, 3, 4))
+OPTIONS = Inputs(
+    struct(2, 6, 3, 2, dtype="bfloat16"),
+    struct(6, 2, 3, 3, dtype="bfloat16"),
+    gates=struct(2, 6),
+    prior=struct(2, 6, 3),
+    coordinates=struct(6, 9),
+    parent_mask=struct(2, 3, dtype="bool"),
+)
 ACCEPTED = {
-    "matrices": MATRICES,
-    "vectors": Inputs(struct(2, 6, 1, 16), struct(6, 16, 3, 16)),
-    "every option": Inputs(
-        struct(2, 6, 3, 2, dtype="bfloat16"),
-        struct(6, 2, 3, 3, dtype="bfloat16"),
-        gates=struct(2, 6),
-        prior=struct(2, 6, 3),
-        coordinates=struct(6, 9),
-        parent_mask=struct(2, 3, dtype="bool"),
-    ),
+    "matrices": (SPEC, OF_MATRICES),
+    "vectors": (SPEC, Inputs(struct(2, 6, 1, 16), struct(6, 16, 3, 16))),
+    "every option": (Spec(3, "gaussian", "central", leaky=True), OPTIONS),
+    "linear": (LINEAR, OF_MATRICES),
+    "linear, every option": (Spec(3, mass=True, leaky=True), OPTIONS),
 }
+OTHER_MOMENTS = "must have linear logits and sums, or gaussian logits and central moments"
 REFUSED = {
-    "leaky": (Spec(3, "gaussian", "central", leaky=True), MATRICES, "must not be leaky"),
-    "sums": (Spec(3, "gaussian"), MATRICES, "must have gaussian logits with central moments"),
-    "shared weights": (SPEC, MATRICES._replace(weights=struct(4, 3, 4)), r"must have weights \[I,"),
-    "votes": (SPEC, MATRICES._replace(weights=None), r"must have weights \[I,"),
+    "gaussian sums": (Spec(3, "gaussian"), OF_MATRICES, OTHER_MOMENTS),
+    "linear mean": (Spec(3, moments="central"), OF_MATRICES, "must have linear logits and sums"),
+    "cosine": (Spec(3, "cosine"), OF_MATRICES, "must have linear logits and sums"),
+    "shared weights": (
+        LINEAR,
+        OF_MATRICES._replace(weights=struct(4, 3, 4)),
+        r"must have weights \[I,",
+    ),
+    "votes": (SPEC, OF_MATRICES._replace(weights=None), r"must have weights \[I,"),
     "float64": (
-        SPEC,
-        MATRICES._replace(poses=struct(2, 6, 4, 4, dtype="float64")),
+        LINEAR,
+        OF_MATRICES._replace(poses=struct(2, 6, 4, 4, dtype="float64")),
         "must be float32 or bfloat16, got float64",
     ),
     "rows": (
-        SPEC,
+        LINEAR,
         Inputs(struct(2, 6, 5, 4), struct(6, 4, 3, 4)),
         "at most 16, got R = 5, P = 4 and E = 4",
     ),
@@ -349,7 +410,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_kernels_accept(name):
-    assert triton.config_for(SPEC, ACCEPTED[name], State(), device=Device())
+    spec, inputs = ACCEPTED[name]
+    assert isinstance(triton.config_for(spec, inputs, State(), device=Device()), TritonVotesConfig)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -361,8 +423,8 @@ def test_kernels_say_what_they_do_not_accept(name):
 
 def test_kernels_refuse_several_devices_and_batches_of_unknown_size():
     with pytest.raises(Unsupported, match="must lie on one device"):
-        triton.config_for(SPEC, MATRICES, State(), device=Device(num_devices=2))
+        triton.config_for(SPEC, OF_MATRICES, State(), device=Device(num_devices=2))
     (batch,) = jax.export.symbolic_shape("batch")
-    unknown = MATRICES._replace(poses=struct(batch, 6, 4, 4))
+    unknown = OF_MATRICES._replace(poses=struct(batch, 6, 4, 4))
     with pytest.raises(Unsupported, match="must have a batch of known size"):
         triton.config_for(SPEC, unknown, State(), device=Device())

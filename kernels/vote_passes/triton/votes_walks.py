@@ -1,21 +1,23 @@
-"""The Triton kernels for gaussian logits: walks over the parents, and walks over the children.
+"""The Triton kernels with votes in registers: walks over the parents, and over the children.
 
 In a walk over the parents a thread keeps poses of a few children: it finds the statistics of each
 child's softmax, or its gradients. In a walk over the children a thread keeps the state and the
 sums of one parent. The statistics, two numbers of each child, make parents independent.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.core import ShapedArray
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from capsjax.kernels.vote_passes.config import TritonGaussianConfig
-from capsjax.kernels.vote_passes.triton.gaussian_tiles import (
+from capsjax.kernels.vote_passes.config import TritonVotesConfig
+from capsjax.kernels.vote_passes.triton.tiles import exp2, fma, log2, loop, reciprocal
+from capsjax.kernels.vote_passes.triton.votes_tiles import (
     FOUR,
     Operands,
     Parents,
@@ -23,7 +25,6 @@ from capsjax.kernels.vote_passes.triton.gaussian_tiles import (
     Statistics,
     Tile,
 )
-from capsjax.kernels.vote_passes.triton.tiles import exp2, fma, log2, loop, reciprocal
 
 # Least number of normal size, so that its reciprocal is finite.
 TINY = float(jnp.finfo(jnp.float32).tiny)
@@ -45,7 +46,7 @@ def call(
     sizes: Sizes,
     name: str,
 ) -> Any:
-    """Run a kernel `kernel(operands, *results)` on whole arrays."""
+    """Run a kernel `kernel(operands, *results)` on whole arrays; its name has the logits before."""
     return pl.pallas_call(
         kernel,
         grid=grid,
@@ -53,7 +54,7 @@ def call(
         interpret=sizes.interpret,
         # Nothing is pipelined: the warps of other programs hide the latency of loads.
         compiler_params=pltriton.CompilerParams(num_warps=warps, num_stages=1),
-        name=name,
+        name=f"routing_{sizes.logits}_{name}",
     )(operands)
 
 
@@ -79,7 +80,7 @@ def children_of(sizes: Sizes, warps: int, count: int, group: Array) -> Children:
 
 
 def statistics(
-    config: TritonGaussianConfig,
+    config: TritonVotesConfig,
     sizes: Sizes,
     operands: Operands,
     parents: Parents,
@@ -100,25 +101,26 @@ def statistics(
 
         def one_parent(j: Array, carry: list[tuple[Array, ...]]) -> list[tuple[Array, ...]]:
             center = tile.load_center(center_ref, j)
-            gaussian = tile.load_gaussian(parents, j)
+            states = tile.load_states(parents, j)
             k = None if parents.k is None else tile.load(parents.k, j)
             if share:
                 cotangents = tile.load_cotangents(parents, j)
-                d_mass = tile.load(parents.d_mass, j)
             found = []
             for i, pose, (largest, total, *weighted) in zip(children.at, poses, carry, strict=True):
-                votes = tile.votes(operands, pose, center, i, j) if share or gaussian else []
-                logit, _ = tile.logit(tile.start_logit(operands, k, i, j), votes, gaussian)
+                votes = tile.votes(operands, pose, center, i, j) if share or states else []
+                logit, _ = tile.logit(tile.start_logit(operands, k, i, j), votes, states)
                 top = jnp.maximum(largest, logit)
                 shrink, e = exp2(tile, largest - top), exp2(tile, logit - top)
                 new = [top, fma(tile, total, shrink, e)]
                 if share:
-                    d_gated, _ = tile.cotangent(d_mass, votes, cotangents)
+                    d_gated, _ = tile.cotangent(votes, cotangents)
                     new.append(fma(tile, weighted[0], shrink, e * d_gated))
                 found.append(tuple(new))
             return found
 
-        start = (jnp.full_like(tile.zero, LEAST), *[tile.zero] * (1 + share))
+        # The logit of the leak is 0, and its exponential 1.
+        of_leak = (tile.zero, tile.zero + 1) if sizes.leaky else (tile.zero + LEAST, tile.zero)
+        start = (*of_leak, *[tile.zero] * share)
         found = loop(sizes.parents, one_parent, [start] * count)
         for i, to, exists, (largest, total, *weighted) in zip(*children, found, strict=True):
             # At least TINY: the total is 0 if each logit is -infinity, and then so are couplings.
@@ -139,17 +141,17 @@ def statistics(
             results=[of_children] * (1 + share),
             warps=warps,
             sizes=sizes,
-            name="routing_gaussian_statistics",
+            name="statistics",
         )
     )
 
 
 class Sums(NamedTuple):
-    """Sums over the children; the last two are None if the parents have no gaussians."""
+    """Sums over the children; None for those that are not wanted."""
 
-    zeroth: Any  # [J, B]
-    first: Any  # [B, J, R, E/4, 4]
-    second: Any  # [B, J, R, E/4, 4]
+    zeroth: Any = None  # [J, B]
+    first: Any = None  # [B, J, R, E/4, 4]
+    second: Any = None  # [B, J, R, E/4, 4]
 
 
 class _Vote(NamedTuple):
@@ -162,22 +164,33 @@ class _Vote(NamedTuple):
 
 
 def moments(
-    config: TritonGaussianConfig,
+    config: TritonVotesConfig,
     sizes: Sizes,
     operands: Operands,
     parents: Parents,
     center: Any,
     found: Statistics | None,
+    *,
+    mass: bool,
 ) -> Sums:
-    """Compute mass, mean and squares around the mean.
+    """Compute the sums of votes, and the mass if `mass`; or mass, mean and squares around the mean.
 
     The mean is updated by one vote after the other (West 1979).
     """
+    is_central = sizes.logits == "gaussian"
 
     def start(tile: Tile, parents: Parents, j: Array) -> None:
         del tile, parents, j
 
-    def add(tile: Tile, vote: _Vote, refs: Any, known: None, sums: Sums) -> Sums:
+    def add_to_sums(tile: Tile, vote: _Vote, refs: Any, known: None, sums: Sums) -> Sums:
+        del refs, known
+        pairs = zip(vote.votes, sums.first, strict=True)
+        return Sums(
+            sums.zeroth + vote.weight if mass else None,
+            [fma(tile, vote.weight, v, total) for v, total in pairs],
+        )
+
+    def add_to_mean(tile: Tile, vote: _Vote, refs: Any, known: None, sums: Sums) -> Sums:
         del refs, known
         mass = sums.zeroth + vote.weight
         rate = vote.weight * reciprocal(tile, jnp.maximum(mass, TINY))
@@ -190,51 +203,71 @@ def moments(
             [fma(tile, factor * x, x, m) for x, m in zip(steps, sums.second, strict=True)],
         )
 
-    refs = operands, parents, center, found
     return _over_children(
-        config, sizes, refs, start, add, sizes.depth, "routing_gaussian_moments", is_central=True
+        config,
+        sizes,
+        (operands, parents, center, found),
+        start,
+        add_to_mean if is_central else add_to_sums,
+        Sums(mass or is_central, True, is_central),
+        "moments",
+        is_central=is_central,
     )
 
 
 def logit_gradients(
-    config: TritonGaussianConfig,
+    config: TritonVotesConfig,
     sizes: Sizes,
     operands: Operands,
     parents: Parents,
     center: Any,
     found: Statistics,
+    *,
+    biases: bool,
 ) -> Sums:
-    """Compute the sums of dl, dl x and dl x², where x = s v + h."""
+    """Compute the sums of dl, if `biases`, and of dl v; or of dl x and dl x², where x = s v + h."""
+    is_gaussian = sizes.logits == "gaussian"
 
     def start(tile: Tile, parents: Parents, j: Array) -> Any:
-        return tile.load(parents.d_mass, j), tile.load_cotangents(parents, j)
+        return tile.load_cotangents(parents, j)
 
     def add(tile: Tile, vote: _Vote, refs: Any, known: Any, sums: Sums) -> Sums:
-        d_mass, cotangents = known
-        d_gated, _ = tile.cotangent(d_mass, vote.votes, cotangents)
+        d_gated, _ = tile.cotangent(vote.votes, known)
         d_logit = vote.weight * (d_gated - tile.load(refs[3].share, vote.at))
+        total = sums.zeroth + d_logit if biases else None
+        if sums.first is None:
+            return Sums(total)
+        if not is_gaussian:
+            pairs = zip(vote.votes, sums.first, strict=True)
+            return Sums(total, [fma(tile, d_logit, v, x) for v, x in pairs])
         terms = [d_logit * x for x in vote.differences]
-        pairs = zip(terms, vote.differences, sums.second, strict=True)
+        triples = zip(terms, vote.differences, sums.second, strict=True)
         return Sums(
-            sums.zeroth + d_logit,
+            total,
             [total + term for total, term in zip(sums.first, terms, strict=True)],
-            [fma(tile, term, x, total) for term, x, total in pairs],
+            [fma(tile, term, x, total) for term, x, total in triples],
         )
 
-    depth = 0 if parents.gaussian is None else sizes.depth
-    refs = operands, parents, center, found
+    has_states = parents.states is not None
     return _over_children(
-        config, sizes, refs, start, add, depth, "routing_gaussian_chain", is_central=False
+        config,
+        sizes,
+        (operands, parents, center, found),
+        start,
+        add,
+        Sums(biases, has_states, has_states and is_gaussian),
+        "chain",
+        is_central=False,
     )
 
 
 def _over_children(
-    config: TritonGaussianConfig,
+    config: TritonVotesConfig,
     sizes: Sizes,
     operands: tuple[Operands, Parents, Any, Statistics | None],
     start: Callable[..., Any],
     add: Callable[..., Sums],
-    depth: int,
+    wanted: Sums,
     name: str,
     *,
     is_central: bool,
@@ -247,8 +280,8 @@ def _over_children(
       operands: Those of the kernel; without statistics all couplings are equal.
       start: `start(tile, parents, j)` loads what `add` needs of the parents.
       add: `add(tile, vote, operands, known, sums)` returns the sums with a child added.
-      depth: D of the sums; 0 if only those without D are wanted.
-      name: Of the kernel.
+      wanted: Whether each of the sums is wanted.
+      name: Of the pass.
       is_central: Whether the sums are mass, mean and squares around the mean. Votes are then not
         computed from the center on, which may be far: their sums had its rounding.
     """
@@ -262,7 +295,7 @@ def _over_children(
         portion = pl.program_id(2)
         at = pl.program_id(0) * warps + tile.warp
         j, exists = jnp.minimum(at, sizes.parents - 1), at < sizes.parents
-        center, gaussian = tile.load_center(center_ref, j), tile.load_gaussian(parents, j)
+        center, states = tile.load_center(center_ref, j), tile.load_states(parents, j)
         known = start(tile, parents, j)
         # The child's own part of a logit is loaded in the loop, the parent's before it.
         k = None if parents.k is None else tile.load(parents.k, j)
@@ -280,77 +313,85 @@ def _over_children(
                 near = votes
                 if is_central and center is not None:
                     near = [v - c for v, c in zip(votes, center, strict=True)]
-                logit, differences = tile.logit(logit, near, gaussian)
+                logit, differences = tile.logit(logit, near, states)
                 weight = exp2(tile, logit - tile.load(found.normaliser, i))
             if ranges * steps != sizes.capsules:
                 weight = jnp.where(inside, weight, 0.0)
             return add(tile, _Vote(votes, differences, weight, i), refs, known, sums)
 
-        nothing = [tile.zero] * depth
-        sums = loop(steps, one_child, Sums(tile.zero, nothing, nothing))
+        nothing = Sums(tile.zero, *[[tile.zero] * sizes.depth] * 2)
+        nothing = Sums(*(x if want else None for x, want in zip(nothing, wanted, strict=True)))
+        sums = loop(steps, one_child, nothing)
         if ranges == 1:
-            _store(tile, results, sums, at, exists)
+            _store(tile, Sums(*results), sums, at, exists)
             return
-        tile.store(results[0], sums.zeroth, portion, at, exists=exists)
-        for d in range(depth):
-            tile.store(results[1], sums.first[d], portion, at, d, exists=exists)
-            tile.store(results[2], sums.second[d], portion, at, d, exists=exists)
+        if wanted.zeroth:
+            tile.store(results[0], sums.zeroth, portion, at, exists=exists)
+        for ref, xs in zip(results[1:], sums[1:], strict=True):
+            for d, x in enumerate(xs or ()):
+                tile.store(ref, x, portion, at, d, exists=exists)
 
     zeroth = float32(ranges, sizes.parents, sizes.padded_batch)
-    others = float32(ranges, sizes.parents, depth, sizes.padded_batch)
-    parts = [zeroth, others, others] if depth else [zeroth]
+    others = float32(ranges, sizes.parents, sizes.depth, sizes.padded_batch)
     found = call(
         kernel,
         operands,
         grid=(pl.cdiv(sizes.parents, warps), sizes.tiles, ranges),
-        results=_results(sizes, depth) if ranges == 1 else parts,
+        results=_types(wanted, *((zeroth, others) if ranges > 1 else _whole(sizes))),
         warps=warps,
         sizes=sizes,
         name=name,
     )
     if ranges > 1:
-        found = _merge(sizes, found, f"{name}_merge", is_central=is_central)
-    return Sums(*found, *[None] * (3 - len(found)))
+        found = _merge(sizes, found, wanted, f"{name}_merge", is_central=is_central)
+    return Sums(*found)
 
 
-def _results(sizes: Sizes, depth: int) -> list[ShapedArray]:
+def _types(wanted: Sums, zeroth: ShapedArray, others: ShapedArray) -> Sums:
+    """Return the types of the sums that are wanted."""
+    types = zip((zeroth, others, others), wanted, strict=True)
+    return Sums(*(x if want else None for x, want in types))
+
+
+def _whole(sizes: Sizes) -> tuple[ShapedArray, ShapedArray]:
     """Return the types of sums over all children."""
     shape = sizes.batch, sizes.parents, sizes.rows, sizes.padded_columns // FOUR, FOUR
-    return [float32(sizes.parents, sizes.padded_batch), *[float32(*shape)] * (2 if depth else 0)]
+    return float32(sizes.parents, sizes.padded_batch), float32(*shape)
 
 
-def _store(tile: Tile, results: Sequence[Any], sums: Sums, at: Array, exists: Array) -> None:
+def _store(tile: Tile, results: Sums, sums: Sums, at: Array, exists: Array) -> None:
     """Store sums over all children."""
-    tile.store(results[0], sums.zeroth, at, exists=exists)
+    if sums.zeroth is not None:
+        tile.store(results.zeroth, sums.zeroth, at, exists=exists)
     columns = tile.sizes.padded_columns
     for ref, xs in zip(results[1:], sums[1:], strict=True):
-        for row in range(tile.sizes.rows):
-            tile.store_fours(ref, xs[row * columns :][:columns], at, row, exists=exists)
+        if xs is not None:
+            for row in range(tile.sizes.rows):
+                tile.store_fours(ref, xs[row * columns :][:columns], at, row, exists=exists)
 
 
-def _merge(sizes: Sizes, parts: Sequence[Array], name: str, *, is_central: bool) -> Any:
-    """Add up sums over ranges of children, `[ranges, J, B]` and twice `[ranges, J, D, B]`.
+def _merge(sizes: Sizes, parts: Sums, wanted: Sums, name: str, *, is_central: bool) -> Any:
+    """Add up sums over ranges of children: `[ranges, J, B]` or `[ranges, J, D, B]` each.
 
     A program has four of the numbers of a parent; each warp takes every n-th range. Mean and
     squares are merged by Chan, Golub and LeVeque 1979.
     """
-    ranges = parts[0].shape[0]
+    ranges = jax.tree.leaves(parts)[0].shape[0]
     fours = sizes.padded_columns // FOUR
     per_step = MERGE_WARPS * MERGE_RANGES
 
-    def kernel(refs: Sequence[Any], *results: Any) -> None:
+    def kernel(refs: Sums, *results: Any) -> None:
         tile = Tile(sizes, MERGE_WARPS, pl.program_id(1))
         j, place = pl.program_id(0), pl.program_id(2)
 
-        def add_up(terms: Callable[[Array, Array], list[Array]], count: int) -> list[Array]:
-            """Sum terms of each range, of which `terms` gets the index and the mass."""
+        def add_up(terms: Callable[[Array], list[Array]], count: int) -> list[Array]:
+            """Sum the terms of each range."""
 
             def one_step(step: Array, totals: list[Array]) -> list[Array]:
                 for k in range(MERGE_RANGES):
                     at = step * per_step + k * MERGE_WARPS + tile.warp
                     inside = tile.broadcast(at < ranges)
-                    at = jnp.minimum(at, ranges - 1)
-                    found = terms(at, tile.load(refs[0], at, j))
+                    found = terms(jnp.minimum(at, ranges - 1))
                     totals = [
                         total + jnp.where(inside, x, 0.0)
                         for total, x in zip(totals, found, strict=True)
@@ -360,45 +401,54 @@ def _merge(sizes: Sizes, parts: Sequence[Array], name: str, *, is_central: bool)
             totals = loop(pl.cdiv(ranges, per_step), one_step, [tile.zero] * count)
             return [jnp.sum(x, 0)[None] for x in totals]
 
+        def load_mass(at: Array) -> Array:
+            return tile.load(refs.zeroth, at, j)
+
         def load(ref: Any, at: Array) -> list[Array]:
             return [tile.load(ref, at, j, place * FOUR + d) for d in range(FOUR)]
 
-        others = len(refs) > 1
-        if not others:
-            sums = add_up(lambda at, mass: [mass], 1)
-        elif is_central:
-            (mass, *first) = add_up(
-                lambda at, mass: [mass, *(mass * x for x in load(refs[1], at))], 1 + FOUR
-            )
+        def load_all(at: Array) -> list[Array]:
+            found = [load_mass(at)] if wanted.zeroth else []
+            for ref in refs[1:]:
+                found += [] if ref is None else load(ref, at)
+            return found
+
+        if is_central:
+
+            def products(at: Array) -> list[Array]:
+                mass = load_mass(at)
+                return [mass, *(mass * x for x in load(refs.first, at))]
+
+            (mass, *first) = add_up(products, 1 + FOUR)
             share = 1 / jnp.where(mass > 0, mass, 1.0)
             mean = [x * share for x in first]
             mean_of_all = [jnp.broadcast_to(x, tile.zero.shape) for x in mean]
 
-            def squares(at: Array, mass: Array) -> list[Array]:
-                shifts = [x - m for x, m in zip(load(refs[1], at), mean_of_all, strict=True)]
+            def squares(at: Array) -> list[Array]:
+                mass = load_mass(at)
+                shifts = [x - m for x, m in zip(load(refs.first, at), mean_of_all, strict=True)]
                 return [
                     fma(tile, mass * x, x, m2)
-                    for x, m2 in zip(shifts, load(refs[2], at), strict=True)
+                    for x, m2 in zip(shifts, load(refs.second, at), strict=True)
                 ]
 
             sums = [mass, *mean, *add_up(squares, FOUR)]
         else:
-            sums = add_up(
-                lambda at, mass: [mass, *load(refs[1], at), *load(refs[2], at)], 1 + 2 * FOUR
-            )
+            sums = add_up(load_all, wanted.zeroth + FOUR * sum(wanted[1:]))
         whole = Tile(sizes, 1, pl.program_id(1))
         exists = whole.warp == 0
-        whole.store(results[0], sums[0], j, exists=exists & (place == 0))
-        if others:
-            for ref, xs in zip(results[1:], (sums[1 : 1 + FOUR], sums[1 + FOUR :]), strict=True):
+        if wanted.zeroth:
+            whole.store(results[0], sums.pop(0), j, exists=exists & (place == 0))
+        for ref in results[1:]:
+            if ref is not None:
+                xs, sums = sums[:FOUR], sums[FOUR:]
                 whole.store_fours(ref, xs, j, place // fours, place % fours, exists=exists)
 
-    depth = sizes.depth if len(parts) > 1 else 0
     return call(
         kernel,
-        list(parts),
-        grid=(sizes.parents, sizes.tiles, max(1, depth // FOUR)),
-        results=_results(sizes, depth),
+        parts,
+        grid=(sizes.parents, sizes.tiles, sizes.depth // FOUR if wanted.first else 1),
+        results=_types(wanted, *_whole(sizes)),
         warps=MERGE_WARPS,
         sizes=sizes,
         name=name,

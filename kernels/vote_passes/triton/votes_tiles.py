@@ -1,4 +1,4 @@
-"""Functions of one tile in the Triton kernels for gaussian logits: loads, votes, logits, sums.
+"""Functions of one tile in the Triton kernels with votes in registers: loads, votes, logits, sums.
 
 A thread has one example, and one child or parent at a time: a tile is `[n, 32]`, n warps of 32
 examples each. So all sums over P, D or R stay in a thread, and only the kernel that merges sums of
@@ -6,8 +6,9 @@ parts of the children has shared memory and barriers. Arrays have four numbers l
 next to last, so that a thread loads 16 bytes at once and a warp 512 bytes in sequence. What
 is absent from four numbers is zero.
 
-Logits are to the base 2, and computed from votes from a center of their parent on. A gaussian is a
-scale s, s² = q log2(e) / 2, and an offset of its mean z:
+Logits are to the base 2. Linear logits are prior + k + Σ_d b v, with log2(e) in b. Gaussian logits
+are computed from votes from a center of their parent on. A gaussian is a scale s,
+s² = q log2(e) / 2, and an offset of its mean z:
 
     l = prior + k - Σ_d (s (v - center) + h)²,    h = -s (z - center)
 
@@ -24,7 +25,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from capsjax.kernels.vote_passes.config import TRITON_GAUSSIAN_EXAMPLES as EXAMPLES
+from capsjax.kernels.vote_passes.config import TRITON_VOTES_EXAMPLES as EXAMPLES
 from capsjax.kernels.vote_passes.config import power_of_two
 from capsjax.kernels.vote_passes.triton.tiles import LOG2_E, exchange_lanes, fma, fnma
 
@@ -46,6 +47,8 @@ class Sizes(NamedTuple):
     length: int  # P
     parents: int  # J
     columns: int  # E
+    logits: str  # "linear" with "sums", or "gaussian" with "central" moments
+    leaky: bool
     interpret: bool
 
     @property
@@ -62,6 +65,11 @@ class Sizes(NamedTuple):
     def depth(self) -> int:
         """D in a tile."""
         return self.rows * self.padded_columns
+
+    @property
+    def equal_coupling(self) -> float:
+        """The coupling of each parent if all are equal."""
+        return 1 / (self.parents + self.leaky)
 
     @property
     def tiles(self) -> int:
@@ -93,11 +101,19 @@ class Parents(NamedTuple):
     """What parents contribute to a pass; None for absent ones."""
 
     k: Any = None  # [J, B], biases of the logits to the base 2
-    gaussian: Any = None  # [J, 1 or 2, D/4, B, 4]: s, and h unless it is 0
+    # [J, 1 or 2, D/4, B, 4]: b to the base 2; or s, and h unless it is 0.
+    states: Any = None
     d_mass: Any = None  # [J, B], cotangents of the mass
-    # [J, 2 or 3, D/4, B, 4]: cotangents of mean / mass and second, and the moments' mean from the
-    # center on unless it is 0.
+    # [J, 1 to 3, D/4, B, 4]: cotangents of the sums; or of mean / mass and second, and the moments'
+    # mean from the center on unless it is 0.
     cotangents: Any = None
+
+
+class Cotangents(NamedTuple):
+    """Cotangents of the moments of a parent, in registers."""
+
+    mass: Array
+    others: list[list[Array]]  # `[1 to 3][D]`, as in `Parents`
 
 
 class Statistics(NamedTuple):
@@ -330,43 +346,51 @@ class Tile:
 
     def equal_weight(self, operands: Operands, i: Array) -> Array:
         """Compute the weight of votes whose couplings are equal."""
-        weight = jnp.full_like(self.zero, 1 / self.sizes.parents)
+        weight = jnp.full_like(self.zero, self.sizes.equal_coupling)
         return weight if operands.gates is None else weight * self.load(operands.gates, i)
 
-    def load_gaussian(self, parents: Parents, j: Array) -> list[list[Array]] | None:
-        """Load the scales of parents, and the offsets unless they are 0."""
-        return None if parents.gaussian is None else self._load_states(parents.gaussian, j)
+    def load_states(self, parents: Parents, j: Array) -> list[list[Array]] | None:
+        """Load b of parents; or their scales, and the offsets unless they are 0."""
+        return None if parents.states is None else self._load_all(parents.states, j)
 
-    def load_cotangents(self, parents: Parents, j: Array) -> list[list[Array]]:
+    def load_cotangents(self, parents: Parents, j: Array) -> Cotangents:
         """Load the cotangents of parents, and the means from the center on unless they are 0."""
-        return self._load_states(parents.cotangents, j)
+        d_mass = self.zero if parents.d_mass is None else self.load(parents.d_mass, j)
+        return Cotangents(d_mass, self._load_all(parents.cotangents, j))
 
-    def _load_states(self, ref: Any, j: Array) -> list[list[Array]]:
+    def _load_all(self, ref: Any, j: Array) -> list[list[Array]]:
         return [self.load_fours(ref, j, index) for index in range(ref.shape[1])]
 
     def logit(
-        self, start: Array, votes: list[Array], gaussian: list[list[Array]] | None
+        self, start: Array, votes: list[Array], states: list[list[Array]] | None
     ) -> tuple[Array, list[Array]]:
-        """Compute logits, and the scaled differences of votes and means, `[D]`."""
-        if gaussian is None:
+        """Compute logits; if gaussian, also the scaled differences of votes and means, `[D]`."""
+        if states is None:
             return start, []
-        if len(gaussian) == 1:
-            differences = [s * v for s, v in zip(*gaussian, votes, strict=True)]
+        if self.sizes.logits == "linear":
+            for b, v in zip(*states, votes, strict=True):
+                start = fma(self, b, v, start)
+            return start, []
+        if len(states) == 1:
+            differences = [s * v for s, v in zip(*states, votes, strict=True)]
         else:
-            triples = zip(*gaussian, votes, strict=True)
+            triples = zip(*states, votes, strict=True)
             differences = [fma(self, s, v, h) for s, h, v in triples]
         for x in differences:
             start = fnma(self, x, x, start)
         return start, differences
 
-    def cotangent(
-        self, start: Array, votes: list[Array], cotangents: list[list[Array]]
-    ) -> tuple[Array, list[Array]]:
+    def cotangent(self, votes: list[Array], cotangents: Cotangents) -> tuple[Array, list[Array]]:
         """Compute the cotangents of gated couplings, and those of the votes at couplings of 1."""
-        first, second, *mean = cotangents
+        total, (first, *others) = cotangents
+        if not others:
+            for v, f in zip(votes, first, strict=True):
+                total = fma(self, f, v, total)
+            return total, first
+        second, *mean = others
         if mean:
             votes = [v - m for v, m in zip(votes, mean[0], strict=True)]
-        total, of_votes = start, []
+        of_votes = []
         for y, f, m in zip(votes, first, second, strict=True):
             slope = fma(self, m, y, f)
             total = fma(self, slope, y, total)

@@ -1,4 +1,7 @@
-"""The passes with gaussian logits and central moments, by the Triton kernels."""
+"""The passes by the Triton kernels that hold votes in registers.
+
+Their logits are gaussian with central moments, or linear with sums, which matrices as poses need.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +12,7 @@ from jax import Array
 
 from capsjax.kernels.dispatch import Unsupported
 from capsjax.kernels.vote_passes import masks, reference
-from capsjax.kernels.vote_passes.config import TritonGaussianConfig, triton_gaussian_config_for
+from capsjax.kernels.vote_passes.config import TritonVotesConfig, triton_votes_config_for
 from capsjax.kernels.vote_passes.passes import (
     Device,
     Inputs,
@@ -22,9 +25,10 @@ from capsjax.kernels.vote_passes.passes import (
     is_uniform,
     nothing_kept,
 )
-from capsjax.kernels.vote_passes.triton import gaussian_walks
-from capsjax.kernels.vote_passes.triton.gaussian_gradients import Iteration, gradients_of_inputs
-from capsjax.kernels.vote_passes.triton.gaussian_tiles import (
+from capsjax.kernels.vote_passes.triton import votes_walks
+from capsjax.kernels.vote_passes.triton.tiles import LOG2_E
+from capsjax.kernels.vote_passes.triton.votes_gradients import Iteration, gradients_of_inputs
+from capsjax.kernels.vote_passes.triton.votes_tiles import (
     Operands,
     Parents,
     Sizes,
@@ -41,13 +45,12 @@ from capsjax.kernels.vote_passes.triton.gaussian_tiles import (
     restore_weights,
     scale_of,
 )
-from capsjax.kernels.vote_passes.triton.tiles import LOG2_E
 
 # Numbers of a pose and of a vote, padded: a thread has both in registers, and gradients of both.
 MAX_NUMBERS = 16
 
 
-def config_for(spec: Spec, inputs: Inputs, *, device: Device) -> TritonGaussianConfig:
+def config_for(spec: Spec, inputs: Inputs, *, device: Device) -> TritonVotesConfig:
     """Return the configuration for a pass.
 
     Raises:
@@ -56,8 +59,9 @@ def config_for(spec: Spec, inputs: Inputs, *, device: Device) -> TritonGaussianC
     dtype, weights = inputs.poses.dtype, inputs.weights
     rules = {
         f"must be float32 or bfloat16, got {dtype}": dtype in (jnp.float32, jnp.bfloat16),
-        "must have gaussian logits with central moments": spec.moments == "central",
-        "must not be leaky": not spec.leaky,
+        "must have linear logits and sums, or gaussian logits and central moments": (
+            (spec.logits, spec.moments) in (("linear", "sums"), ("gaussian", "central"))
+        ),
         "must have weights [I, P, J, E]": weights is not None and weights.ndim == 4,
         "must have a batch of known size": isinstance(inputs.poses.shape[0], int),
         "must lie on one device (jax.shard_map, or Explicit axes)": device.num_devices == 1,
@@ -71,7 +75,7 @@ def config_for(spec: Spec, inputs: Inputs, *, device: Device) -> TritonGaussianC
             f"routing: R·P and R·E, with P and E rounded up to multiples of 4, must be at most "
             f"{MAX_NUMBERS}, got R = {sizes.rows}, P = {sizes.length} and E = {sizes.columns}"
         )
-    config = triton_gaussian_config_for(case_of(spec, inputs), processors=device.processors)
+    config = triton_votes_config_for(case_of(spec, inputs), processors=device.processors)
     of_examples = 1 if inputs.prior is None or inputs.prior.ndim == 2 else sizes.parents
     largest = max(
         sizes.capsules * sizes.padded_batch * max(MAX_NUMBERS, of_examples),
@@ -84,47 +88,53 @@ def config_for(spec: Spec, inputs: Inputs, *, device: Device) -> TritonGaussianC
 
 
 def moments(
-    spec: Spec, inputs: Inputs, state: State, *, config: TritonGaussianConfig, interpret: bool
+    spec: Spec, inputs: Inputs, state: State, *, config: TritonVotesConfig, interpret: bool
 ) -> Moments:
-    """Compute the central moments."""
+    """Compute the sums of votes, or the central moments."""
     sizes = _sizes(spec, inputs, interpret)
     operands = _operands(sizes, inputs)
     parents = _parents(sizes, inputs, state, state.z)
-    center = None if state.z is None else prepare_states(sizes, state.z)
+    center = _center(sizes, state.z)
     softmax = None
     if not is_uniform(inputs, state):
-        softmax = gaussian_walks.statistics(config, sizes, operands, parents, center, share=False)
-    found = gaussian_walks.moments(config, sizes, operands, parents, center, softmax)
+        softmax = votes_walks.statistics(config, sizes, operands, parents, center, share=False)
+    found = votes_walks.moments(config, sizes, operands, parents, center, softmax, mass=spec.mass)
     return Moments(
-        examples_first(sizes, found.zeroth),
+        None if found.zeroth is None else examples_first(sizes, found.zeroth),
         restore_states(sizes, found.first),
-        restore_states(sizes, found.second),
+        None if found.second is None else restore_states(sizes, found.second),
     )
 
 
 def chain(
-    spec: Spec, inputs: Inputs, term: Term, *, config: TritonGaussianConfig, interpret: bool
+    spec: Spec, inputs: Inputs, term: Term, *, config: TritonVotesConfig, interpret: bool
 ) -> tuple[State, Array]:
     """Compute the cotangent of the state, and keep the statistics of the softmax."""
     if term.state.is_empty:
         return State(), nothing_kept(inputs)
     sizes = _sizes(spec, inputs, interpret)
     operands = _operands(sizes, inputs)
-    mean = term.moments.first
-    parents, center = _parents(sizes, inputs, term.state, mean, term), prepare_states(sizes, mean)
-    softmax = gaussian_walks.statistics(config, sizes, operands, parents, center, share=True)
-    found = gaussian_walks.logit_gradients(config, sizes, operands, parents, center, softmax)
+    mean = _mean(sizes, term)
+    parents, center = _parents(sizes, inputs, term.state, mean, term), _center(sizes, mean)
+    softmax = votes_walks.statistics(config, sizes, operands, parents, center, share=True)
+    has_biases = term.state.k is not None
+    found = votes_walks.logit_gradients(
+        config, sizes, operands, parents, center, softmax, biases=has_biases
+    )
     d_k: MaybeArray = None
+    d_b: MaybeArray = None
     d_z: MaybeArray = None
     d_q: MaybeArray = None
-    if term.state.k is not None:
+    if has_biases:
         d_k = examples_first(sizes, found.zeroth)
+    if term.state.b is not None:
+        d_b = restore_states(sizes, found.first)
     if term.state.q is not None:
         scale = scale_of(term.state.q)
         d_z = restore_states(sizes, found.first) * (term.state.q / scale)
         d_q = restore_states(sizes, found.second) * (-0.5 / (scale * scale))
     kept = jnp.stack([softmax.normaliser, softmax.share])
-    return State(k=d_k, z=d_z, q=d_q), examples_first(sizes, kept)
+    return State(d_k, d_b, d_z, d_q), examples_first(sizes, kept)
 
 
 def input_gradients(
@@ -133,7 +143,7 @@ def input_gradients(
     terms: Sequence[Term],
     *,
     constant_couplings: bool,
-    config: TritonGaussianConfig,
+    config: TritonVotesConfig,
     interpret: bool,
 ) -> Inputs:
     """Compute the gradients of the inputs, summed over `terms`."""
@@ -141,8 +151,8 @@ def input_gradients(
     operands = _operands(sizes, inputs)
     has_gates = inputs.gates is not None
     # Of the last iteration, which is nearest to those of the others: means converge.
-    mean = terms[-1].moments.first
-    center = prepare_states(sizes, mean)
+    mean = _mean(sizes, terms[-1])
+    center = _center(sizes, mean)
     iterations = []
     for term in terms:
         parents, softmax = _parents(sizes, inputs, term.state, mean, term), None
@@ -150,9 +160,7 @@ def input_gradients(
             pass
         elif term.kept is None:
             share = has_gates or not constant_couplings
-            softmax = gaussian_walks.statistics(
-                config, sizes, operands, parents, center, share=share
-            )
+            softmax = votes_walks.statistics(config, sizes, operands, parents, center, share=share)
         else:
             softmax = Statistics(*examples_last(sizes, term.kept))
         iterations.append(Iteration(parents, softmax))
@@ -193,7 +201,17 @@ def input_gradients(
 def _sizes(spec: Spec, inputs: Inputs, interpret: bool) -> Sizes:
     batch, capsules, rows, length = inputs.poses.shape
     columns = inputs.weights.shape[-1]
-    return Sizes(batch, capsules, rows, length, spec.num_parents, columns, interpret)
+    of_spec = spec.logits, spec.leaky
+    return Sizes(batch, capsules, rows, length, spec.num_parents, columns, *of_spec, interpret)
+
+
+def _mean(sizes: Sizes, term: Term) -> MaybeArray:
+    """Return the mean of central moments; None for sums."""
+    return None if sizes.logits == "linear" else term.moments.first
+
+
+def _center(sizes: Sizes, mean: MaybeArray) -> MaybeArray:
+    return None if mean is None else prepare_states(sizes, mean)
 
 
 def _operands(sizes: Sizes, inputs: Inputs) -> Operands:
@@ -225,21 +243,28 @@ def _parents(
       sizes: Sizes of the problem.
       inputs: Those of the pass.
       state: That of the pass.
-      center: `[B, J, D]`, from which votes are computed on; None for 0, if the state has no mean.
+      center: `[B, J, D]`, from which votes are computed on; None for 0, if there is no mean.
       term: Given if the arrays of the moments are wanted, too.
     """
     masked = masks.masked(inputs, state)
     found: dict[str, Any] = {}
     if masked.k is not None:
         found["k"] = examples_last(sizes, masked.k * LOG2_E)
+    if masked.b is not None:
+        found["states"] = prepare_states(sizes, masked.b * LOG2_E)
     if masked.q is not None:
         scale = scale_of(masked.q)
         offsets = [] if center is masked.z else [-scale * (masked.z - center)]
-        found["gaussian"] = prepare_states(sizes, scale, *offsets)
-    if term is not None:
+        found["states"] = prepare_states(sizes, scale, *offsets)
+    if term is None:
+        return Parents(**found)
+    if term.cotangent.mass is not None:
+        found["d_mass"] = examples_last(sizes, term.cotangent.mass)
+    if sizes.logits == "linear":
+        found["cotangents"] = prepare_states(sizes, term.cotangent.first)
+    else:
         mass, mean, _ = term.moments
         first = reference.divide(term.cotangent.first, mass)
         offsets = [] if center is mean else [mean - center]
-        found["d_mass"] = examples_last(sizes, term.cotangent.mass)
         found["cotangents"] = prepare_states(sizes, first, term.cotangent.second, *offsets)
     return Parents(**found)
