@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import AxisType
 
@@ -67,7 +68,7 @@ def check_shape(
 def check_positive(function: str, name: str, value: int) -> int:
     """Return the value as an int; raise ValueError unless it is an integer of at least 1."""
     try:
-        number = 0 if isinstance(value, bool) else operator.index(value)
+        number = 0 if isinstance(value, (bool, np.bool_)) else operator.index(value)
     except TypeError:
         number = 0
     if number < 1:
@@ -75,10 +76,16 @@ def check_positive(function: str, name: str, value: int) -> int:
     return number
 
 
+def check_number_dtype(function: str, name: str, array: Array) -> None:
+    """Raise TypeError if an array of numbers has booleans."""
+    if array.dtype == jnp.bool_:
+        raise TypeError(f"{function}: {name} must be a number, got {array.dtype}")
+
+
 def check_positive_number(function: str, name: str, value: float, *, above: float = 0) -> float:
     """Return the value as a float; raise ValueError unless it is a finite number above a bound."""
     try:
-        number = float(value)
+        number = math.nan if np.asarray(value).dtype == np.bool_ else float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not above < number < math.inf:
