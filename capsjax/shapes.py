@@ -38,11 +38,15 @@ def as_array(function: str, name: str, value: object) -> Array:
 
 
 def check_floating(function: str, **arrays: Array) -> None:
-    """Raise TypeError unless all arrays have the same floating-point dtype."""
+    """Raise TypeError unless all arrays have the same floating-point dtype, of 16 bits or more."""
     first, *_ = arrays
     for name, array in arrays.items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(f"{function}: {name} must be floating, got {array.dtype}")
+        if array.dtype.itemsize < 2:  # JAX promotes no such dtype to that of sums
+            raise TypeError(
+                f"{function}: {name} must be floating of at least 16 bits, got {array.dtype}"
+            )
         if array.dtype != arrays[first].dtype:
             raise TypeError(
                 f"{function}: {name} must have the dtype of {first}, {arrays[first].dtype}, "
