@@ -32,6 +32,7 @@ def margin_loss(
 
     Raises:
       ValueError: The shapes differ.
+      TypeError: A dtype is wrong.
 
     Example:
       >>> loss = margin_loss(jnp.array([0.8, 0.3]), jnp.array([1, 0]))
@@ -39,6 +40,7 @@ def margin_loss(
       0.03
     """
     letters = "[..., J]"
+    shapes.check_floating("margin_loss", lengths=lengths)
     shapes.check_shape("margin_loss", "targets", targets, letters, lengths.shape)
     present = targets.astype(lengths.dtype)
     missing = jnp.maximum(0, positive_margin - lengths) ** 2
@@ -62,11 +64,13 @@ def reconstruction_loss(reconstructions: Array, images: Array, *, weight: float 
 
     Raises:
       ValueError: The shapes differ.
+      TypeError: A dtype is wrong.
 
     Example:
       >>> round(float(reconstruction_loss(jnp.ones((28, 28, 1)), jnp.zeros((28, 28, 1)))), 4)
       0.392
     """
     letters = "[..., H, W, C]"
+    shapes.check_floating("reconstruction_loss", reconstructions=reconstructions)
     shapes.check_shape("reconstruction_loss", "images", images, letters, reconstructions.shape)
     return weight * jnp.sum((reconstructions - images) ** 2, axis=(-3, -2, -1))

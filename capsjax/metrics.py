@@ -45,9 +45,13 @@ def coupling_entropy(couplings: Array) -> Array:
     Returns:
       `[...]`, from 0 (one output capsule) to log(J) (all equally), in the dtype of `couplings`.
 
+    Raises:
+      TypeError: `couplings` are not floating.
+
     Example:
       >>> coupling_entropy(jnp.array([[0.5, 0.5], [1.0, 0.0]]))
       Array([0.6931472, 0.       ], dtype=float32)
     """
+    shapes.check_floating("coupling_entropy", couplings=couplings)
     logarithms = jnp.log(jnp.where(couplings > 0, couplings, 1))
     return 0 - jnp.sum(couplings * logarithms, axis=-1)

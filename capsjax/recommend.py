@@ -143,6 +143,7 @@ def multi_interests(
     temperature = shapes.as_array(
         name, "temperature", TEMPERATURE if temperature is None else temperature
     )
+    shapes.check_number_dtype(name, "temperature", temperature)
     if temperature.ndim > 0:
         raise ValueError(
             f"{name}: temperature must be a number, got an array of shape {temperature.shape}"
@@ -154,7 +155,7 @@ def multi_interests(
             f"{name}: carry_couplings must be False unless gradient is 'last', because no gradient "
             f"flows through couplings that are carried, got gradient {gradient!r}"
         )
-    logits = _initial_logits(items, weights, parents, key, initial_logits, mask)
+    logits = _initial_logits(items, weights, parents, key, initial_logits)
     if logits is not None and key is not None and carry_couplings:
         logits = logits * temperature.astype(logits.dtype)
     num_interests = _checked_number(name, num_interests, items.shape[:-2])
@@ -244,12 +245,17 @@ def self_attentive_interests(
     )
     num_interests = _checked_number(name, num_interests, items.shape[:-2])
     wide = accumulation_dtype(items.dtype)
+    if num_interests is not None:
+        known = _first(num_interests, query_weights.shape[1])
+        known = _arguments.any_example(known.reshape(-1, known.shape[-1]))
+        query_weights = jnp.where(known[None], query_weights, 0)
     kept = None if mask is None else jnp.broadcast_to(mask, items.shape[:-1])[..., None]
     if kept is not None:
         items = jnp.where(kept, items, 0)
     placed = items
     if position_embeddings is not None:
         placed = items + _with_leading(position_embeddings.astype(items.dtype), items.ndim)
+        placed = placed if kept is None else jnp.where(kept, placed, 0)
     sums = jnp.matmul(placed, hidden_weights, preferred_element_type=wide)
     if hidden_bias is not None:
         sums = sums + _with_leading(hidden_bias.astype(wide), sums.ndim)
@@ -432,7 +438,7 @@ def _checked_parents(items: Array, weights: Array, max_interests: int | None) ->
 
 
 def _initial_logits(
-    items: Array, weights: Array, parents: int, key: Any, initial_logits: Any, mask: Array | None
+    items: Array, weights: Array, parents: int, key: Any, initial_logits: Any
 ) -> Array | None:
     """Draw the initial logits, or check those given; without any, parents must differ."""
     name = "multi_interests"
@@ -451,13 +457,9 @@ def _initial_logits(
     initial_logits = shapes.as_array(name, "initial_logits", initial_logits)
     own = children, parents
     shape = own if initial_logits.ndim == 2 else (*items.shape[:-2], *own)
-    initial_logits = _arguments.check_required(
+    return _arguments.check_required(
         name, "initial_logits", initial_logits, "[I, J] or [..., I, J]", shape, items
     )
-    if mask is None or initial_logits.ndim != items.ndim:
-        return initial_logits
-    # The couplings of padding would be NaN where its logits are, and their products with 0 too.
-    return jnp.where(jnp.broadcast_to(mask, items.shape[:-1])[..., None], initial_logits, 0)
 
 
 def _random_logits(function: str, key: Any, children: int, parents: int) -> Array:

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import AxisType
 
@@ -37,11 +38,15 @@ def as_array(function: str, name: str, value: object) -> Array:
 
 
 def check_floating(function: str, **arrays: Array) -> None:
-    """Raise TypeError unless all arrays have the same floating-point dtype."""
+    """Raise TypeError unless all arrays have the same floating-point dtype, of 16 bits or more."""
     first, *_ = arrays
     for name, array in arrays.items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(f"{function}: {name} must be floating, got {array.dtype}")
+        if array.dtype.itemsize < 2:  # JAX promotes no such dtype to that of sums
+            raise TypeError(
+                f"{function}: {name} must be floating of at least 16 bits, got {array.dtype}"
+            )
         if array.dtype != arrays[first].dtype:
             raise TypeError(
                 f"{function}: {name} must have the dtype of {first}, {arrays[first].dtype}, "
@@ -67,7 +72,7 @@ def check_shape(
 def check_positive(function: str, name: str, value: int) -> int:
     """Return the value as an int; raise ValueError unless it is an integer of at least 1."""
     try:
-        number = 0 if isinstance(value, bool) else operator.index(value)
+        number = 0 if isinstance(value, (bool, np.bool_)) else operator.index(value)
     except TypeError:
         number = 0
     if number < 1:
@@ -75,10 +80,16 @@ def check_positive(function: str, name: str, value: int) -> int:
     return number
 
 
+def check_number_dtype(function: str, name: str, array: Array) -> None:
+    """Raise TypeError if an array of numbers has booleans."""
+    if array.dtype == jnp.bool_:
+        raise TypeError(f"{function}: {name} must be a number, got {array.dtype}")
+
+
 def check_positive_number(function: str, name: str, value: float, *, above: float = 0) -> float:
     """Return the value as a float; raise ValueError unless it is a finite number above a bound."""
     try:
-        number = float(value)
+        number = math.nan if np.asarray(value).dtype == np.bool_ else float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not above < number < math.inf:

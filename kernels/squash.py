@@ -37,6 +37,8 @@ def squash(x: Array, *, axis: int = -1) -> Array:
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"squash: x must be floating, got {x.dtype}")
+    if x.dtype.itemsize < 2:
+        raise TypeError(f"squash: x must be floating of at least 16 bits, got {x.dtype}")
     return _squash(x, axis)
 
 

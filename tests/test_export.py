@@ -62,6 +62,10 @@ EXPORTED = {
         POSES,
         (6, 3),
     ),
+    "inverted_attention_routing, mask": (
+        lambda u: capsjax.inverted_attention_routing(u, WEIGHTS, mask=jnp.arange(6) < 4),
+        POSES,
+    ),
     "coupling_entropy": (capsjax.coupling_entropy, (6, 3)),
     "squash": (capsjax.squash, POSES),
     "lengths": (capsjax.lengths, POSES),

@@ -296,7 +296,7 @@ SHARED_BY_ALL = {"weights": np.ones((4, 5))}
             ValueError,
             "carry_couplings must be False unless gradient is 'last', .*, got gradient 'full'",
         ),
-        ({"squash_power": 0}, ValueError, "squash_power must be positive or None, got 0"),
+        ({"squash_power": 0}, ValueError, "squash_power must be a number above 0, got 0"),
         (
             {"temperature": np.ones(3)},
             ValueError,

@@ -30,11 +30,38 @@ class Checked(NamedTuple):
     num_parents: int  # J
     is_matrix: bool = False  # whether the poses are matrices [R, P]
     windows: Windows | None = None  # of a convolution
+    # Which capsules are not masked, or None. Dense: [B, I, 1] and [B, 1, J]. Of a convolution:
+    # [B, h, w, K, L, I, 1] and [B, h, w, 1, 1, 1, J]. Axes that the mask lacks have size 1.
+    kept_children: Array | None = None
+    kept_parents: Array | None = None
 
     @property
     def depth(self) -> int:
         """Return D, the length of a vote."""
         return votes_depth(self.inputs)
+
+    def without_masked(self, x: Array, letters: str) -> Array:
+        """Zero the entries that belong to masked capsules, whatever they are, NaN included.
+
+        An array without a batch axis B keeps the entries that any example uses, those of an
+        enclosing `jax.vmap` included.
+
+        Args:
+          x: An array of a routing.
+          letters: Its axes, such as "IPJE". Only B, h, w, K, L, I and J matter.
+        """
+        masks = (("I", self.kept_children), ("J", self.kept_parents))
+        found = [mask for axis, mask in masks if mask is not None and axis in letters]
+        if not found:
+            return x
+        kept = found[0] & found[-1]
+        own = "BIJ" if self.windows is None else "BhwKLIJ"
+        inner = tuple(k for k, axis in enumerate(own) if k > 0 and axis not in letters)
+        kept = jnp.any(kept, inner)
+        if "B" not in letters:
+            kept = any_example(kept)
+        added = tuple(k for k, axis in enumerate(letters) if axis not in own)
+        return jnp.where(jnp.expand_dims(kept, added), x, 0)
 
     def placed(self, x: Array) -> Array:
         """Return results `[B, J, ...]` with the caller's batch axes, grid, and matrices.
@@ -130,16 +157,17 @@ def check_inputs(
     full = poses.shape[:-inner]  # [..., I] or [..., H, W, I]
     if activations is not None:
         shapes.check_shape(function, "activations", activations, f"[..., {map_letters}]", full)
-        _check_range(function, "activations", activations)
     prior = _check_prior(function, prior, _prior_shape(weights, full, windows), poses)
     _check_weights(function, weights, poses, prior, windows, is_matrix)
     parents = prior.shape[-1] if weights.ndim == 2 else weights.shape[-2]
-    kept = check_mask(function, "mask", mask, map_letters, full, 1 + places)
+    kept = mask = check_mask(function, "mask", mask, map_letters, full, 1 + places)
     if kept is not None:
         # Zero poses add nothing to sums of votes, and unlike gates of 0 they remove NaN.
         kept = jnp.broadcast_to(kept, full)
         poses = jnp.where(kept.reshape(*full, *(1,) * inner), poses, 0)
         activations = None if activations is None else jnp.where(kept, activations, 0)
+    if activations is not None:
+        _check_range(function, "activations", activations)
     rows = poses.shape[-2] if is_matrix else 1
     merged = _merge_leading(poses, leading, *full[len(leading) :], rows, poses.shape[-1])
     gates = activations
@@ -159,7 +187,15 @@ def check_inputs(
         )
         inputs = inputs._replace(coordinates=coordinates.reshape(full[-1], -1))
     return _add_logits(
-        function, inputs, leading, parents, prior, parent_mask, is_matrix=is_matrix, windows=windows
+        function,
+        inputs,
+        leading,
+        parents,
+        prior,
+        mask,
+        parent_mask,
+        is_matrix=is_matrix,
+        windows=windows,
     )
 
 
@@ -188,6 +224,7 @@ def check_merges(function: str, checked: Checked, axis_name: AxisName | None) ->
 def check_factors(function: str, name: str, value: Any, num_iterations: int, dtype: Any) -> Array:
     """Check a number of at least 0, or one for each iteration, `[T]`."""
     array = shapes.as_array(function, name, value)
+    shapes.check_number_dtype(function, name, array)
     if array.shape not in {(), (num_iterations,)}:
         raise ValueError(
             f"{function}: {name} must be a number or have shape [T] = ({num_iterations},), "
@@ -206,11 +243,9 @@ def check_votes(function: str, votes: Any, *, prior: Any, mask: Any, parent_mask
     shapes.check_shape(function, "votes", votes, "[..., I, J, D]", (*leading, None, None, None))
     children, parents, _ = votes.shape[-3:]
     prior = _check_prior(function, prior, ((*leading, children), 1), votes)
-    kept = check_mask(function, "mask", mask, "I", (*leading, children), 1)
-    if kept is not None:
-        votes = jnp.where(jnp.broadcast_to(kept, votes.shape[:-2])[..., None, None], votes, 0)
+    mask = check_mask(function, "mask", mask, "I", (*leading, children), 1)
     votes = _merge_leading(votes, leading, *votes.shape[-3:])
-    return _add_logits(function, Inputs(votes, None), leading, parents, prior, parent_mask)
+    return _add_logits(function, Inputs(votes, None), leading, parents, prior, mask, parent_mask)
 
 
 def check_parameter(
@@ -248,12 +283,13 @@ def _add_logits(
     leading: tuple[int, ...],
     parents: int,
     prior: Array | None,
+    mask: Array | None,
     parent_mask: Any,
     *,
     is_matrix: bool = False,
     windows: Windows | None = None,
 ) -> Checked:
-    """Add the prior and the parent mask, with merged batch axes, to the inputs."""
+    """Add the prior and the parent mask, with merged batch axes, and zero what is masked."""
     if prior is not None:
         if prior.shape[-1] != parents:
             raise ValueError(
@@ -267,12 +303,76 @@ def _add_logits(
     letters = "h, w, J" if places else "J"
     full = (*leading, *places, parents)
     parent_mask = check_mask(function, "parent_mask", parent_mask, letters, full, 1)
+    kept_children = None if mask is None else _kept_children(mask, leading, inputs, windows)
+    kept_parents = None
     if parent_mask is not None:
+        if parent_mask.ndim == len(full):
+            kept_parents = _merge_leading(parent_mask, leading, *places, parents)
+        else:
+            kept_parents = parent_mask.reshape(1, *(1,) * len(places), parents)
+        kept_parents = jnp.expand_dims(kept_parents, (3, 4, 5) if places else 1)
         parent_mask = jnp.broadcast_to(parent_mask, full)
         parent_mask = _merge_leading(parent_mask, leading, *places, parents)
         parent_mask = parent_mask.reshape(-1, parents) if places else parent_mask
-    inputs = inputs._replace(prior=prior, parent_mask=parent_mask)
-    return Checked(inputs, leading, parents, is_matrix, windows)
+    checked = Checked(
+        inputs._replace(prior=prior, parent_mask=parent_mask),
+        leading,
+        parents,
+        is_matrix,
+        windows,
+        kept_children,
+        kept_parents,
+    )
+    poses, weights, _, _, coordinates, _ = inputs
+    if weights is None:
+        inputs = checked.inputs._replace(poses=checked.without_masked(poses, "BIJD"))
+    else:
+        axes = {2: "PE", 3: "PJE", 4: "IPJE", 6: "KLIPJE"}[weights.ndim]
+        inputs = checked.inputs._replace(weights=checked.without_masked(weights, axes))
+    if prior is not None:
+        axes = {2: "IJ", 3: "BIJ", 4: "KLIJ", 7: "BhwKLIJ"}[prior.ndim]
+        inputs = inputs._replace(prior=checked.without_masked(prior, axes))
+    if coordinates is not None:
+        inputs = inputs._replace(coordinates=checked.without_masked(coordinates, "ID"))
+    return checked._replace(inputs=inputs)
+
+
+def _kept_children(
+    mask: Array, leading: tuple[int, ...], inputs: Inputs, windows: Windows | None
+) -> Array:
+    """Return a mask, `[..., I]` or `[..., H, W, I]`, as `Checked` has it."""
+    own = mask.shape[-1 if windows is None else -3 :]
+    if mask.ndim == len(own) + len(leading):
+        mask = _merge_leading(mask, leading, *own)
+    else:
+        mask = mask[None]
+    if windows is None:
+        return mask[..., None]
+    (height, width), (rows, columns) = inputs.weights.shape[:2], grid(windows, inputs)
+    step = windows.stride
+    ends = step * (rows - 1) + 1, step * (columns - 1) + 1
+    each = [
+        mask[:, row : row + ends[0] : step, column : column + ends[1] : step]
+        for row in range(height)
+        for column in range(width)
+    ]
+    cut = jnp.stack(each, 3)  # [B, h, w, K·L, I]
+    return cut.reshape(*cut.shape[:3], height, width, -1, 1)
+
+
+@jax.custom_batching.custom_vmap
+def any_example(kept: Array) -> Array:
+    """Return whether any example, of the first axis, has True; `jax.vmap` adds examples.
+
+    So arrays that all examples share stay shared under `jax.vmap`, where they are masked.
+    """
+    return jnp.any(kept, 0)
+
+
+@any_example.def_vmap
+def _any_example_mapped(size: int, is_mapped: Any, kept: Array) -> tuple[Array, bool]:
+    del size, is_mapped
+    return any_example(jnp.any(kept, 1)), False
 
 
 def _merge_leading(x: Array, leading: tuple[int, ...], *others: int) -> Array:

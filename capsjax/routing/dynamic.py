@@ -272,5 +272,6 @@ def _checked_bias(
     inputs, shape = checked.inputs, (checked.num_parents, checked.depth)
     bias = _arguments.check_parameter(function, "bias", bias, "[J, D]", shape, inputs.poses)
     _arguments.check_same_along(function, "bias", bias, axis_name)
+    bias = None if bias is None else checked.without_masked(bias, "JD")
     _arguments.check_same_along(function, "parent_mask", inputs.parent_mask, axis_name)
     return bias

@@ -131,6 +131,7 @@ def em_routing(
     dtype = accumulation_dtype(like.dtype)
     beta_u = _arguments.check_required(name, "beta_u", beta_u, "[J]", parents, like)
     beta_a = _arguments.check_required(name, "beta_a", beta_a, "[J]", parents, like)
+    beta_u, beta_a = (checked.without_masked(x, "J") for x in (beta_u, beta_a))
     temperatures = _arguments.check_factors(
         name, "inverse_temperature", inverse_temperature, num_iterations, dtype
     )

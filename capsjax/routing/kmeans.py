@@ -105,8 +105,8 @@ def kmeans_routing(
             f"{name}: carry_couplings must be False unless gradient is 'last', because no gradient "
             f"flows through couplings that are carried, got gradient {gradient!r}"
         )
-    if squash_power is not None and not squash_power > 0:
-        raise ValueError(f"{name}: squash_power must be positive or None, got {squash_power!r}")
+    if squash_power is not None:
+        shapes.check_positive_number(name, "squash_power", squash_power)
     poses = shapes.as_array(name, "poses", poses)
     if initial_logits is not None:
         initial_logits = shapes.as_array(name, "initial_logits", initial_logits)
@@ -200,15 +200,19 @@ def _with_initial_logits(
     _arguments.check_parameter(
         function, "initial_logits", logits, "[I, J] or [..., I, J]", shape, inputs.poses
     )
-    if not is_shared:
+    if is_shared:
+        logits = checked.without_masked(logits, "IJ")
+    else:
         merged = inputs.poses.shape[0], *own
         logits = reshape_examples(logits, merged, has_examples=bool(checked.leading))
+        logits = checked.without_masked(logits, "BIJ")
     return inputs._replace(prior=_added(logits.astype(_wide(inputs)), inputs.prior))
 
 
 def _checked_temperature(temperature: float | Array, inputs: Inputs) -> Array:
     """Return the temperature in the accumulation dtype; raise an error unless it is a number."""
     found = shapes.as_array("kmeans_routing", "temperature", temperature)
+    shapes.check_number_dtype("kmeans_routing", "temperature", found)
     if found.ndim > 0:
         raise ValueError(
             f"kmeans_routing: temperature must be a number, got an array of shape {found.shape}"

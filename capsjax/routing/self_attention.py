@@ -94,6 +94,8 @@ def self_attention_routing(
     couplings_bias = _arguments.check_parameter(
         name, "couplings_bias", couplings_bias, "[I, J]", shape, inputs.poses
     )
+    if couplings_bias is not None:
+        couplings_bias = checked.without_masked(couplings_bias, "IJ")
     start, num_passes = State(), 2
     if not is_uniform(inputs, start):
         # Prior and parent mask belong to the softmax alone, so no pass with them gives all votes.

@@ -155,6 +155,11 @@ def _logits(
     bias = _arguments.check_parameter(
         function, "routing_bias", routing_bias, f"[{letters}, J]", shape, poses
     )
+    axes = "IJ" if windows is None else "KLIJ"
+    bias = None if bias is None else checked.without_masked(bias, axes)
+    routing_weights = checked.without_masked(
+        routing_weights, axes.replace("J", "RPJ" if checked.is_matrix else "PJ")
+    )
     routing_weights = routing_weights.reshape(*own, rows, length, -1)
     dtype = accumulation_dtype(poses.dtype)
     if windows is None:

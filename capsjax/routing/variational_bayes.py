@@ -120,6 +120,7 @@ def variational_bayes_routing(
     dtype = accumulation_dtype(inputs.poses.dtype)
     beta_u = _arguments.check_required(name, "beta_u", beta_u, "[J]", parents, inputs.poses)
     beta_a = _arguments.check_required(name, "beta_a", beta_a, "[J]", parents, inputs.poses)
+    beta_u, beta_a = (checked.without_masked(x, "J") for x in (beta_u, beta_a))
     nu0 = depth + 1 if nu0 is None else nu0
     numbers = {"alpha0": alpha0, "kappa0": kappa0, "psi0": psi0, "nu0": nu0}
     for key, number in numbers.items():

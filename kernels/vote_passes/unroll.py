@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from capsjax.kernels.dtypes import accumulation_dtype
 from capsjax.kernels.sharding import (
@@ -86,7 +88,8 @@ def unroll(
         if routing.windows is not None:
             inputs, softmax = windows.patches(routing.windows, inputs)
         return _forward(routing, reference.store_votes(inputs), params, start, softmax)[0]
-    return _unroll(*_vary_alike(*_project(routing, inputs, params, start)))
+    routing, *arrays = _vary_alike(*_project(routing, inputs, params, start))
+    return _unroll(routing, *jax.tree.map(_reverse_only, arrays))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -108,6 +111,36 @@ def unroll_couplings(
         moments = _over_devices(routing, passes.moments(routing.spec, inputs, state))
         carry, state, _ = routing.step(t, carry, moments, params)
     return found
+
+
+# The identity on tangents. Reverse mode transposes it, and so never runs it. Forward mode runs it:
+# it raises an error that says what to do, before `jax.custom_vjp` raises one that does not.
+_tangent = Primitive("tangent_in_reverse_mode_only")
+_tangent.def_abstract_eval(lambda x: x)
+ad.deflinear2(_tangent, lambda cotangent, _: [cotangent])
+
+
+def _refuse_forward_mode(*_: Any) -> Any:
+    raise TypeError(
+        "routing: forward mode (jax.jvp, jax.jacfwd) needs implementation='reference', since "
+        "implementations that store no votes have derivatives in reverse mode only"
+    )
+
+
+_tangent.def_impl(_refuse_forward_mode)
+batching.primitive_batchers[_tangent] = _refuse_forward_mode
+mlir.register_lowering(_tangent, _refuse_forward_mode)
+
+
+@jax.custom_jvp
+def _reverse_only(x: Array) -> Array:
+    return x
+
+
+@_reverse_only.defjvp
+def _reverse_only_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (dx,) = primals, tangents
+    return x, _tangent.bind(dx)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
