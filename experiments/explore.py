@@ -126,11 +126,12 @@ class Explorer:
 
 def build_page(explorer: Explorer) -> gradio.Blocks:
     """Lay out the page, and connect drawing and sliders with the explorer's answers."""
-    page_folder = pathlib.Path(views.__file__).parent
+    folder = pathlib.Path(views.__file__).parent
     height, width, _ = explorer.seen
     low, high = min(inspection.TWEAKS), max(inspection.TWEAKS)
-    shown = min(explorer.depth, MAX_SLIDERS) if explorer.has_decoder else 0
-    count = f"{shown} of the {explorer.depth}" if shown < explorer.depth else f"{shown}"
+    count = min(explorer.depth, MAX_SLIDERS) if explorer.has_decoder else 0
+    part = functools.partial(gradio.HTML, apply_default_css=False)
+    slider = functools.partial(gradio.Slider, buttons=[])
     first = views.empty(has_decoder=explorer.has_decoder)
     with gradio.Blocks(
         title="capsjax: explore",
@@ -138,39 +139,41 @@ def build_page(explorer: Explorer) -> gradio.Blocks:
         delete_cache=(CACHE_SECONDS, CACHE_SECONDS),
     ) as page:
         gradio.Markdown(INTRODUCTION)
-        says = gradio.HTML(first.says)
+        says = part(first.says)
         with gradio.Row():
             with gradio.Column(min_width=280):
-                drawing = gradio.HTML(
-                    None,
-                    html_template=(page_folder / "canvas.html").read_text(),
-                    js_on_load=(page_folder / "canvas.js").read_text(),
+                gradio.Markdown("### Draw a digit, or drop an image file")
+                drawing = part(
+                    html_template=(folder / "canvas.html").read_text(),
+                    js_on_load=(folder / "canvas.js").read_text(),
                     elem_id="drawing",
                 )
-                file = gradio.File(label="or drop an image file here", height=110)
+                file = gradio.File(label="image file", show_label=False, height=120, elem_id="file")
             with gradio.Column(min_width=280):
                 gradio.Markdown("### Lengths of the class capsules")
-                bars = gradio.HTML(elem_id="bars")
+                bars = part(elem_id="bars")
             with gradio.Column(min_width=280):
                 gradio.Markdown("### Turn and shift the drawing")
                 sliders = [
-                    gradio.Slider(-180, 180, 0, step=1, label="turn clockwise, degrees"),
-                    gradio.Slider(-width // 4, width // 4, 0, step=1, label="shift right, pixels"),
-                    gradio.Slider(-height // 4, height // 4, 0, step=1, label="shift down, pixels"),
+                    slider(-180, 180, 0, step=1, label="turn clockwise, degrees"),
+                    slider(-width // 4, width // 4, 0, step=1, label="shift right, pixels"),
+                    slider(-height // 4, height // 4, 0, step=1, label="shift down, pixels"),
                 ]
-                pictures = gradio.HTML(elem_id="pictures")
-        with gradio.Row(visible=bool(shown)):
-            with gradio.Column(scale=1, min_width=300):
-                gradio.Markdown(f"### Move {count} dimensions of the longest capsule")
-                tweaked = gradio.HTML(elem_id="tweaked")
-            with gradio.Column(scale=2, min_width=280), gradio.Row():
+                pictures = part(elem_id="pictures")
+        if count:
+            of = f"{count} of the {explorer.depth}" if count < explorer.depth else f"the {count}"
+            gradio.Markdown(f"### Move {of} dimensions of the longest capsule")
+        with gradio.Row(visible=bool(count)):
+            with gradio.Column(scale=1, min_width=280):
+                tweaked = part(elem_id="tweaked")
+            with gradio.Column(scale=2, min_width=280, elem_id="dimensions"), gradio.Row():
                 sliders += [
-                    gradio.Slider(low, high, 0, step=0.01, label=f"dimension {d}", min_width=160)
-                    for d in range(1, shown + 1)
+                    slider(low, high, 0, step=0.01, label=f"dimension {d}", min_width=130)
+                    for d in range(1, count + 1)
                 ]
         reset = gradio.Button("Set all sliders to 0")
         gradio.Markdown("### Where the evidence comes from")
-        maps = gradio.HTML(elem_id="evidence")
+        maps = part(elem_id="evidence")
         outputs = [says, bars, pictures, tweaked, maps]
         quick: Any = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
         gradio.on(
