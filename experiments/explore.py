@@ -142,7 +142,7 @@ def build_page(explorer: Explorer) -> gradio.Blocks:
         says = part(first.says)
         with gradio.Row():
             with gradio.Column(min_width=280):
-                gradio.Markdown("### Draw a digit, or drop an image file")
+                gradio.Markdown("### Draw a digit, or drop one")
                 drawing = part(
                     html_template=(folder / "canvas.html").read_text(),
                     js_on_load=(folder / "canvas.js").read_text(),
@@ -194,34 +194,31 @@ def serve(explorer: Explorer, port: int) -> Iterator[str]:
     """Serve the page to this machine while the body runs, and yield its address.
 
     Raises:
-      InputError: The port is taken.
+      InputError: The port is in use, or not allowed.
     """
-    if not port:
-        with socket.create_server((HOST, 0)) as free:
+    try:
+        with socket.create_server((HOST, port)) as free:
             port = free.getsockname()[1]
+    except OSError as error:
+        raise InputError(f"--port={port} cannot be used: {error.strerror}") from error
     page = build_page(explorer)
     font, font_mono = FONTS
-    try:
-        _, address, _ = page.launch(
-            server_name=HOST,
-            server_port=port,
-            share=False,
-            inbrowser=False,
-            quiet=True,
-            prevent_thread_lock=True,
-            footer_links=[],
-            max_file_size=MAX_FILE,
-            ssr_mode=False,
-            pwa=False,
-            mcp_server=False,
-            enable_monitoring=False,
-            theme=gradio.themes.Base(font=font, font_mono=font_mono),
-            css_paths=pathlib.Path(views.__file__).parent / "page.css",
-        )
-    except OSError as error:
-        raise InputError(
-            f"--port={port} cannot be used: another program may serve there"
-        ) from error
+    _, address, _ = page.launch(
+        server_name=HOST,
+        server_port=port,
+        share=False,
+        inbrowser=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        footer_links=[],
+        max_file_size=MAX_FILE,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        theme=gradio.themes.Base(font=font, font_mono=font_mono),
+        css_paths=pathlib.Path(views.__file__).parent / "page.css",
+    )
     try:
         yield address
     finally:

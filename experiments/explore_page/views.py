@@ -5,6 +5,7 @@ columns of positions of primary capsules; H, W, C height, width and channels of 
 """
 
 import base64
+import functools
 import io
 import pathlib
 from collections.abc import Callable, Sequence
@@ -263,6 +264,7 @@ def _iterations(shown: View) -> Any:
     return zip(shown.evidence, shown.history, strict=True)
 
 
+@functools.cache
 def _template() -> Any:
     """Return the template's macros."""
     environment = jinja2.Environment(
