@@ -144,7 +144,7 @@ def read_canvas(value: Any, shape: tuple[int, int, int]) -> np.ndarray | None:
             pixels = picture.convert("L" if channels == 1 else "RGB")
     except (AttributeError, KeyError, OSError, SyntaxError, TypeError, ValueError) as error:
         raise InputError(f"the page sent no drawing: {error}") from error
-    if not np.any(pixels):
+    if not np.asarray(pixels).any():
         return None
     if is_drawn and channels == 1:
         ink = np.asarray(pixels, np.float32) / 255
@@ -251,9 +251,9 @@ def dots(
     spacing = min([2.0, *np.diff(fields.rows), *np.diff(fields.columns)])
     return [
         (
-            fields.columns[q] + 0.5,
-            fields.rows[r] + 0.5,
-            0.5 * spacing * np.sqrt(abs(value) / largest),
+            float(fields.columns[q] + 0.5),
+            float(fields.rows[r] + 0.5),
+            float(0.5 * spacing * np.sqrt(abs(value) / largest)),
             RED if value > 0 else BLUE,
         )
         for (r, q), value in np.ndenumerate(values)

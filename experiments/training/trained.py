@@ -86,15 +86,15 @@ def _from_file(path: str) -> Trained:
         raise InputError(f"workdir {path} cannot be read: {error}") from error
     if not isinstance(model, models.CapsNet):
         raise InputError(f"workdir {path} holds a {type(model).__name__}, no CapsNet")
-    params = nnx.to_pure_dict(nnx.state(model))
+    params: loop.Params = nnx.to_pure_dict(nnx.state(model))
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
         raise InputError(f"workdir {path} has weights that are not finite")
-    arguments = dict(model.arguments)
+    arguments = dict(model.arguments)  # type: ignore[attr-defined]
     shape, num_classes = arguments["image_shape"], arguments["num_classes"]
     if shape[-1] not in (1, 3):
         raise InputError(f"workdir {path} must take images of 1 or 3 channels, got {shape[-1]}")
     # Biases start at 0, and without a reconstruction loss a decoder gets no gradient.
-    has_decoder = any(np.any(layer.bias[...]) for layer in model.decoder.layers)
+    has_decoder = any(np.any(layer["bias"]) for layer in params["decoder"]["layers"].values())
     config = mnist.Config(workdir=path, reconstruction_weight=float(has_decoder))
     arguments["dtype"] = jnp.dtype(arguments["dtype"])
     trainer = loop.Trainer(
