@@ -17,6 +17,7 @@ _EXTRAS = {  # those of setup.cfg; all other packages are in "experiments"
     "nbclient": "tutorial",
     "torch": "torch",
     "faiss": "retrieval",
+    "gradio": "explore",
     "flatbuffers": "retrieval",
     "tensorboardX": "tensorboard",
 }

@@ -22,7 +22,11 @@ _MARGIN = 0.2  # between the two highest scores; a smaller one is marked as doub
 class Config:
     """The run to evaluate, and the images."""
 
-    workdir: str = flag("runs/mnist", "Folder of a train_mnist run; it is only read.")
+    workdir: str = flag(
+        "runs/mnist",
+        "Folder of a train_mnist run, or, for --images, a safetensors file of a CapsNet; it is "
+        "only read.",
+    )
     images: str = flag(
         "", "Image files to classify, separated by commas; empty: evaluate the test set."
     )
@@ -53,7 +57,10 @@ def main(config: Config) -> int:
     else:
         evaluation = run.trainer.evaluate(run.params, run.test, batch_size=config.batch_size)
         lines = summary_lines(evaluation, run.test.labels, class_names=names)
-    logging.info("%s after %d steps on %s", config.workdir, run.step, run.dataset.name)
+    if run.step is None:
+        logging.info("%s, a file of weights", config.workdir)
+    else:
+        logging.info("%s after %d steps on %s", config.workdir, run.step, run.dataset.name)
     for line in lines:
         print(line)
     return 0

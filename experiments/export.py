@@ -29,8 +29,10 @@ PROGRAM = "network.jax_export"
 class Config:
     """The run and the output."""
 
-    workdir: str = flag("runs/mnist", "Folder of a train_mnist run with a capsule network.")
-    output: str = flag("", "Folder of both files; empty: the workdir.")
+    workdir: str = flag(
+        "runs/mnist", "Folder of a train_mnist run, or a safetensors file, with a CapsNet."
+    )
+    output: str = flag("", "Folder of both files; empty: the workdir, or the folder of the file.")
 
 
 def main(config: Config) -> int:
@@ -38,7 +40,8 @@ def main(config: Config) -> int:
     run = trained.load(config.workdir, with_data=False)
     if not isinstance(run.model, models.CapsNet):
         raise InputError(f"workdir {config.workdir} holds a {run.config.network}, no CapsNet")
-    output = pathlib.Path(config.output or config.workdir)
+    workdir = pathlib.Path(config.workdir)
+    output = pathlib.Path(config.output or (workdir.parent if workdir.is_file() else workdir))
     with files.writing(output):
         output.mkdir(parents=True, exist_ok=True)
         models.save(run.model, output / FILE_NAME)

@@ -38,11 +38,20 @@ def trace_routing(model: CapsNet, image: np.ndarray) -> RoutingTrace:
       image: `[H, W, C]` in [0, 1].
     """
     poses = model.primary_poses(jnp.asarray(image))
+    return RoutingTrace(*map(np.asarray, route(model, poses)))
+
+
+def route(model: CapsNet, poses: Array) -> tuple[Array, Array, Array]:
+    """Route one image's primary poses `[I, P]`, and decompose them; it can be compiled.
+
+    Returns:
+      The fields of `RoutingTrace`.
+    """
     layer = model.capsules
     couplings = layer.couplings(poses)
     votes = jnp.einsum("ip,ipjd->ijd", poses, layer.weights[...].astype(poses.dtype))
     bias = None if layer.bias is None else layer.bias[...]
-    return RoutingTrace(*map(np.asarray, decompose(couplings, votes, bias)))
+    return decompose(couplings, votes, bias)
 
 
 def decompose(

@@ -15,7 +15,11 @@ from experiments.training.trained import Trained, read_images
 class Settings:
     """Settings shared by the programs that visualise capsules."""
 
-    workdir: str = flag("runs/mnist", "Folder of a train_mnist run; it is only read.")
+    workdir: str = flag(
+        "runs/mnist",
+        "Folder of a train_mnist run, or, for --images, a safetensors file of a CapsNet; it is "
+        "only read.",
+    )
     data_dir: str = flag("", "Folder of the data set's files; empty: the run's --data_dir.")
     images: str = flag("", "Image files, separated by commas; empty: use --index.")
     index: int = flag(0, "Index of a test image, used if --images is empty.", minimum=0)

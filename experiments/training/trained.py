@@ -1,23 +1,30 @@
-"""Networks trained by train_mnist, loaded from the folders of their runs."""
+"""Networks trained by train_mnist, loaded from the folders of their runs or from single files."""
 
 import dataclasses
 import math
 import os
+import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from capsjax import models
 from experiments import cli
 from experiments.data import datasets, image_files
 from experiments.errors import InputError
-from experiments.training import loop, mnist, records, runs
+from experiments.training import loop, mnist, objectives, records, runs
 from experiments.training.checkpoints import Checkpoints, saved_shapes
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 C = TypeVar("C", bound="DataclassInstance")
+
+WEIGHTS = pathlib.Path(__file__).parents[1] / "weights" / "small.safetensors"
 
 
 class Trained(NamedTuple):
@@ -28,7 +35,7 @@ class Trained(NamedTuple):
     test: datasets.Split  # placed on the canvas if the run has one
     trainer: loop.Trainer
     params: loop.Params
-    step: int
+    step: int | None  # None: of a file, which does not say
 
     @property
     def model(self) -> Any:
@@ -40,14 +47,24 @@ def load(workdir: str, *, data_dir: str = "", with_data: bool = True) -> Trained
     """Restore the newest checkpoint of a run of train_mnist, on one device.
 
     Args:
-      workdir: The folder of the run; nothing is written to it.
+      workdir: The folder of the run, or a file of `capsjax.models.save` with a CapsNet; it is only
+        read.
       data_dir: Folder of the data set's files; empty: that of the run.
       with_data: False to read no data: sizes come from the checkpoint, and there are no examples.
 
     Raises:
       InputError: The folder holds no such run or no checkpoint, or the data found are not those of
-        the run, or sizes cannot be told without them.
+        the run, or sizes cannot be told without them; the file is damaged, holds no CapsNet, or
+        test images are asked of it.
     """
+    if os.path.isfile(workdir):
+        if with_data:
+            raise InputError(
+                f"workdir {workdir} is a file of weights, which has no test images: name the "
+                "folder of a run, or read image files only (--images, and --examples=0 where "
+                "there is that flag)"
+            )
+        return _from_file(workdir)
     run = records.read_config(workdir)
     config = config_of(mnist.Config, run["config"], workdir)
     if with_data:
@@ -59,6 +76,35 @@ def load(workdir: str, *, data_dir: str = "", with_data: bool = True) -> Trained
     step, params = restored(trainer, workdir)
     test = mnist.test_split(config, dataset)
     return Trained(config, dataset, test, trainer, params, step)
+
+
+def _from_file(path: str) -> Trained:
+    """Load a CapsNet from a safetensors file. Its classes have no names, and it has no data."""
+    try:
+        model = models.load(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"workdir {path} cannot be read: {error}") from error
+    if not isinstance(model, models.CapsNet):
+        raise InputError(f"workdir {path} holds a {type(model).__name__}, no CapsNet")
+    params: loop.Params = nnx.to_pure_dict(nnx.state(model))
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
+        raise InputError(f"workdir {path} has weights that are not finite")
+    arguments = dict(model.arguments)  # type: ignore[attr-defined]
+    shape, num_classes = arguments["image_shape"], arguments["num_classes"]
+    if shape[-1] not in (1, 3):
+        raise InputError(f"workdir {path} must take images of 1 or 3 channels, got {shape[-1]}")
+    # Biases start at 0, and without a reconstruction loss a decoder gets no gradient.
+    has_decoder = any(np.any(layer["bias"]) for layer in params["decoder"]["layers"].values())
+    config = mnist.Config(workdir=path, reconstruction_weight=float(has_decoder))
+    arguments["dtype"] = jnp.dtype(arguments["dtype"])
+    trainer = loop.Trainer(
+        lambda: models.CapsNet(**arguments, rngs=nnx.Rngs(0)),
+        objectives.CapsuleClassification(num_classes, 0, 0, config.reconstruction_weight),
+        loop.adam(1e-3, final_learning_rate=1e-3, num_steps=1),  # it is never trained further
+    )
+    none = datasets.Split(np.zeros((0, *shape), np.uint8), np.zeros(0, np.int32))
+    dataset = datasets.Dataset("", num_classes, none, none, "")
+    return Trained(config, dataset, none, trainer, params, None)
 
 
 def _without_examples(config: mnist.Config, sha256: str, workdir: str) -> datasets.Dataset:
