@@ -16,7 +16,7 @@ from capsjax import models
 from experiments import cli
 from experiments.data import datasets, image_files
 from experiments.errors import InputError
-from experiments.training import loop, mnist, objectives, records, runs
+from experiments.training import loop, mnist, objectives, records, runs, transforms
 from experiments.training.checkpoints import Checkpoints, saved_shapes
 
 if TYPE_CHECKING:
@@ -99,7 +99,9 @@ def _from_file(path: str) -> Trained:
     arguments["dtype"] = jnp.dtype(arguments["dtype"])
     trainer = loop.Trainer(
         lambda: models.CapsNet(**arguments, rngs=nnx.Rngs(0)),
-        objectives.CapsuleClassification(num_classes, 0, 0, config.reconstruction_weight),
+        objectives.CapsuleClassification(
+            num_classes, transforms.Augmentation(), config.reconstruction_weight
+        ),
         loop.adam(1e-3, final_learning_rate=1e-3, num_steps=1),  # it is never trained further
     )
     none = datasets.Split(np.zeros((0, *shape), np.uint8), np.zeros(0, np.int32))
