@@ -256,6 +256,20 @@ def test_forward_mode_of_the_default_names_the_implementation_that_has_it():
         lambda: jax.jvp(route, (poses,), (poses,)),
         lambda: jax.jit(lambda x: jax.jvp(route, (x,), (x,)))(poses),
         lambda: jax.jacfwd(route)(poses),
+        lambda: jax.jit(jax.jacfwd(route))(poses),
+        lambda: jax.jvp(jax.vmap(route), (poses[None],), (poses[None],)),
     ):
         with pytest.raises(TypeError, match="implementation='reference'"):
             forward()
+
+
+def test_gradients_of_the_default_have_forward_mode():
+    poses, weights = jnp.asarray(POSES[0]), jnp.asarray(WEIGHTS[0])
+
+    def twice(implementation):
+        def route(x):
+            return capsjax.dynamic_routing(x, weights, implementation=implementation).sum()
+
+        return jax.jvp(jax.grad(route), (poses,), (poses,))[1]
+
+    np.testing.assert_allclose(twice("xla"), twice("reference"), rtol=1e-4, atol=1e-6)

@@ -79,8 +79,8 @@ def test_a_sharded_batch_stays_where_it_is():
         assert case["distance"] < 1e-12, name
         assert case["outputs"].startswith("P('data'"), (name, case["outputs"])
         if name != "cut both ways":  # there weights are brought together, once each way
-            kinds = [kind for _, kind in case["sent"]]
-            assert kinds == ["all-reduce"], name  # of the gradients of what devices share
+            # Of which capsules any example uses, and of the gradients of what devices share.
+            assert [kind for _, kind in case["sent"]] == ["all-reduce"] * 2, name
 
 
 def test_kernels_take_a_batch_over_explicit_axes_and_refuse_one_over_auto_axes():
@@ -93,7 +93,7 @@ def test_kernels_take_a_batch_over_explicit_axes_and_refuse_one_over_auto_axes()
         case = cases[name]
         assert case["distance"] < 1e-6, name
         assert case["outputs"].startswith("P('data'"), (name, case["outputs"])
-        assert [kind for _, kind in case["sent"]] == ["all-reduce"], name
+        assert [kind for _, kind in case["sent"]] == ["all-reduce"] * 2, name
 
 
 def on_one_device(function, *specs):

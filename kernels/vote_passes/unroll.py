@@ -89,7 +89,7 @@ def unroll(
             inputs, softmax = windows.patches(routing.windows, inputs)
         return _forward(routing, reference.store_votes(inputs), params, start, softmax)[0]
     routing, *arrays = _vary_alike(*_project(routing, inputs, params, start))
-    return _unroll(routing, *jax.tree.map(_reverse_only, arrays))
+    return _unroll(routing, *jax.tree.map(_reverse_only.bind, arrays))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -113,13 +113,6 @@ def unroll_couplings(
     return found
 
 
-# The identity on tangents. Reverse mode transposes it, and so never runs it. Forward mode runs it:
-# it raises an error that says what to do, before `jax.custom_vjp` raises one that does not.
-_tangent = Primitive("tangent_in_reverse_mode_only")
-_tangent.def_abstract_eval(lambda x: x)
-ad.deflinear2(_tangent, lambda cotangent, _: [cotangent])
-
-
 def _refuse_forward_mode(*_: Any) -> Any:
     raise TypeError(
         "routing: forward mode (jax.jvp, jax.jacfwd) needs implementation='reference', since "
@@ -127,20 +120,27 @@ def _refuse_forward_mode(*_: Any) -> Any:
     )
 
 
+# The identity on tangents. Reverse mode transposes it, and so never runs it. Forward mode runs it,
+# or maps it: it raises an error that says what to do, before `jax.custom_vjp` raises one that does
+# not.
+_tangent = Primitive("tangent_in_reverse_mode_only")
+_tangent.def_abstract_eval(lambda dx: dx)
 _tangent.def_impl(_refuse_forward_mode)
+ad.deflinear2(_tangent, lambda cotangent, _: [cotangent])
 batching.primitive_batchers[_tangent] = _refuse_forward_mode
 mlir.register_lowering(_tangent, _refuse_forward_mode)
 
-
-@jax.custom_jvp
-def _reverse_only(x: Array) -> Array:
-    return x
-
-
-@_reverse_only.defjvp
-def _reverse_only_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    (x,), (dx,) = primals, tangents
-    return x, _tangent.bind(dx)
+# The identity, with the one above as its derivative.
+_reverse_only = Primitive("reverse_mode_only")
+_reverse_only.def_abstract_eval(lambda x: x)
+_reverse_only.def_impl(lambda x: x)
+# Reverse mode leaves nothing of it, so gradients may be differentiated in forward mode.
+ad.primitive_jvps[_reverse_only] = lambda primals, tangents: (
+    primals[0],
+    tangents[0] if isinstance(tangents[0], ad.Zero) else _tangent.bind(*tangents),
+)
+batching.defvectorized(_reverse_only)
+mlir.register_lowering(_reverse_only, lambda _, x: [x])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
