@@ -40,6 +40,13 @@ def quick_compilation():
 
 
 @pytest.fixture
+def float64():
+    """JAX computes in float64 where it is not told otherwise."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
 def small_disk():
     """Writing past the given size of a file fails, as it does on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -11,15 +11,9 @@ import routing_oracles
 
 import capsjax
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("float64", "quick_compilation")
 
 B, I, P, J, D = 3, 6, 4, 3, 5  # noqa: E741
-
-
-@pytest.fixture(autouse=True)
-def _float64():
-    with jax.enable_x64(True):
-        yield
 
 
 def make():

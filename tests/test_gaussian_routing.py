@@ -11,13 +11,9 @@ import routing_oracles
 
 import capsjax
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 IMPLEMENTATIONS = ("xla", "reference")
-
-
-@pytest.fixture(autouse=True)
-def _float64():
-    with jax.enable_x64(True):
-        yield
 
 
 def arrays_of(sizes, seed=0, *, shared=False):

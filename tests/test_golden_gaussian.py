@@ -14,13 +14,9 @@ import pytest
 
 import capsjax
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "gaussian"
-
-
-@pytest.fixture(autouse=True)
-def _float64():
-    with jax.enable_x64(True):
-        yield
 
 
 def load(name):

@@ -15,7 +15,7 @@ import pytest
 
 import capsjax
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("float64", "quick_compilation")
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
 
@@ -335,12 +335,6 @@ GOLDEN = {
     "mind_easyrec_soft": partial(mind, routing=spherical),
     "mind_torcheasyrec": partial(mind, routing=carried),
 }
-
-
-@pytest.fixture(autouse=True)
-def _float64():
-    with jax.enable_x64(True):
-        yield
 
 
 @pytest.mark.parametrize("name", GOLDEN)

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import routing_oracles as oracles
+from exactness import assert_exact, values_and_gradients
 
 import capsjax
 from capsjax.kernels.vote_passes.config import XlaConfig
 from capsjax.kernels.vote_passes.passes import Implementation
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("float64", "quick_compilation")
 
 SMALL_TILES = Implementation("xla", XlaConfig(children=4, examples=2))
 
@@ -123,27 +124,6 @@ def route(poses, weights, initial_logits, prior, temperature, **settings):
         temperature=temperature,
         **settings,
     )
-
-
-def values_and_gradients(function, arrays, cotangent):
-    @jax.jit
-    def run(*arrays):
-        outputs, vjp = jax.vjp(function, *arrays)
-        return outputs, vjp(cotangent)
-
-    return run(*arrays)
-
-
-def assert_exact(actual, wanted):
-    for a, w in zip(*map(jax.tree.leaves, (actual, wanted)), strict=True):
-        assert a.dtype == jnp.float64
-        np.testing.assert_allclose(a, w, rtol=1e-10, atol=1e-12)
-
-
-@pytest.fixture(autouse=True)
-def _float64():
-    with jax.enable_x64(True):
-        yield
 
 
 @pytest.mark.parametrize(

@@ -16,18 +16,12 @@ from jax.test_util import check_grads
 
 import capsjax
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("float64", "quick_compilation")
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 B, I, P, J, D = 3, 6, 4, 3, 5  # noqa: E741
 LENGTHS = np.array([6, 2, 0])
-
-
-@pytest.fixture(autouse=True)
-def _float64():
-    with jax.enable_x64(True):
-        yield
 
 
 def normal(*shape, seed=0):

@@ -1,8 +1,9 @@
 """The whole procedure with every option, in plain JAX, against the float64 oracle."""
 
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
+import exactness
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,9 @@ import capsjax
 from capsjax.kernels.vote_passes.config import XlaConfig
 from capsjax.kernels.vote_passes.passes import Implementation
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("float64", "quick_compilation")
+
+assert_exact = partial(exactness.assert_exact, rtol=1e-11, atol=1e-13)
 
 
 class Options(NamedTuple):
@@ -117,18 +120,6 @@ def exact(options):
     shared = {"IPJD": (), "PJD": (0,), "PD": (0, 2)}[options.weights]
     gradients = d_poses * kept[..., None], d_weights.sum(shared), *others
     return outputs, couplings * kept[..., None], gradients
-
-
-def assert_exact(actual, wanted):
-    for a, w in zip(*map(jax.tree.leaves, (actual, wanted)), strict=True):
-        assert a.dtype == jnp.float64
-        np.testing.assert_allclose(a, w, rtol=1e-11, atol=1e-13)
-
-
-@pytest.fixture(autouse=True)
-def _float64():
-    with jax.enable_x64(True):
-        yield
 
 
 @pytest.mark.parametrize("name", OPTIONS)

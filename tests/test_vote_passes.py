@@ -13,7 +13,7 @@ from capsjax.kernels.vote_passes import passes, reference
 from capsjax.kernels.vote_passes.config import XlaConfig
 from capsjax.kernels.vote_passes.passes import Implementation, Inputs, Moments, Spec, State, Term
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("float64", "quick_compilation")
 
 B, I, J = 3, 11, 4  # noqa: E741
 # Several tiles of children and of examples, the last ones not full.
@@ -164,12 +164,6 @@ def assert_close(actual, wanted, tolerance=1e-12):
         assert a.dtype == w.dtype
         scale = max(np.abs(w).max(), 1e-3)
         np.testing.assert_allclose(a / scale, w / scale, atol=tolerance, err_msg=str(path))
-
-
-@pytest.fixture(autouse=True)
-def _float64():
-    with jax.enable_x64(True):
-        yield
 
 
 @pytest.mark.parametrize(("implementation", "spec", "problem"), IMPLEMENTATIONS)
