@@ -18,6 +18,8 @@ import capsjax
 import capsjax.models
 import capsjax.nn
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROOT = pathlib.Path(__file__).parents[1]
 PUBLIC = {name: value for name, value in vars(capsjax).items() if inspect.isfunction(value)}
 MODULES = {

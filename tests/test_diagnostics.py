@@ -23,6 +23,8 @@ from experiments.training import loop, mnist, runs, transforms
 from experiments.training.objectives import CapsuleClassification
 from experiments.training.transforms import Augmentation
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def middles(split, size):
     """Return the central 19 x 19 pixels of the first digits: 2 x 2 primary capsules per type."""

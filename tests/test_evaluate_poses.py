@@ -18,6 +18,8 @@ from experiments.data import affnist, datasets
 from experiments.data.affine import Pose, random_affine, warp
 from experiments.training import trained
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Runs that are others with another data set.
 OTHER_DATA = {
     "clothes": ("canvas", {"name": "fashion_mnist"}),

@@ -14,6 +14,8 @@ from capsjax.models import CapsNet
 from experiments.analysis import evidence
 from experiments.figures import trees
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def test_evidence_is_coupling_times_agreement():
     couplings = jnp.array([[[0.5], [1.0], [0.25]]])  # T = 1, I = 3, J = 1

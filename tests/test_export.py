@@ -9,6 +9,8 @@ from flax import nnx
 import capsjax
 from capsjax import models, nn
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 WEIGHTS = np.random.default_rng(1).normal(size=(6, 4, 3, 5)).astype(np.float32) * 0.3
 IMAGES, POSES = (28, 28, 1), (6, 4)
 

@@ -11,7 +11,7 @@ import routing_oracles
 
 import capsjax
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = pytest.mark.usefixtures("float64", "quick_compilation")
 
 IMPLEMENTATIONS = ("xla", "reference")
 

@@ -14,7 +14,7 @@ import pytest
 
 import capsjax
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = pytest.mark.usefixtures("float64", "quick_compilation")
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "gaussian"
 

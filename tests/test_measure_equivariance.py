@@ -19,6 +19,8 @@ from experiments.figures.poses import SweepCurves
 from experiments.measure_equivariance import change_stroke_width
 from experiments.training import trained
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @functools.cache  # each network is compiled once
 def load(workdir, *, data_dir, original=trained.load):

@@ -19,6 +19,8 @@ from experiments.analysis import inspection
 from experiments.data import datasets
 from experiments.training import checkpoints, mnist, records, runs
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def test_variants_change_only_the_settings_they_name():
     config = mnist_ablation.Config(seed=5, learning_rate=0.01, workdir="w")

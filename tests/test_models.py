@@ -10,6 +10,8 @@ import capsjax
 from capsjax import nn
 from capsjax.models import CapsNet
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def _count(module):
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))

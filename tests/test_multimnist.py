@@ -18,6 +18,8 @@ from experiments.errors import InputError
 from experiments.figures.style import BLUE, ORANGE
 from experiments.training import objectives, records
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def digits():

@@ -9,6 +9,8 @@ from jax import lax
 from experiments.errors import InputError
 from experiments.training import networks
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.mark.parametrize(
     ("network", "parameters"),

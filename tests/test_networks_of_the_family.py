@@ -9,6 +9,8 @@ from flax import nnx
 
 from capsjax import models, nn
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SR = {"conv_channels": 8, "types": 3, "length": 4}
 INVERTED = {"channels": (4, 6), "blocks": (1, 1), "types": (2, 3, 2)}
 # With the paper's 0.01 activations move slowly from 0.5: its schedule is for long training.

@@ -15,6 +15,8 @@ from flax import nnx
 
 from capsjax import models, nn
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 NETWORKS = {
     "CapsNet": lambda rngs: models.CapsNet(
         [17, 17, 1],

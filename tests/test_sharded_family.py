@@ -10,6 +10,8 @@ from jax import P
 
 import capsjax
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @cache
 def programs():

@@ -15,6 +15,8 @@ from training_runs import LAST_STEP, contents, rows
 
 from experiments.training.checkpoints import saved_steps
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 FIGURES = {
     *("reconstructions", "dimension_tweaks", "couplings", "coupling_entropy"),
     *("confusion_matrix", "misclassified", "learning_curves"),

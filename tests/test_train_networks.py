@@ -18,6 +18,8 @@ from experiments.errors import InputError
 from experiments.training import checkpoints, loop, mnist, networks, objectives, parallel, trained
 from experiments.training.transforms import Augmentation
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SMALL = {"convolutions": ((4, 5, 2), (8, 3, 1)), "primary_kernel_size": 8, "hidden": (8,)}
 
 
