@@ -76,6 +76,8 @@ EFFECTS = {
     "diagnostics": (True, training),
     "network": ("pooling_cnn", compiling),
     "ema_decay": (0.9, compiling),
+    "rotation": (5.0, compiling),
+    "scale": (0.2, compiling),
     "conv_channels": (3, compiling),
     "decoder_units": (8, compiling),
     "kernel_size": (7, compiling),
