@@ -351,6 +351,15 @@ def test_routing_is_a_function_under_jit_vmap_scan_and_export():
     assert_equal(exported.call(poses, activations), wanted)
 
 
+@pytest.fixture
+def usual_compilation(quick_compilation):
+    """A test measures rounding, which is that of users only where all optimizations are on."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.mark.usefixtures("usual_compilation")
 @pytest.mark.parametrize("ratio", [1, 10, 100, 1000])
 @pytest.mark.parametrize("routing", [capsjax.em_routing, capsjax.variational_bayes_routing])
 def test_float32_loses_no_more_digits_than_the_votes_do(routing, ratio):

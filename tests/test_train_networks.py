@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import training_runs
 from flax import nnx
@@ -15,7 +14,7 @@ from experiments import evaluate
 from experiments.analysis import classifier_run
 from experiments.data import datasets
 from experiments.errors import InputError
-from experiments.training import checkpoints, loop, mnist, networks, objectives, parallel, trained
+from experiments.training import checkpoints, mnist, networks, objectives, parallel, trained
 from experiments.training.transforms import Augmentation
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -59,16 +58,12 @@ def test_a_resumed_run_repeats_the_unbroken_one_and_is_evaluated(
     trainer, state = state_of(config)
     jax.tree.map(np.testing.assert_array_equal, state, state_of(broken)[1])
 
-    trained_part, statistics = trainer._parts(state.params)
     assert {path[-1] for path in trainer._statistics} == {"mean", "var"}
-    assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(statistics))
-    averages = trainer._parts(trained.load(config.workdir).params)
-    jax.tree.map(np.testing.assert_array_equal, averages[0], state.optimizer.average)
-    jax.tree.map(np.testing.assert_array_equal, averages[1], statistics)
-    assert any(
-        np.any(a != b)
-        for a, b in zip(*map(jax.tree.leaves, (averages[0], trained_part)), strict=True)
-    )
+    loaded = trained.load(config.workdir).params
+    jax.tree.map(np.testing.assert_array_equal, loaded, state.average)
+    for found, raw in zip(trainer._parts(loaded), trainer._parts(state.params), strict=True):
+        pairs = zip(jax.tree.leaves(found), jax.tree.leaves(raw), strict=True)
+        assert any(np.any(a != b) for a, b in pairs)
     assert evaluate.main(evaluate.Config(workdir=config.workdir)) == 0
     assert "confusion matrix" in capsys.readouterr().out
 
@@ -91,16 +86,24 @@ def test_a_step_updates_the_statistics_as_the_network_does(config):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, wanted)
 
 
-def test_the_average_is_that_of_the_definition():
-    optimizer = loop.averaged(optax.sgd(1.0), 0.15)
-    params = {"w": jnp.asarray(2.0)}
-    state, average = optimizer.init(params), 2.0
+def test_the_average_of_parameters_and_statistics_is_that_of_the_definition(config):
+    dataset = datasets.load(config.dataset, data_dir=config.data_dir)
+    trainer = mnist.build(dataclasses.replace(config, ema_decay=0.15), dataset)
+    state = trainer.initial_state(0)
+    batch, average = trainer.batch(dataset.train, np.arange(8)), jax.device_get(state.params)
     for step in range(4):
-        updates, state = optimizer.update({"w": jnp.asarray(1.0)}, state, params)
-        params = optax.apply_updates(params, updates)
+        state = trainer.step(state, *batch)
         decay = min(0.15, (1 + step) / (10 + step))
-        average = decay * average + (1 - decay) * (2.0 - (step + 1))
-    np.testing.assert_allclose(state.average["w"], average, rtol=1e-6)
+        average = jax.tree.map(
+            lambda mean, new, decay=decay: decay * mean + (1 - decay) * np.asarray(new),
+            average,
+            state.params,
+        )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+        trainer.evaluated(state),
+        average,
+    )
 
 
 def test_the_spread_loss_is_that_of_the_paper():

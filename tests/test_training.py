@@ -370,7 +370,7 @@ def test_a_test_loss_that_is_not_finite_is_named(dataset):
         evaluated=lambda state: state.params,
         evaluate=lambda *_, batch_size: bad,
     )
-    state = loop.State({}, optax.EmptyState(), jnp.int32(4), jnp.zeros(2), window)
+    state = loop.State({}, {}, optax.EmptyState(), jnp.int32(4), jnp.zeros(2), window)
     message = r"^the loss on the test data is not finite at step 5; try a lower --learning_rate$"
     with pytest.raises(InputError, match=message):
         run(stub, state, dataset, last_step=5)

@@ -37,18 +37,11 @@ class State(NamedTuple):
     """Everything that a step changes, and that a checkpoint saves."""
 
     params: Params
+    average: Params  # moving average of `params`, empty if none is kept
     optimizer: optax.OptState
     step: Array  # int32, steps done
     key: Array  # uint32 key data; a step's own key is folded in
     window: Window
-
-
-class Averaged(NamedTuple):
-    """The state of an optimizer whose parameters are averaged, from `averaged`."""
-
-    optimizer: optax.OptState
-    average: Params
-    steps: Array  # int32
 
 
 class Evaluation(NamedTuple):
@@ -85,6 +78,10 @@ class Trainer:
       build: Makes the network, with the same parameters at every call.
       objective: What is minimised, and how images are augmented.
       optimizer: An Optax gradient transformation.
+      average_decay: Of an exponential moving average of parameters and statistics, which is
+        evaluated in their place; 0 keeps none. After n steps the decay is at most
+        (1 + n) / (10 + n), so that the initial parameters, which start the average, are soon
+        forgotten.
 
     Attributes:
       network: The network with shapes and dtypes in place of arrays.
@@ -102,10 +99,13 @@ class Trainer:
         build: Callable[[], nnx.Module],
         objective: Objective,
         optimizer: optax.GradientTransformation,
+        *,
+        average_decay: float = 0.0,
     ):
         self.build = build
         self.objective = objective
         self.optimizer = optimizer
+        self.average_decay = average_decay
         self.network: Any = nnx.eval_shape(build)
         self._graph, _ = nnx.split(self.network)
         statistics = nnx.to_pure_dict(nnx.state(self.network, nnx.BatchStat))
@@ -174,10 +174,8 @@ class Trainer:
         return nnx.merge(self._graph, params, copy=self.has_statistics)
 
     def evaluated(self, state: State) -> Params:
-        """Return the parameters to evaluate: the averaged ones if the optimizer averages."""
-        if not isinstance(state.optimizer, Averaged):
-            return state.params
-        return _joined(state.optimizer.average, self._parts(state.params)[1])
+        """Return the parameters to evaluate: the averaged ones if an average is kept."""
+        return state.average if self.average_decay else state.params
 
     def evaluate(
         self, params: Params, examples: datasets.Examples, *, batch_size: int
@@ -207,7 +205,13 @@ class Trainer:
     def _state(self, params: Params, key: Array) -> State:
         trained, _ = self._parts(params)
         return State(
-            params, self.optimizer.init(trained), jnp.zeros((), jnp.int32), key, empty_window()
+            params,
+            # A copy, because a buffer cannot be donated twice.
+            average=jax.tree.map(jnp.copy, params) if self.average_decay else {},
+            optimizer=self.optimizer.init(trained),
+            step=jnp.zeros((), jnp.int32),
+            key=key,
+            window=empty_window(),
         )
 
     def _parts(self, params: Params) -> tuple[Params, Params]:
@@ -242,9 +246,14 @@ class Trainer:
         loss, errors, gradients = self._averaged(loss, errors, gradients)
         updates, optimizer = self.optimizer.update(gradients, state.optimizer, trained)
         finite = jnp.isfinite(loss) & jnp.isfinite(self._norm(gradients))
+        params, average = _joined(optax.apply_updates(trained, updates), statistics), {}
+        if self.average_decay:
+            decay = jnp.minimum(self.average_decay, (1 + state.step) / (10 + state.step))
+            average = optax.incremental_update(params, state.average, 1 - decay)
         seen = state.window
         return State(
-            params=_joined(optax.apply_updates(trained, updates), statistics),
+            params=params,
+            average=average,
             optimizer=optimizer,
             step=state.step + 1,
             key=state.key,
@@ -319,27 +328,6 @@ def adam(
     """Return Adam with a learning rate that decays exponentially over `num_steps` steps."""
     factor = final_learning_rate / learning_rate
     return optax.adam(optax.exponential_decay(learning_rate, num_steps, factor))
-
-
-def averaged(optimizer: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
-    """Keep an exponential moving average of the parameters, beside an optimizer's own state.
-
-    The decay is at most (1 + n) / (10 + n) after n steps, so that the initial parameters, which
-    start the average, are soon forgotten.
-    """
-
-    def init(params: Params) -> Averaged:
-        copied = jax.tree.map(jnp.copy, params)  # a buffer cannot be donated twice
-        return Averaged(optimizer.init(params), copied, jnp.zeros((), jnp.int32))
-
-    def update(gradients: Params, state: Averaged, params: Params) -> tuple[Params, Averaged]:
-        updates, inner = optimizer.update(gradients, state.optimizer, params)
-        rate = 1 - jnp.minimum(decay, (1 + state.steps) / (10 + state.steps))
-        new = optax.apply_updates(params, updates)
-        average = optax.incremental_update(new, state.average, rate)
-        return updates, Averaged(inner, average, state.steps + 1)
-
-    return optax.GradientTransformation(init, update)
 
 
 def train(

@@ -23,8 +23,8 @@ class Config(networks.Settings, runs.Settings):
     )
     ema_decay: float = flag(
         0.0,
-        "Evaluate an exponential moving average of the parameters with this decay a step, lower in "
-        "the first steps; 0: the parameters themselves.",
+        "Evaluate an exponential moving average of parameters and statistics with this decay a "
+        "step, lower in the first steps; 0: the parameters themselves.",
         minimum=0,
         below=1,
         added=True,
@@ -93,8 +93,6 @@ def build(config: Config, dataset: datasets.Dataset) -> loop.Trainer:
         final_learning_rate=config.final_learning_rate,
         num_steps=num_steps,
     )
-    if config.ema_decay:
-        optimizer = loop.averaged(optimizer, config.ema_decay)
     epoch_steps = dataset.train.size // config.batch_size
     objective: objectives.Objective
     match config.network:
@@ -112,6 +110,7 @@ def build(config: Config, dataset: datasets.Dataset) -> loop.Trainer:
         lambda: networks.build(config, shape, dataset.num_classes, seed=config.seed),
         objective,
         optimizer,
+        average_decay=config.ema_decay,
     )
 
 

@@ -120,7 +120,12 @@ class ParallelTrainer(loop.Trainer):
         """Take network, objective and optimizer from the trainer of one device."""
         self.mesh = mesh
         self._by_example = NamedSharding(mesh, P((DATA, CAPSULES)))
-        super().__init__(trainer.build, trainer.objective, trainer.optimizer)
+        super().__init__(
+            trainer.build,
+            trainer.objective,
+            trainer.optimizer,
+            average_decay=trainer.average_decay,
+        )
         self._axes = (DATA, CAPSULES)
 
     def _layout(self) -> loop.State:
