@@ -1,4 +1,4 @@
-"""Measure the paper's network on this machine, beside plain JAX and PyTorch, and layer by layer.
+"""Measure the paper's network, or another, beside plain JAX and PyTorch, and layer by layer.
 
 Each contender runs in a child process, with memory and threads of its own. They take turns: each
 round times every row of every contender once, and only one of them computes at a time.
@@ -23,14 +23,14 @@ import numpy as np
 from flax import nnx
 from matplotlib.figure import Figure
 
-from capsjax.models import CapsNet
 from experiments import cli, files
 from experiments.benchmarks import contenders, step_parts
 from experiments.cli import flag
 from experiments.errors import InputError
 from experiments.figures.style import BLUE, GREY, STYLE, settle_ticks
+from experiments.training import mnist, networks
 
-# Rows of every contender, and rows of capsjax only.
+# Rows of every contender, and rows of capsjax only; networks other than capsnet have not all.
 COMMON = ("training", "inference", "routing, with gradients")
 PARTS = (
     "routing",
@@ -46,28 +46,35 @@ TOLERANCE = 1e-4  # maximum absolute error of class capsules, whose lengths are 
 class Config:
     """What to measure, and how often."""
 
+    network: str = flag(
+        "capsnet",
+        "capsnet; or a network of another paper, without the rows of layers.",
+        choices=contenders.NETWORKS,
+    )
     batch_size: int = flag(128, "Images in one step.", minimum=1, maximum=2**20)
     image_size: int = flag(
         28, "Height and width of the images, in pixels.", minimum=17, maximum=4096
     )
     repeats: int = flag(5, "Timed rounds.", minimum=1)
     plain_repeats: int = flag(
-        1, "Rounds that include plain JAX, at a minute a step; 0: none.", minimum=0
+        1, "Rounds that include plain JAX, at a minute a step, of capsnet; 0: none.", minimum=0
     )
-    torch: bool = flag(False, "Also measure PyTorch, in two forms.")
+    torch: bool = flag(False, "Also measure PyTorch, capsnet in two forms.")
     output: str = flag("", "File to append a JSON line a row to; empty: none.")
     figure: str = flag("", "File of a bar chart, .png; empty: none.")
 
 
 def main(config: Config) -> int:
     """Time all contenders in turn; print, write and draw the medians with their spread."""
-    names = ["capsjax"] + ["plain_jax"] * (config.plain_repeats > 0)
+    is_capsnet = config.network == "capsnet"
+    names = ["capsjax"] + ["plain_jax"] * (is_capsnet and config.plain_repeats > 0)
     if config.torch:
         if importlib.util.find_spec("torch") is None:
             raise InputError("--torch needs the package torch: pip install 'capsjax[torch]'")
-        names += ["torch", "torch_notebook"]
+        names += ["torch"] + ["torch_notebook"] * is_capsnet
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         arguments = [
+            f"--network={config.network}",
             f"--params={_write_params(folder, config)}",
             f"--batch_size={config.batch_size}",
             f"--image_size={config.image_size}",
@@ -157,7 +164,8 @@ class ContenderProcess:
 
 def _write_params(folder: str, config: Config) -> str:
     """Write the parameters for which all contenders must compute the same; return the path."""
-    model = CapsNet((config.image_size, config.image_size, 1), rngs=nnx.Rngs(0))
+    shape = (config.image_size, config.image_size, 1)
+    model = networks.build(mnist.Config(network=config.network), shape, 10, seed=0)
     path = os.path.join(folder, "params.npz")
     contenders.save_params(path, nnx.to_pure_dict(nnx.split(model)[1]))
     return path
@@ -175,16 +183,18 @@ def _schedule(
     processes: list[ContenderProcess], config: Config
 ) -> Iterator[tuple[ContenderProcess, str]]:
     """Run every row once to warm up; then yield what to time, plain JAX in the last rounds only."""
+    is_capsnet = config.network == "capsnet"
+    common, parts = (COMMON, PARTS) if is_capsnet else (COMMON[:2], PARTS[-1:])
     for process in processes:
-        for row in (*COMMON, *(PARTS if process.name == "capsjax" else ())):
+        for row in (*common, *(parts if process.name == "capsjax" else ())):
             if process.name != "plain_jax":
                 process.seconds(row)
     for left in reversed(range(config.repeats)):
-        for row in (*COMMON, *PARTS):
+        for row in (*common, *parts):
             for process in processes:
                 is_plain = process.name == "plain_jax"
                 if process.name == "capsjax" or (
-                    row in COMMON and not (is_plain and left >= config.plain_repeats)
+                    row in common and not (is_plain and left >= config.plain_repeats)
                 ):
                     yield process, row
 
@@ -203,6 +213,7 @@ def _describe(
         "min": min(values),
         "max": max(values),
         "repeats": len(values),
+        "network": config.network,
         "images_per_second": config.batch_size / median if is_rate else None,
         "batch_size": config.batch_size,
         "image_size": config.image_size,

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import small_capsnet
 import test_figures
+from flax import nnx
 from matplotlib.image import imread
 from small_capsnet import SMALL, assert_close
 
 from experiments import benchmark_training
 from experiments.benchmarks import contender_process, contenders, plain_capsnet, step_parts
 from experiments.errors import InputError
+from experiments.training import networks
 from experiments.training.transforms import scaled
 
 SIZES = {"batch_size": small_capsnet.BATCH_SIZE, "image_size": small_capsnet.IMAGE_SIZE}
@@ -52,6 +54,11 @@ def test_plain_jax_has_the_outputs_and_gradients_of_capsjax():
     assert_close((capsules, drawn, value, gradients), small_capsnet.expected())
 
 
+def small_network(settings, image_shape, num_classes, *, seed):
+    assert (settings.network, num_classes) == ("capsnet", 10)
+    return SMALL(image_shape, rngs=nnx.Rngs(seed))
+
+
 ROWS = {
     "capsjax": (*benchmark_training.COMMON, *benchmark_training.PARTS),
     "plain_jax": benchmark_training.COMMON,
@@ -60,7 +67,7 @@ ROWS = {
 
 @pytest.mark.parametrize("name", ROWS)
 def test_contender_process_times_every_row(name, params_file, monkeypatch, capsys):
-    monkeypatch.setattr(step_parts, "CapsNet", SMALL)
+    monkeypatch.setattr(networks, "build", small_network)
     monkeypatch.setattr(step_parts, "MATRIX", 16)
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(ROWS[name])))
     config = contender_process.Config(name=name, params=params_file, more_steps=1, **SIZES)
@@ -71,6 +78,22 @@ def test_contender_process_times_every_row(name, params_file, monkeypatch, capsy
     assert_close(np.array(start["class_capsules"]), small_capsnet.expected()[0])
     assert len(seconds) == len(ROWS[name])
     assert min(seconds) > 0
+
+
+@pytest.mark.parametrize("network", contenders.NETWORKS[1:])
+def test_other_networks_have_rows_of_training_and_inference(network, tmp_path):
+    output = tmp_path / "rows.jsonl"
+    config = benchmark_training.Config(
+        network=network, batch_size=2, image_size=28, repeats=1, output=str(output)
+    )
+    assert benchmark_training.main(config) == 0
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert {row["network"] for row in rows} == {network}
+    assert [row["row"] for row in rows] == [
+        *("training", "inference", "matrix product", "first step", "peak memory"),
+        "first step, compiled before",
+    ]
+    assert min(row["median"] for row in rows) > 0
 
 
 def test_child_process_answers_until_it_is_stopped(params_file):
@@ -108,7 +131,7 @@ class FakeProcess:
 @pytest.fixture
 def _fake_processes(monkeypatch):
     monkeypatch.setattr(benchmark_training, "ContenderProcess", FakeProcess)
-    monkeypatch.setattr(benchmark_training, "CapsNet", SMALL)
+    monkeypatch.setattr(networks, "build", small_network)
 
 
 @pytest.mark.usefixtures("_fake_processes")

@@ -7,14 +7,17 @@ without it.
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_capsnet
+from flax import nnx
 from small_capsnet import TOLERANCE, assert_close
 
 from capsjax.kernels.vote_passes.cases import CASES
 from experiments import benchmark_routing, benchmark_training
 from experiments.benchmarks import contenders, routing_rows
+from experiments.training import mnist, networks
 
 pytestmark = pytest.mark.torch
 
@@ -84,6 +87,77 @@ def test_benchmark_of_training_measures_every_contender(tmp_path, capsys):
         assert names == ["capsjax", "torch", "torch_notebook"]
     assert all(row["median"] > 0 for row in rows)
     assert "ratio to capsjax" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("network", contenders.NETWORKS[1:])
+def test_other_networks_have_the_outputs_and_gradients_of_capsjax(network, float64):
+
+    import torch
+
+    from experiments.benchmarks import torch_networks
+
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (3, 28, 28, 1), np.uint8)
+    config = mnist.Config(network=network, dtype="float64")
+    model = networks.build(config, images.shape[1:], 10, seed=0)
+    # Statistics and costs off their initial values, which are 0 and 1 at many places.
+    params = jax.tree.map(
+        lambda x: np.asarray(x, np.float64) + rng.uniform(0, 0.1, x.shape),
+        nnx.to_pure_dict(nnx.state(model)),
+    )
+    graph = nnx.graphdef(model)
+
+    def loss(params):
+        found = nnx.merge(graph, params)(jnp.asarray(images / 255))
+        found = found if network == "efficient_capsnet" else found[0].reshape(3, 10, 16)
+        return (found**2).sum(), found
+
+    (_, wanted), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+    tested = torch_networks.build(network, params).eval()
+    found = tested(torch.from_numpy(images / 255).permute(0, 3, 1, 2))
+    found = found if network == "efficient_capsnet" else found[0]
+    np.testing.assert_allclose(found.detach().numpy(), wanted, rtol=1e-9)
+    (found**2).sum().backward()
+    if network == "efficient_capsnet":
+        pairs = [
+            (tested.weights, gradients["capsules"]["weights"]),
+            (tested.bias, gradients["capsules"]["couplings_bias"]),
+            (tested.primary.bias, gradients["primary"]["bias"]),
+        ]
+    else:
+        pairs = [(tested.capsules.weights, gradients["capsules"]["weights"])]
+        for k, layer in enumerate(tested.convolutions):
+            pairs.append((layer.weights, gradients["conv_capsules"][k]["weights"]))
+            betas = gradients["conv_capsules"][k]
+            pairs.append((layer.betas, np.stack([betas["beta_u"], betas["beta_a"]])))
+    for own, other in pairs:
+        np.testing.assert_allclose(own.grad.numpy(), other, rtol=0, atol=1e-9 * np.abs(other).max())
+
+
+@pytest.mark.parametrize("network", contenders.NETWORKS[1:])
+def test_other_networks_train(network):
+    from experiments.benchmarks import torch_networks
+
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (3, 28, 28, 1), np.uint8), np.array([3, 0, 7])
+    model = networks.build(mnist.Config(network=network), images.shape[1:], 10, seed=0)
+    params = nnx.to_pure_dict(nnx.state(model))
+    contender = torch_networks.contender(network, params, images, labels)
+    losses = [contender.train() for _ in range(3)]
+    assert losses[2] < losses[0]
+
+
+@pytest.mark.parametrize("network", contenders.NETWORKS[1:])
+def test_benchmark_of_other_networks_measures_pytorch(network, tmp_path):
+    output = tmp_path / "rows.jsonl"
+    config = benchmark_training.Config(
+        network=network, batch_size=2, repeats=1, torch=True, output=str(output)
+    )
+    assert benchmark_training.main(config) == 0  # RuntimeError if their class capsules differ
+    rows = read_rows(output)
+    for row in ("training", "inference"):
+        names = [found["program"] for found in rows if found["row"] == row]
+        assert names == ["capsjax", "torch"]
 
 
 def test_benchmark_of_routing_measures_pytorch(tmp_path, monkeypatch, capsys):

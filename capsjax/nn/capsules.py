@@ -326,16 +326,15 @@ class ClassCapsules(nnx.Module):
 
     def _coordinates(self, height: int, width: int) -> Array:
         """Return the coordinates of all children, `[I, D]`, or `[I, R, E]` for matrices."""
-        sizes = self.sizes
-        rows = (jnp.arange(height, dtype=jnp.float32) + 0.5) / height
-        columns = (jnp.arange(width, dtype=jnp.float32) + 0.5) / width
+        sizes, dtype = self.sizes, accumulation_dtype(jnp.dtype(self.dtype))
+        rows = (jnp.arange(height, dtype=dtype) + 0.5) / height
+        columns = (jnp.arange(width, dtype=dtype) + 0.5) / width
         inner = (sizes.columns,) if sizes.rows is None else (sizes.rows, sizes.columns)
-        zeros = jnp.zeros((height, width, sizes.children, *inner))
+        zeros = jnp.zeros((height, width, sizes.children, *inner), dtype)
         last = () if sizes.rows is None else (-1,)
         found = zeros.at[(..., 0, *last)].add(rows[:, None, None])
         found = found.at[(..., 1, *last)].add(columns[None, :, None])
-        dtype = accumulation_dtype(jnp.dtype(self.dtype))
-        return found.reshape(-1, *inner).astype(dtype)
+        return found.reshape(-1, *inner)
 
 
 def _weights(

@@ -31,7 +31,8 @@ class Config:
         "Name of the contender.",
         choices=("capsjax", "plain_jax", "torch", "torch_notebook"),
     )
-    params: str = flag("", "File of a CapsNet's parameters, .npz.")
+    network: str = flag("capsnet", "The network.", choices=contenders.NETWORKS)
+    params: str = flag("", "File of the network's parameters, .npz.")
     batch_size: int = flag(128, "Images in one step.", minimum=1)
     image_size: int = flag(28, "Height and width of the images, in pixels.", minimum=17)
     more_steps: int = flag(2, "Steps after the first, before memory is read.", minimum=0)
@@ -70,6 +71,10 @@ def _builder(config: Config) -> Callable[[Any, np.ndarray, np.ndarray], contende
 
     Only its own packages are imported, because imports count in the peak memory.
     """
+    if config.name == "torch" and config.network != "capsnet":
+        from experiments.benchmarks import torch_networks
+
+        return functools.partial(torch_networks.contender, config.network)
     if config.name.startswith("torch"):
         from experiments.benchmarks import torch_capsnet
 
@@ -87,7 +92,7 @@ def _builder(config: Config) -> Callable[[Any, np.ndarray, np.ndarray], contende
 
     if config.compilation_cache:
         loop.keep_compiled(config.compilation_cache)
-    return step_parts.contender
+    return functools.partial(step_parts.contender, config.network)
 
 
 if __name__ == "__main__":

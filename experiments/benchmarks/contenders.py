@@ -1,6 +1,6 @@
 """The interface of a contender in `benchmark_training`, and files of CapsNet parameters.
 
-A contender is one implementation of the paper's network: capsjax, plain JAX, or PyTorch.
+A contender is one implementation of a network: capsjax, plain JAX, or PyTorch.
 """
 
 from collections.abc import Callable, Iterator
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+NETWORKS = ("capsnet", "efficient_capsnet", "matrix_capsnet")
 RECONSTRUCTION_WEIGHT = 0.0005
 
 # Functions to time, by the name of their row in the results.
@@ -18,7 +19,7 @@ class Contender(NamedTuple):
     """The functions of one contender; each blocks until its result is computed."""
 
     train: Callable[[], Any]  # takes one training step
-    # Maps images [B, H, W, C] to class capsules [B, J, D], by the parameters from the file.
+    # Maps images [B, H, W, C] to poses of class capsules, by the parameters from the file.
     class_capsules: Callable[[np.ndarray], Any]
     # Returns the rows to time beside "training". Called after the peak memory of training was
     # read, because it allocates arrays of its own.

@@ -6,28 +6,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 import capsjax
-from capsjax.models import CapsNet
 from experiments.benchmarks import contenders
-from experiments.training import loop, objectives
-from experiments.training.transforms import Augmentation, scaled
+from experiments.data import datasets
+from experiments.training import loop, mnist
+from experiments.training.transforms import scaled
 
 MATRIX = 2048  # side of the matrix product
 
 
-def contender(params: loop.Params, images: np.ndarray, labels: np.ndarray) -> contenders.Contender:
+def contender(
+    network: str, params: loop.Params, images: np.ndarray, labels: np.ndarray
+) -> contenders.Contender:
     """Build the contender "capsjax"; training starts from new random parameters, not `params`."""
-    trainer = loop.Trainer(
-        lambda: CapsNet(images.shape[1:], rngs=nnx.Rngs(0)),
-        objectives.CapsuleClassification(
-            num_classes=10,
-            augmentation=Augmentation(shift=2),
-            reconstruction_weight=contenders.RECONSTRUCTION_WEIGHT,
-        ),
-        loop.adam(1e-3, final_learning_rate=1e-4, num_steps=1000),
-    )
+    examples = datasets.Split(images, labels)
+    config = mnist.Config(network=network, num_epochs=100, batch_size=len(images))
+    trainer = mnist.build(config, datasets.Dataset("", 10, examples, examples, ""))
     state = trainer.initial_state(0)
     trainer.compile_step(state, images, labels)
 
@@ -36,12 +31,40 @@ def contender(params: loop.Params, images: np.ndarray, labels: np.ndarray) -> co
         state = trainer.step(state, images, labels)
         jax.block_until_ready(state)
 
-    return contenders.Contender(
-        train,
-        lambda images: jax.jit(lambda params, x: trainer.model(params)(scaled(x)))(params, images),
+    @jax.jit
+    def poses(params: loop.Params, images: jax.Array) -> jax.Array:
+        found = trainer.model(params)(scaled(images))
+        if network != "matrix_capsnet":
+            return found
+        return found[0].reshape(*found[0].shape[:2], -1)
+
+    def rows() -> contenders.Rows:
         # A copy, because each training step donates its parameters.
-        lambda: parts(trainer, jax.tree.map(jnp.copy, state.params), images),
+        copied = jax.tree.map(jnp.copy, state.params)
+        if network == "capsnet":
+            return parts(trainer, copied, images)
+        return {"inference": inference(trainer, copied, images), "matrix product": matrix_product()}
+
+    return contenders.Contender(train, lambda images: poses(params, images), rows)
+
+
+def bind(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+    """Compile a function, and return its call with these arguments."""
+    compiled = jax.jit(function).lower(*arguments).compile()
+    return lambda: jax.block_until_ready(compiled(*arguments))
+
+
+def inference(trainer: loop.Trainer, params: loop.Params, images: np.ndarray) -> Callable[[], Any]:
+    """Compile the scores of images."""
+    return bind(
+        lambda params, x: trainer.objective.scores(trainer.model(params), scaled(x)), params, images
     )
+
+
+def matrix_product() -> Callable[[], Any]:
+    """Compile a product of two square matrices."""
+    matrix = jnp.ones((MATRIX, MATRIX))
+    return bind(jnp.matmul, matrix, matrix)
 
 
 def parts(
@@ -64,11 +87,6 @@ def parts(
     pixels, features, poses, capsules = activations(params, images)
     weights = trainer.model(params).capsules.weights[...]
     chosen = jnp.argmax(capsjax.lengths(capsules), axis=1)
-    matrix = jnp.ones((MATRIX, MATRIX))
-
-    def bind(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-        compiled = jax.jit(function).lower(*arguments).compile()
-        return lambda: jax.block_until_ready(compiled(*arguments))
 
     # `inputs` have no gradient. They are arguments and not constants, because XLA would compute
     # whatever depends on constants alone while it compiles.
@@ -86,9 +104,7 @@ def parts(
 
     first = layer(lambda model, x: model.convolution(x))
     return {
-        "inference": bind(
-            layer(lambda model, x: capsjax.lengths(model(scaled(x)))), params, images
-        ),
+        "inference": inference(trainer, params, images),
         "routing": bind(capsjax.dynamic_routing, poses, weights),
         "routing, with gradients": gradients(capsjax.dynamic_routing, poses, weights),
         "first convolution, with gradients": gradients(first, params, inputs=(pixels,)),
@@ -98,5 +114,5 @@ def parts(
         "decoder, with gradients": gradients(
             layer(lambda model, c: model.reconstruct(c, chosen)), params, capsules
         ),
-        "matrix product": bind(jnp.matmul, matrix, matrix),
+        "matrix product": matrix_product(),
     }

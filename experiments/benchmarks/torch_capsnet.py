@@ -27,14 +27,14 @@ class TorchCapsNet(nn.Module):
     def __init__(self, params: Parameters, *, num_iterations: int = 3) -> None:
         """Copy the parameters of a `CapsNet`, given as nested dicts of arrays."""
         super().__init__()
-        self.convolution = _convolution(params["convolution"])
-        self.weights = nn.Parameter(_tensor(params["capsules"]["weights"]))  # [I, P, J, D]
-        self.decoder = _decoder(params["decoder"])
+        self.convolution = convolution(params["convolution"])
+        self.weights = nn.Parameter(tensor(params["capsules"]["weights"]))  # [I, P, J, D]
+        self.decoder = decoder(params["decoder"])
         self.num_iterations = num_iterations
         self._set_primary(params["primary"]["convolution"])
 
     def _set_primary(self, params: Parameters) -> None:
-        self.primary: nn.Module = _convolution(params, stride=2)
+        self.primary: nn.Module = convolution(params, stride=2)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images `[B, C, H, W]`, scaled to 0 … 1, to class capsules `[B, J, D]`."""
@@ -69,7 +69,7 @@ class NotebookCapsNet(TorchCapsNet):
         kernel, bias = np.asarray(params["kernel"]), np.asarray(params["bias"])
         length = self.weights.shape[1]
         self.numbers = nn.ModuleList(
-            _convolution({"kernel": kernel[..., p::length], "bias": bias[p::length]}, stride=2)
+            convolution({"kernel": kernel[..., p::length], "bias": bias[p::length]}, stride=2)
             for p in range(length)
         )
 
@@ -94,7 +94,7 @@ class NotebookCapsNet(TorchCapsNet):
 class TorchTrainer:
     """Adam on the paper's loss, without the data augmentation of capsjax's training step."""
 
-    def __init__(self, network: TorchCapsNet, *, reconstruction_weight: float) -> None:
+    def __init__(self, network: nn.Module, *, reconstruction_weight: float) -> None:
         """Create the optimizer of the network's parameters."""
         self.network = network
         self.reconstruction_weight = reconstruction_weight
@@ -160,23 +160,26 @@ def pixels(images: np.ndarray) -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32) / 255
 
 
-def _tensor(array: Any) -> Tensor:
+def tensor(array: Any) -> Tensor:
+    """Copy an array."""
     return torch.from_numpy(np.array(array))
 
 
-def _convolution(params: Parameters, *, stride: int = 1) -> nn.Conv2d:
+def convolution(params: Parameters, *, stride: int = 1) -> nn.Conv2d:
+    """Build a convolution with a bias from kernel `[K, L, C, outputs]` and bias."""
     height, width, channels, outputs = params["kernel"].shape
     layer = nn.Conv2d(channels, outputs, (height, width), stride)
-    layer.weight = nn.Parameter(_tensor(params["kernel"]).permute(3, 2, 0, 1).contiguous())
-    layer.bias = nn.Parameter(_tensor(params["bias"]))
+    layer.weight = nn.Parameter(tensor(params["kernel"]).permute(3, 2, 0, 1).contiguous())
+    layer.bias = nn.Parameter(tensor(params["bias"]))
     return layer
 
 
-def _decoder(params: Parameters) -> nn.Sequential:
+def decoder(params: Parameters) -> nn.Sequential:
+    """Build the decoder of dense layers."""
     layers: list[nn.Module] = []
     for _, weights in sorted(params["layers"].items()):
         layer = nn.Linear(*weights["kernel"].shape)
-        layer.weight = nn.Parameter(_tensor(weights["kernel"]).T.contiguous())
-        layer.bias = nn.Parameter(_tensor(weights["bias"]))
+        layer.weight = nn.Parameter(tensor(weights["kernel"]).T.contiguous())
+        layer.bias = nn.Parameter(tensor(weights["bias"]))
         layers += [layer, nn.ReLU()]
     return nn.Sequential(*layers[:-1], nn.Sigmoid())
