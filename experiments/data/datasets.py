@@ -417,7 +417,11 @@ def _from_tfds(name: str, folder: Path) -> Dataset:
             for index in range(len(source)):
                 example = source[index]
                 pictures = [example[key] for key in image_names]
-                images.append(smallnorb.halved([x[..., 0] for x in pictures]) if is_stereo else pictures[0])
+                images.append(
+                    smallnorb.halved([picture[..., 0] for picture in pictures])
+                    if is_stereo
+                    else pictures[0]
+                )
                 labels.append([example[key] for key in label_names])
         except read_errors as error:
             raise InputError(f"{folder}: TFDS cannot read {split}: {_one_line(error)}") from error
