@@ -29,7 +29,7 @@ def config(tmp_path, monkeypatch):
     monkeypatch.setitem(
         networks.PUBLISHED,
         "efficient_capsnet",
-        lambda shape, classes, **rest: EfficientCapsNet(shape, classes, **SMALL, **rest),
+        lambda **rest: EfficientCapsNet(**SMALL, **rest),
     )
     data_dir = training_runs.write_noise(tmp_path / "noise", side=28)
     tiny = training_runs.tiny_config(data_dir, num_epochs=2, workdir=str(tmp_path / "run"))
