@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import pytest
 import small_runs
-import smallnorb_files
 from flax import nnx
 from PIL import Image
 from smallnorb_files import arrays, content, write, write_packed
@@ -22,7 +21,7 @@ from capsjax import models
 from experiments import evaluate, explore, export, parse_tree, train_mnist, tweak_dimensions
 from experiments.data import datasets, smallnorb
 from experiments.errors import InputError
-from experiments.training import loop, mnist, networks, records, trained
+from experiments.training import mnist, records, trained
 
 # --- files
 
@@ -279,13 +278,15 @@ def test_the_explorer_refuses_pairs_in_one_line(program, workdir):
     assert stderr.endswith("takes stereo pairs, images of 2 channels, which cannot be drawn\n")
 
 
-def test_export_says_what_its_files_take_and_its_program_standardizes(program, workdir, tmp_path):
-    status, _, stderr = program(export, workdir=workdir, output="out")
+def test_export_says_what_its_files_take_and_its_program_standardizes(
+    program, workdir, tmp_path, caplog
+):
+    caplog.set_level("INFO")
+    status, _, _ = program(export, workdir=workdir, output="out")
     assert status == 0
-    assert (
-        "--crop=20: both files take the central 20 x 20 pixels of the images of smallnorb" in stderr
-    )
-    assert "--standardize: network.jax_export takes images in 0 ... 1" in stderr
+    text = "--crop=20: both files take the central 20 x 20 pixels of the images of smallnorb"
+    assert text in caplog.text
+    assert "--standardize: network.jax_export takes images in 0 ... 1" in caplog.text
     run = trained.load(workdir)
     images = run.test.images[:3] / np.float32(255)
     program_found = jax.export.deserialize((tmp_path / "out" / export.PROGRAM).read_bytes())

@@ -123,7 +123,7 @@ def test_no_flag_is_left_out():
 def usual(tiny, tmp_path_factory):
     """What is observed of the tiny Config itself, each way; and that twice is the same."""
     found = {}
-    for observe in (loading, compiling, training):
+    for observe in (loading, compiling, seeing, training):
         for _ in range(2):
             with pytest.MonkeyPatch.context() as monkeypatch:
                 seen = observe(tiny, monkeypatch, tmp_path_factory.mktemp("usual"))

@@ -122,7 +122,7 @@ def jittered(
 
 def cropped(images: Array, key: Array, side: int, *, axis_name: AxisName = None) -> Array:
     """Cut a square `[B, side, side, C]` out of each image `[B, H, W, C]` at random."""
-    places = jnp.array([pixels - side + 1 for pixels in images.shape[1:3]])
+    places = jnp.array([[pixels - side + 1 for pixels in images.shape[1:3]]])
     return _windows(images, key, (side, side), places, axis_name)
 
 
@@ -169,7 +169,7 @@ def _windows(
 ) -> Array:
     """Cut a window of `size` out of each image, at a random corner in 0 … `places` - 1.
 
-    `places` is a number, or one for each axis.
+    `places` is a number, or one for each axis, `[1, 2]`.
     """
     offsets = draw(
         lambda shape: jax.random.randint(key, shape, 0, places), (len(images), 2), axis_name
