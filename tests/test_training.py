@@ -189,7 +189,7 @@ def test_standardized_images_have_mean_0_and_variance_1_each():
     found = np.asarray(Augmentation(standardize=True).inputs(jnp.asarray(images)))
     expected = images - images.mean((1, 2, 3), keepdims=True)
     expected[:3] /= images[:3].std((1, 2, 3), keepdims=True)
-    np.testing.assert_allclose(found, expected, atol=2e-3)
+    np.testing.assert_allclose(found, expected, atol=5e-3)
     np.testing.assert_allclose(found[:3].var((1, 2, 3)), 1, atol=1e-4)
 
 

@@ -4,6 +4,7 @@ Shape letters are those of `capsjax.shapes`.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -94,13 +95,14 @@ class Augmentation:
 def standardized(images: Array) -> Array:
     """Give each image `[..., H, W, C]` mean 0 and variance 1 over all of its numbers.
 
-    An image of a single colour becomes 0.
+    An image of equal numbers becomes 0, but for rounding.
     """
     axes = (-3, -2, -1)
     centred = images - images.mean(axes, keepdims=True)
     variance = jnp.square(centred).mean(axes, keepdims=True)
-    # Below half a step of a byte, which no image of bytes has, there are only rounding errors.
-    return centred / jnp.sqrt(jnp.maximum(variance, 1e-8))
+    # At least that of one byte that differs by one, below which there are only rounding errors.
+    least = 1 / (255**2 * math.prod(images.shape[-3:]))
+    return centred / jnp.sqrt(jnp.maximum(variance, least))
 
 
 def jittered(
