@@ -1,6 +1,7 @@
 """Evaluate a network trained by train_mnist on its test set, or classify image files with it."""
 
 import dataclasses
+import itertools
 import os
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from experiments import cli
 from experiments.analysis import inspection
 from experiments.cli import flag
 from experiments.errors import InputError
-from experiments.training import loop, trained
+from experiments.training import loop, mnist, trained
 
 _MARGIN = 0.2  # between the two highest scores; a smaller one is marked as doubtful
 
@@ -56,7 +57,10 @@ def main(config: Config) -> int:
             draw(config.figure, paths, images, scores, class_names=names, doubts=doubts)
     else:
         evaluation = run.trainer.evaluate(run.params, run.test, batch_size=config.batch_size)
-        lines = summary_lines(evaluation, run.test.labels, class_names=names)
+        lines = itertools.chain(
+            summary_lines(evaluation, run.test.labels, class_names=names),
+            viewpoint_lines(run, evaluation, batch_size=config.batch_size),
+        )
     if run.step is None:
         logging.info("%s, a file of weights", config.workdir)
     else:
@@ -81,6 +85,23 @@ def summary_lines(
     yield from calibration_lines(evaluation.scores, labels)
     yield ""
     yield from inspection.accuracy_lines(evaluation, labels)
+
+
+def viewpoint_lines(
+    run: trained.Trained, evaluation: loop.Evaluation, *, batch_size: int
+) -> Iterator[str]:
+    """Yield the test errors of novel viewpoints and of those of training, if they are separate.
+
+    `evaluation` is of the novel ones, the run's test images.
+    """
+    if run.dataset.familiar is None:
+        return
+    dataset = dataclasses.replace(run.dataset, test=run.dataset.familiar)
+    familiar = mnist.test_split(run.config, dataset)
+    before = run.trainer.evaluate(run.params, familiar, batch_size=batch_size)
+    for name, found, split in (("novel", evaluation, run.test), ("familiar", before, familiar)):
+        error = f"test error {found.error(split.labels):.2f} % of {split.size}"
+        yield f"{name} viewpoints ({run.config.viewpoints}): {error}"
 
 
 def calibration_lines(scores: np.ndarray, labels: np.ndarray) -> Iterator[str]:

@@ -61,23 +61,30 @@ class Explorer:
       workdir: Where it came from, for messages.
 
     Raises:
-      InputError: The network has no capsules.
+      InputError: The network has no capsules, or takes stereo pairs.
     """
 
     def __init__(self, run: trained.Trained, workdir: str):
         model = selection.capsnet_of(run, workdir)
         self.shape: Any = run.dataset.test.images.shape[1:]
-        self.canvas = run.config.canvas
+        if self.shape[-1] == 2:
+            raise InputError(
+                f"workdir {workdir} takes stereo pairs, images of 2 channels, which cannot be drawn"
+            )
+        self.side = run.config.side
         self.num_classes, self.depth = model.capsules.weights.shape[2:]
         self.names = run.dataset.class_names or [str(k) for k in range(self.num_classes)]
         self.has_decoder = bool(run.config.reconstruction_weight)
         height, width, channels = self.shape
-        self.seen = (self.canvas or height, self.canvas or width, channels)
+        self.seen = (self.side or height, self.side or width, channels)
         self.fields = evidence.receptive_fields(model, self.seen)
         # Parameters are an argument, because XLA would constant-fold closed-over arrays.
         look = jax.jit(
             lambda params, images, added: views.look(
-                run.trainer.model(params), images, added, has_decoder=self.has_decoder
+                run.trainer.model(params),
+                run.trainer.objective.inputs(images),
+                added,
+                has_decoder=self.has_decoder,
             )
         )
         self.compute = functools.partial(look, run.params)
@@ -86,8 +93,8 @@ class Explorer:
         self, image: np.ndarray, turn: float, right: float, down: float, *added: float
     ) -> views.View:
         """Return the `View` of an image of the data set's shape."""
-        if self.canvas:
-            image = datasets.centred(image[None], self.canvas)[0]
+        if self.side:
+            image = datasets.centred(image[None], self.side)[0]
         values = np.zeros(self.depth, np.float32)
         values[: len(added)] = added
         return views.view(

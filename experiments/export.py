@@ -7,6 +7,7 @@ not needed.
 
 import dataclasses
 import pathlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from capsjax.models.saved import FILE_NAME
 from experiments import cli, files
 from experiments.cli import flag
 from experiments.errors import InputError
-from experiments.training import trained
+from experiments.training import mnist, trained
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 PROGRAM = "network.jax_export"
@@ -46,21 +47,40 @@ def main(config: Config) -> int:
         output.mkdir(parents=True, exist_ok=True)
         models.save(run.model, output / FILE_NAME)
     has_decoder = bool(run.config.reconstruction_weight)
-    files.write_bytes(output / PROGRAM, export(run.model, has_decoder=has_decoder))
+    inputs = run.trainer.objective.inputs
+    files.write_bytes(output / PROGRAM, export(run.model, inputs, has_decoder=has_decoder))
+    for line in input_lines(run.config):
+        logging.info("%s", line)
     for name in (FILE_NAME, PROGRAM):
         logging.info("%s: %.1f MiB", output / name, (output / name).stat().st_size / 2**20)
     return 0
 
 
-def export(model: Any, *, has_decoder: bool) -> bytes:
+def input_lines(config: mnist.Config) -> Iterator[str]:
+    """Yield what must be done to images before both files take them, as the run's tests do it."""
+    if config.crop:
+        yield (
+            f"--crop={config.crop}: both files take the central {config.crop} x {config.crop} "
+            f"pixels of the images of {config.dataset}"
+        )
+    if config.standardize:
+        yield (
+            f"--standardize: {PROGRAM} takes images in 0 ... 1 and gives each mean 0 and variance "
+            f"1 over its pixels and channels; the network of {FILE_NAME} takes images on which "
+            "this was done"
+        )
+
+
+def export(model: Any, inputs: Callable[[jax.Array], jax.Array], *, has_decoder: bool) -> bytes:
     """Return a program of a `CapsNet` from images `[B, H, W, C]` in [0, 1] to a dict of arrays.
 
-    Its keys are capsules `[B, J, D]` and lengths `[B, J]`; with a decoder that was trained, also
-    reconstructions `[B, H, W, C]` from the longest capsules.
+    `inputs` maps the images to what the network takes. The keys are capsules
+    `[B, J, D]` and lengths `[B, J]`; with a decoder that was trained, also reconstructions
+    `[B, H, W, C]` from the longest capsules.
     """
 
     def network(images: jax.Array) -> dict[str, Any]:
-        capsules = model(images)
+        capsules = model(inputs(images))
         found = {"capsules": capsules, "lengths": capsjax.lengths(capsules)}
         return found | ({"reconstructions": model.reconstruct(capsules)} if has_decoder else {})
 

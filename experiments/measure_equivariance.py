@@ -193,7 +193,7 @@ def make_encoder(
 
     @jax.jit
     def encode_batch(params: Any, images: Array) -> Array:
-        model = run.trainer.model(params)
+        model, images = run.trainer.model(params), run.trainer.objective.inputs(images)
         return model(images) if isinstance(model, CapsNet) else model.features(images)[:, None]
 
     def encode(images: np.ndarray) -> np.ndarray:

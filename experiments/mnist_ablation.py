@@ -51,7 +51,7 @@ def main(config: Config) -> int:
     """
     names = config.variants.split(",")
     check_settings(config, names)
-    dataset = runs.prepare(config)
+    dataset = mnist.select_viewpoints(config, runs.prepare(config))
     if jax.process_count() > 1:
         raise InputError("mnist_ablation must run in a single process; it uses all of its devices")
     folder = pathlib.Path(config.workdir)

@@ -40,7 +40,8 @@ def main(config: Config) -> int:
     output = pathlib.Path(config.output)
     table: list[dict[str, Any]] = []
     for name, image in select_images(config, run).items():
-        trace = evidence.trace_routing(model, image)
+        seen = np.asarray(run.trainer.objective.inputs(jnp.asarray(image)))
+        trace = evidence.trace_routing(model, seen)
         fields = evidence.receptive_fields(model, image.shape)
         table += evidence.evidence_rows(
             name, trace, fields, parents=EVIDENCE_PARENTS, children=config.children
@@ -52,7 +53,9 @@ def main(config: Config) -> int:
             fields,
             num_digits=2 if config.overlap else 1,
             children=config.children,
-            model=model if run.config.reconstruction_weight else None,
+            reconstructions=(
+                reconstruct_classes(model, seen) if run.config.reconstruction_weight else None
+            ),
         )
         files.save_figure(figure, output / f"{name}_tree.png")
         shown = ", ".join(
@@ -96,7 +99,10 @@ def overlay(first: np.ndarray, second: np.ndarray, *, shift: int) -> np.ndarray:
 
 
 def reconstruct_classes(model: CapsNet, image: np.ndarray) -> np.ndarray:
-    """Reconstruct an image `[H, W, C]` from each class capsule alone, `[J, H, W, C]`."""
+    """Reconstruct an image `[H, W, C]`, as the network takes it, from each class capsule alone.
+
+    The result has shape `[J, H, W, C]`.
+    """
     capsules = model(jnp.asarray(image))
     classes = jnp.arange(len(capsules))
     return np.asarray(
@@ -126,11 +132,11 @@ def draw_tree(
     *,
     num_digits: int,
     children: int,
-    model: CapsNet | None,
+    reconstructions: np.ndarray | None,
 ) -> Figure:
     """Draw the longest class capsules above the leading children of the first `num_digits`.
 
-    With a model, which must have a decoder, the class capsules are shown as reconstructions.
+    Class capsules are shown as their reconstructions `[J, H, W, C]`, if there are any.
     """
     parents, last = evidence.longest_parents(trace, PARENTS), trace.evidence[-1]
     leading: list[int] = []
@@ -151,7 +157,7 @@ def draw_tree(
         positions=positions,
         captions=[f"{n}: type {kind + 1}" for n, kind in enumerate(types, 1)],
         parents=[f"class {parent}: {trace.lengths[-1, parent]:.2f}" for parent in parents],
-        reconstructions=reconstruct_classes(model, image)[parents] if model else None,
+        reconstructions=None if reconstructions is None else reconstructions[parents],
         title="Top: class capsules, lengths, reconstructions. Edges: couplings of last iteration."
         "\nBottom: primary capsules with the most evidence, and their receptive fields.",
     )

@@ -7,12 +7,12 @@ train convolutional baselines.
 from experiments import cli
 from experiments.analysis.classifier_run import train_run
 from experiments.training import runs
-from experiments.training.mnist import Config
+from experiments.training.mnist import Config, select_viewpoints
 
 
 def main(config: Config) -> int:
     """Train from the workdir's newest checkpoint to the end, and write the figures."""
-    return train_run(config, runs.prepare(config))
+    return train_run(config, select_viewpoints(config, runs.prepare(config)))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from experiments.analysis import effects, inspection, selection
 from experiments.cli import flag
 from experiments.errors import InputError
 from experiments.figures import classifier
-from experiments.figures.style import STYLE, settle_ticks
+from experiments.figures.style import STYLE, settle_ticks, side_by_side
 from experiments.training import trained
 
 # Shape letters: K classes; D dimensions of a class capsule; V values added to a dimension; M
@@ -62,7 +62,8 @@ def main(config: Config) -> int:
     output = pathlib.Path(config.output)
     images = selection.select_images(run, images=config.images, index=config.index)
     for name, image in images.items():
-        grid = np.asarray(inspection.tweak_dimensions(model, model(jnp.asarray(image))))
+        seen = run.trainer.objective.inputs(jnp.asarray(image))
+        grid = np.asarray(inspection.tweak_dimensions(model, model(seen)))
         figure = classifier.dimension_tweaks(grid, values=inspection.TWEAKS)
         files.save_figure(figure, output / f"{name}_tweaks.png")
         files.write_bytes(output / f"{name}_sweep.gif", animate(grid, values=inspection.TWEAKS))
@@ -71,7 +72,9 @@ def main(config: Config) -> int:
         return 0
     # Parameters are an argument, because XLA would constant-fold closed-over arrays for seconds.
     reconstruct = jax.jit(
-        lambda params, images: effects.reconstruct_tweaked(run.trainer.model(params), images)
+        lambda params, images: effects.reconstruct_tweaked(
+            run.trainer.model(params), run.trainer.objective.inputs(images)
+        )
     )
     measured = effects.measure_effects(
         functools.partial(reconstruct, run.params),
@@ -90,6 +93,7 @@ def animate(grid: np.ndarray, *, values: Sequence[float]) -> bytes:
       grid: Reconstructions by dimension and added value, `[D, V, H, W, C]` in [0, 1].
       values: The values that were added to the dimension, `[V]`.
     """
+    grid = side_by_side(grid)
     D, V = grid.shape[:2]
     columns = math.ceil(math.sqrt(D))
     lines = math.ceil(D / columns)

@@ -441,8 +441,8 @@ C = softmax(3, 6, 4)
         ),
         (lambda: classifier.reconstructions(X * np.nan, X, L, Y), r"images must lie in \[0, 1\]"),
         (
-            lambda: classifier.dimension_tweaks(images(2, 3, 8, 8, 2), values=[0, 1, 2]),
-            "dimension_tweaks: grid must have 1 or 3 channels, got 2",
+            lambda: classifier.dimension_tweaks(images(2, 3, 8, 8, 4), values=[0, 1, 2]),
+            "dimension_tweaks: grid must have 1, 2 or 3 channels, got 4",
         ),
         (
             lambda: classifier.dimension_tweaks(images(2, 3, 8, 8, 1), values=[0, 1]),

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 import training_runs
 from flax import nnx
@@ -49,6 +50,17 @@ def compiling(config, monkeypatch, tmp_path):
     return start.lower().as_text(), step.as_text(), chosen.tolist()
 
 
+def seeing(config, monkeypatch, tmp_path):
+    """The shapes of the images to train on and of those to test, if their viewpoints are known."""
+    dataset = datasets.load(config.dataset, data_dir=config.data_dir)
+    info = {
+        split: np.arange(getattr(dataset, split).size)[:, None] % 18 * (0, 0, 2, 0)
+        for split in ("train", "test")
+    }
+    dataset = mnist.select_viewpoints(config, dataclasses.replace(dataset, info=info))
+    return dataset.train.images.shape, mnist.test_split(config, dataset).images.shape
+
+
 def training(config, monkeypatch, tmp_path):
     """The rows of metrics, the checkpoints, and the kinds of files."""
     monkeypatch.chdir(tmp_path)
@@ -78,6 +90,11 @@ EFFECTS = {
     "ema_decay": (0.9, compiling),
     "rotation": (5.0, compiling),
     "scale": (0.2, compiling),
+    "crop": (16, seeing),
+    "standardize": (True, compiling),
+    "brightness": (0.2, compiling),
+    "contrast": (0.2, compiling),
+    "viewpoints": ("azimuth", seeing),
     "conv_channels": (3, compiling),
     "decoder_units": (8, compiling),
     "kernel_size": (7, compiling),
@@ -106,7 +123,7 @@ def test_no_flag_is_left_out():
 def usual(tiny, tmp_path_factory):
     """What is observed of the tiny Config itself, each way; and that twice is the same."""
     found = {}
-    for observe in (loading, compiling, training):
+    for observe in (loading, compiling, seeing, training):
         for _ in range(2):
             with pytest.MonkeyPatch.context() as monkeypatch:
                 seen = observe(tiny, monkeypatch, tmp_path_factory.mktemp("usual"))

@@ -173,6 +173,50 @@ def test_rotation_and_scale_are_part_of_the_augmentation():
     chex.assert_trees_all_equal(both, shifted(first, key, 1))
 
 
+def test_crops_are_of_all_places_and_the_augmentation_ends_with_them():
+    grid = np.arange(6 * 8, dtype=np.float32).reshape(6, 8, 1)
+    crops = np.asarray(Augmentation(crop=5)(jnp.asarray([grid] * 300), jax.random.key(0)))
+    assert crops.shape == (300, 5, 5, 1)
+    corners = crops[:, 0, 0, 0].astype(int)
+    assert set(corners) == {8 * row + column for row in range(2) for column in range(4)}
+    np.testing.assert_array_equal(crops[..., 0] - corners[:, None, None], [grid[:5, :5, 0]] * 300)
+
+
+def test_standardized_images_have_mean_0_and_variance_1_each():
+    images = np.random.default_rng(0).random((4, 9, 7, 2), np.float32)
+    images[0] *= np.float32(0.1)
+    images[3] = 0.3
+    found = np.asarray(Augmentation(standardize=True).inputs(jnp.asarray(images)))
+    expected = images - images.mean((1, 2, 3), keepdims=True)
+    expected[:3] /= images[:3].std((1, 2, 3), keepdims=True)
+    np.testing.assert_allclose(found, expected, atol=5e-3)
+    np.testing.assert_allclose(found[:3].var((1, 2, 3)), 1, atol=1e-4)
+
+
+def test_jitter_is_an_image_at_a_time_within_the_limits_and_only_in_training():
+    images = jnp.asarray(np.random.default_rng(0).random((400, 5, 6, 2), np.float32))
+    jitter = Augmentation(brightness=0.3, contrast=0.5)
+    assert jitter.inputs(images) is images
+    assert jitter(images, jax.random.key(0)) is images  # a decoder draws images without jitter
+    seen = np.asarray(jitter.inputs(images, jax.random.key(0)))
+    means = (np.mean(part, (1, 2), keepdims=True) for part in (images, seen))
+    before, after = means
+    added, factors = (after - before)[:, 0, 0], np.std(seen, (1, 2)) / np.std(images, (1, 2))
+    for values in (added, factors):  # of both channels
+        np.testing.assert_allclose(values[:, 0], values[:, 1], rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose([added.min(), added.max()], [-0.3, 0.3], atol=0.02)
+    np.testing.assert_allclose([factors.min(), factors.max()], [0.5, 1.5], atol=0.02)
+    assert abs(np.corrcoef(added[:, 0], factors[:, 0])[0, 1]) < 0.2
+    np.testing.assert_allclose(seen, after + factors[:, None, None] * (images - before), atol=1e-5)
+
+
+def test_jitter_comes_after_standardization_which_would_undo_it():
+    images = jnp.asarray(np.random.default_rng(0).random((4, 9, 9, 1), np.float32))
+    both = Augmentation(standardize=True, brightness=0.5)
+    seen = both.inputs(images, jax.random.key(0)).mean((1, 2, 3))
+    assert (abs(seen) > 1e-3).all()
+
+
 def test_bytes_become_0_to_1():
     images = scaled(jnp.array([0, 51, 255], jnp.uint8))
     assert images.dtype == jnp.float32

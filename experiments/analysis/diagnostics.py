@@ -109,7 +109,7 @@ def make_diagnostics(
     @trainer.jit
     def compute(params: loop.Params, images: Array) -> dict[str, Array]:
         model = trainer.model(params)
-        poses = model.primary_poses(images)
+        poses = model.primary_poses(trainer.objective.inputs(images))
         couplings = model.capsules.couplings(poses)
         gradients = jax.grad(loss)(params, images)
         row = {

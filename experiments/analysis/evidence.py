@@ -35,7 +35,7 @@ def trace_routing(model: CapsNet, image: np.ndarray) -> RoutingTrace:
 
     Args:
       model: The network.
-      image: `[H, W, C]` in [0, 1].
+      image: `[H, W, C]`, as the network takes it.
     """
     poses = model.primary_poses(jnp.asarray(image))
     return RoutingTrace(*map(np.asarray, route(model, poses)))

@@ -111,8 +111,9 @@ def _capsule_figures(
     @trainer.jit
     def forward(params: loop.Params, images: jax.Array) -> dict[str, jax.Array]:
         model, images = trainer.model(params), scaled(images)
-        capsules = model(images)
-        arrays = {"couplings": model.capsules.couplings(model.primary_poses(images[:count]))}
+        seen = objective.inputs(images)
+        capsules = model(seen)
+        arrays = {"couplings": model.capsules.couplings(model.primary_poses(seen[:count]))}
         if has_decoder:
             shown = capsules[:SHOWN_EXAMPLES]
             arrays["images"] = images[:SHOWN_EXAMPLES]

@@ -1,6 +1,7 @@
 """Image classification data sets, and the order of training batches.
 
-Shape letters: N examples; H, W height and width of an image; C channels, 1 or 3.
+Shape letters: N examples; H, W height and width of an image; C channels: 1, 3, or 2 of
+stereo pairs.
 """
 
 import hashlib
@@ -9,7 +10,7 @@ import os
 import re
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple, Protocol
@@ -17,7 +18,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from absl import logging
 
-from experiments.data import folders, idx
+from experiments.data import folders, idx, smallnorb
 from experiments.errors import InputError
 
 MNIST_SMALL = Path(__file__).parent / "mnist_small" / "mnist_small.npz"
@@ -83,6 +84,9 @@ class Dataset:
     test: Split
     sha256: str  # of the decoded arrays and their shapes, so independent of the file format
     class_names: tuple[str, ...] = ()  # empty: the numbers from 0
+    # Viewpoints of smallNORB by split, as in `smallnorb.Part`; empty for other data sets.
+    info: dict[str, np.ndarray] = field(default_factory=dict)
+    familiar: Split | None = None  # test images from the viewpoints of training, if separate
 
 
 def load(name: str, *, data_dir: str = "", download: bool = False) -> Dataset:
@@ -90,11 +94,11 @@ def load(name: str, *, data_dir: str = "", download: bool = False) -> Dataset:
 
     Args:
       name: `mnist_small` (included with the programs), `mnist`, `fashion_mnist`, `emnist_letters`
-        and the other parts of EMNIST, `folder:DIR` (one folder of images a class, below `train` and
-        `test` or not), or `tfds:<name>`.
-      data_dir: Folder to search for idx or idx.gz files, directly or in torchvision's subfolder,
-        and for a data set prepared by TFDS. Empty: the default folders of torchvision, Keras,
-        Debian and TFDS.
+        and the other parts of EMNIST, `smallnorb`, `folder:DIR` (one folder of images a class,
+        below `train` and `test` or not), or `tfds:<name>`.
+      data_dir: Folder to search for the data set's files, gzipped or not, directly or in
+        torchvision's subfolder, and for a data set prepared by TFDS. Empty: the
+        default folders of torchvision, Keras, Debian and TFDS.
       download: Whether to download a missing data set with TFDS.
 
     Raises:
@@ -111,10 +115,12 @@ def load(name: str, *, data_dir: str = "", download: bool = False) -> Dataset:
         if data_dir:
             raise InputError(f"--dataset={name} names its folder itself and takes no --data_dir.")
         return _from_folder(name, Path(os.path.expanduser(name.removeprefix("folder:"))))
-    if not re.fullmatch(rf"mnist|fashion_mnist|emnist_({'|'.join(_EMNIST)})|{_TFDS}", name):
+    if not re.fullmatch(
+        rf"mnist|fashion_mnist|emnist_({'|'.join(_EMNIST)})|smallnorb|{_TFDS}", name
+    ):
         raise InputError(
             "--dataset must be mnist_small, mnist, fashion_mnist, emnist_<part> "
-            f"({', '.join(_EMNIST)}), folder:<DIR> or tfds:<name>, got {name!r}."
+            f"({', '.join(_EMNIST)}), smallnorb, folder:<DIR> or tfds:<name>, got {name!r}."
         )
     root = Path(os.path.expanduser(data_dir)) if data_dir else None
     # os.path, because Path's methods raise for names that are too long.
@@ -125,6 +131,11 @@ def load(name: str, *, data_dir: str = "", download: bool = False) -> Dataset:
         _import_tfds(name)  # fail early if the package is missing
 
     searched = []
+    if name == "smallnorb":
+        if root and (paths := idx.find(root, smallnorb.FILES)):
+            return _from_smallnorb(name, smallnorb.read(paths), str(root))
+        where = f"{root}{_listing(root)}" if root else "--data_dir, which is not given"
+        searched.append(f"{', '.join(smallnorb.FILES.values())} (plain or .gz) in {where}")
     for folder in _idx_folders(name, root):
         if paths := idx.locate(folder, **_idx_names(name)):
             return _from_idx(name, paths)
@@ -171,9 +182,11 @@ def placed(split: Split, canvas: int) -> Split:
     return Split(images, split.labels)
 
 
-def centred(images: np.ndarray, canvas: int) -> np.ndarray:
-    """Pad images `[N, H, W, C]` to `[N, canvas, canvas, C]` with black, keeping them centred."""
-    frees = [canvas - side for side in images.shape[1:3]]
+def centred(images: np.ndarray, side: int) -> np.ndarray:
+    """Pad images `[N, H, W, C]` to `[N, side, side, C]` with black, or cut out their centres."""
+    top, left = (max(0, pixels - side) // 2 for pixels in images.shape[1:3])
+    images = images[:, top : top + side, left : left + side]
+    frees = [side - pixels for pixels in images.shape[1:3]]
     edges = [(free // 2, free - free // 2) for free in frees]
     return np.pad(images, ((0, 0), *edges, (0, 0)))
 
@@ -222,7 +235,7 @@ def _batches(
 
 
 def _idx_folders(name: str, root: Path | None) -> list[Path]:
-    if name.startswith("tfds:"):
+    if name.startswith("tfds:") or name == "smallnorb":
         return []
     if root:
         return [root, root / _TORCHVISION_FOLDERS.get(name, "EMNIST/raw")]
@@ -277,6 +290,16 @@ def _from_idx(name: str, paths: dict[str, Path]) -> Dataset:
             dataset.num_classes,
         )
     return dataset
+
+
+def _from_smallnorb(name: str, parts: dict[str, smallnorb.Part], where: str) -> Dataset:
+    names = smallnorb.CLASS_NAMES
+    splits = {
+        split: _check_split(part.images, part.labels, len(names), where)
+        for split, part in parts.items()
+    }
+    info = {split: part.info for split, part in parts.items()}
+    return _build_dataset(name, len(names), splits, class_names=names, info=info)
 
 
 def _from_folder(name: str, folder: Path) -> Dataset:
@@ -372,27 +395,34 @@ def _from_tfds(name: str, folder: Path) -> Dataset:
         features, sources = dict(builder.info.features), builder.as_data_source()
     except read_errors as error:
         raise InputError(f"{folder}: TFDS cannot read it: {_one_line(error)}") from error
-    image, label = features.get("image"), features.get("label")
+    is_stereo = name.removeprefix("tfds:").split("/")[0] == "smallnorb"
+    image_names, label_names = smallnorb.FEATURES if is_stereo else (("image",), ("label",))
     if not (
-        isinstance(image, tfds.features.Image)
-        and isinstance(label, tfds.features.ClassLabel)
-        and label.num_classes
+        all(isinstance(features.get(key), tfds.features.Image) for key in image_names)
+        and all(isinstance(features.get(key), tfds.features.ClassLabel) for key in label_names)
+        and (num_classes := features[label_names[0]].num_classes)
         and {"train", "test"} <= set(sources)
     ):
         raise InputError(
-            f"{folder}: a data set must have the features image and label (a class) and the splits "
-            f"train and test, got {', '.join(sorted(features))} and {', '.join(sorted(sources))}."
+            f"{folder}: a data set must have the features {', '.join(image_names)} and "
+            f"{', '.join(label_names)} (classes) and the splits train and test, "
+            f"got {', '.join(sorted(features))} and {', '.join(sorted(sources))}."
         )
-    splits = {}
+    splits, info = {}, {}
     for split in idx.STEMS:
         images: list[np.ndarray] = []
-        labels: list[int] = []
+        labels: list[list[int]] = []  # of each of `label_names`
         try:
             source = sources[split]
             for index in range(len(source)):
                 example = source[index]
-                images.append(example["image"])
-                labels.append(example["label"])
+                pictures = [example[key] for key in image_names]
+                images.append(
+                    smallnorb.halved([picture[..., 0] for picture in pictures])
+                    if is_stereo
+                    else pictures[0]
+                )
+                labels.append([example[key] for key in label_names])
         except read_errors as error:
             raise InputError(f"{folder}: TFDS cannot read {split}: {_one_line(error)}") from error
         kinds = sorted({(image.shape, image.dtype.name) for image in images})
@@ -400,10 +430,12 @@ def _from_tfds(name: str, folder: Path) -> Dataset:
             raise InputError(
                 f"{folder}: the images of {split} must all have one shape, got {kinds[:4]}."
             )
-        splits[split] = _check_split(
-            np.array(images), np.array(labels), label.num_classes, str(folder)
-        )
-    return _build_dataset(name, label.num_classes, splits)
+        columns = np.array(labels).reshape(-1, len(label_names))
+        splits[split] = _check_split(np.array(images), columns[:, 0], num_classes, str(folder))
+        if is_stereo:
+            info[split] = smallnorb.checked(columns[:, 1:] * (1, 1, 2, 1), str(folder))
+    names = smallnorb.CLASS_NAMES if is_stereo else ()
+    return _build_dataset(name, num_classes, splits, class_names=names, info=info)
 
 
 def _one_line(error: Exception) -> str:
@@ -416,9 +448,9 @@ def _check_split(images: np.ndarray, labels: np.ndarray, num_classes: int, where
             f"{where}: there must be one label per image and at least one image, "
             f"got {len(images)} images and {len(labels)} labels."
         )
-    if images.ndim != 4 or images.shape[3] not in (1, 3):
+    if images.ndim != 4 or images.shape[3] not in (1, 2, 3):
         raise InputError(
-            f"{where}: images must have 1 or 3 channels, "
+            f"{where}: images must have 1, 2 or 3 channels, "
             f"got height, width, channels = {images.shape[1:]}."
         )
     if images.dtype != np.uint8:
@@ -438,6 +470,7 @@ def _build_dataset(
     splits: dict[str, Split],
     *,
     class_names: tuple[str, ...] = (),
+    info: dict[str, np.ndarray] | None = None,
 ) -> Dataset:
     train, test = splits["train"], splits["test"]
     if train.images.shape[1:] != test.images.shape[1:]:
@@ -446,7 +479,7 @@ def _build_dataset(
             f"got {train.images.shape[1:]} and {test.images.shape[1:]}."
         )
     digest = hashlib.sha256()
-    for array in (*train, *test):
+    for array in (*train, *test, *(info or {}).values()):
         digest.update(repr((array.shape, array.dtype.name)).encode())
         digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
-    return Dataset(name, num_classes, train, test, digest.hexdigest(), class_names)
+    return Dataset(name, num_classes, train, test, digest.hexdigest(), class_names, info or {})

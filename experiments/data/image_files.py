@@ -61,8 +61,10 @@ def read_pictures(paths: Sequence[str], *, shape: tuple[int, int, int]) -> list[
       shape: H, W, C of the result; C is 1 or 3.
 
     Raises:
-      InputError: A file is missing, unreadable, above Pillow's size limit, or blank.
+      InputError: A file is missing, unreadable, above Pillow's size limit, or blank; or C is 2.
     """
+    if shape[-1] == 2:
+        raise InputError("image files cannot be read as stereo pairs, which the network takes")
     return [_read_picture(path, shape) for path in paths]
 
 

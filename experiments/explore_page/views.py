@@ -58,7 +58,7 @@ def look(
 
     Args:
       model: The network.
-      images: Before and after moving, `[2, H, W, C]` in [0, 1].
+      images: Before and after moving, `[2, H, W, C]`, as the network takes them.
       added: Values to add to the dimensions of the winning capsule, `[D]`.
       has_decoder: Whether the network learned to reconstruct.
     """

@@ -19,7 +19,7 @@ from matplotlib.textpath import text_to_path
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
-from experiments.figures.style import BLUE, GREY, POINTS, RED, STYLE, settle_ticks
+from experiments.figures.style import BLUE, GREY, POINTS, RED, STYLE, settle_ticks, side_by_side
 
 _HEAT = "Blues"
 
@@ -90,8 +90,8 @@ def reconstructions(
     Raises:
       ValueError: A shape, a pixel value or a label is invalid.
     """
+    sizes = dict(zip("NHWC", np.shape(images), strict=False))
     images = _check_images("reconstructions: images", images, "NHWC")
-    sizes = dict(zip("NHWC", images.shape, strict=True))
     decoded = _check_images("reconstructions: reconstructions", reconstructions, "NHWC", **sizes)
     N, H, W, _ = images.shape
     lengths = _check_shape("reconstructions: lengths", lengths, "NK", N=N)
@@ -441,12 +441,13 @@ def _check_shape(what: str, value: ArrayLike, letters: str, **sizes: int) -> np.
 
 
 def _check_images(what: str, value: ArrayLike, letters: str, **sizes: int) -> np.ndarray:
-    images = _check_shape(what, value, letters, **sizes).astype(np.float32)
-    if images.shape[-1] not in (1, 3):
-        raise ValueError(f"{what} must have 1 or 3 channels, got {images.shape[-1]}")
+    """Return images as float32, stereo pairs side by side; raise ValueError for other values."""
+    images = _check_shape(what, value, letters, **sizes).astype(np.float32, copy=False)
+    if images.shape[-1] not in (1, 2, 3):
+        raise ValueError(f"{what} must have 1, 2 or 3 channels, got {images.shape[-1]}")
     if not (images.min() >= 0 and images.max() <= 1):
         raise ValueError(f"{what} must lie in [0, 1], got {images.min():g} to {images.max():g}")
-    return images
+    return side_by_side(images)
 
 
 def _check_classes(

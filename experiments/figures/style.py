@@ -1,5 +1,6 @@
 """Matplotlib style that all figures share."""
 
+import numpy as np
 from matplotlib import style
 from matplotlib.figure import Figure
 
@@ -26,6 +27,16 @@ STYLE = style.context(
         },
     ]
 )
+
+
+def side_by_side(images: np.ndarray) -> np.ndarray:
+    """Lay the halves of stereo pairs `[..., H, W, 2]` side by side, `[..., H, 2 W, 1]`.
+
+    Images of other numbers of channels are returned as they are.
+    """
+    if images.shape[-1] != 2:
+        return images
+    return np.concatenate([images[..., :1], images[..., 1:]], axis=-2)
 
 
 def settle_ticks(figure: Figure) -> None:

@@ -171,7 +171,12 @@ def tree(
 
 
 def _faded(image: np.ndarray) -> np.ndarray:
-    """Map light-on-dark images to grey on white, on which marks are visible; keep colour images."""
+    """Map light-on-dark images to grey on white, on which marks are visible; keep colour images.
+
+    Of a stereo pair, the first image is drawn, because positions are those in one image.
+    """
+    if image.shape[-1] == 2:
+        image = image[..., :1]
     return 1 - image / 2 if image.shape[-1] == 1 else image
 
 

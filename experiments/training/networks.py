@@ -30,6 +30,7 @@ NETWORKS = ("capsnet", "cnn", "pooling_cnn")
 # dtype and, if their layers do, implementation.
 PUBLISHED: dict[str, Callable[..., nnx.Module]] = {
     "efficient_capsnet": EfficientCapsNet,
+    "efficient_capsnet_small_norb": EfficientCapsNet.small_norb,
     "matrix_capsnet": MatrixCapsNet.small,
     "sr_capsnet": SRCapsNet,
     "inverted_attention_capsnet": InvertedAttentionCapsNet,
@@ -200,7 +201,7 @@ def build(
             )
         implementation = None if settings.implementation == "auto" else settings.implementation
         if settings.network in PUBLISHED:
-            takes = settings.network in ("efficient_capsnet", "matrix_capsnet")
+            takes = settings.network.startswith(("efficient_capsnet", "matrix_capsnet"))
             if implementation and not takes:
                 raise InputError(
                     f"--implementation must be auto for --network={settings.network}, got "
@@ -208,7 +209,7 @@ def build(
                 )
             named = {"implementation": implementation} if takes else {}
             return PUBLISHED[settings.network](
-                image_shape, num_classes, dtype=dtype, rngs=rngs, **named
+                image_shape=image_shape, num_classes=num_classes, dtype=dtype, rngs=rngs, **named
             )
         return CapsNet(
             image_shape,

@@ -26,6 +26,9 @@ class Objective(Protocol):
     def augment(self, images: Array, key: Array, *, axis_name: AxisName = None) -> Array:
         """Augment training images `[B, H, W, C]` at random."""
 
+    def inputs(self, images: Array) -> Array:
+        """Return images as a network takes them outside of training."""
+
     def at_step(self, step: Array) -> "Objective":
         """Return the objective of a training step; `step` counts those before it."""
 
@@ -65,6 +68,12 @@ class Classification:
         """Move images at random."""
         return self.augmentation(images, key, axis_name=axis_name)
 
+    def inputs(
+        self, images: Array, key: Array | None = None, *, axis_name: AxisName = None
+    ) -> Array:
+        """Return images as the network takes them; with the key of a step, with jitter."""
+        return self.augmentation.inputs(images, key, axis_name=axis_name)
+
     def at_step(self, step: Array) -> Self:
         """Return this objective, which is the same at all steps."""
         del step
@@ -100,9 +109,8 @@ class CapsuleClassification(Classification):
         In training, the decoder reconstructs from the capsule of the true class, so that it learns
         before the classes do; in a test, from the longest capsule.
         """
-        del axis_name
         training = {"training": key is not None} if self.batch_statistics else {}
-        capsules = model(images, **training)
+        capsules = model(self.inputs(images, key, axis_name=axis_name), **training)
         lengths = capsjax.lengths(capsules).astype(jnp.float32)
         loss = capsjax.margin_loss(lengths, jax.nn.one_hot(labels, self.num_classes))
         if self.reconstruction_weight:
@@ -113,7 +121,7 @@ class CapsuleClassification(Classification):
 
     def scores(self, model: Any, images: Array) -> Array:
         """Return the lengths of the class capsules."""
-        return capsjax.lengths(model(images)).astype(jnp.float32)
+        return capsjax.lengths(model(self.inputs(images))).astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,13 +138,14 @@ class SoftmaxClassification(Classification):
         axis_name: AxisName = None,
     ) -> tuple[Array, Array]:
         """Compute the cross-entropy, with dropout in training."""
-        logits = _logits(model, images, key, axis_name)
+        seen = self.inputs(images, key, axis_name=axis_name)
+        logits = _logits(model, seen, key, axis_name)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return loss, jax.nn.softmax(logits)
 
     def scores(self, model: Any, images: Array) -> Array:
         """Return the probabilities of the classes."""
-        return jax.nn.softmax(_logits(model, images, None, None))
+        return jax.nn.softmax(_logits(model, self.inputs(images), None, None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,14 +164,14 @@ class NormalisedClassification(Classification):
         axis_name: AxisName = None,
     ) -> tuple[Array, Array]:
         """Compute the cross-entropy; with a key, by the statistics of the batch."""
-        del axis_name
-        found = self._log_probabilities(model(images, training=key is not None))
+        seen = self.inputs(images, key, axis_name=axis_name)
+        found = self._log_probabilities(model(seen, training=key is not None))
         loss = -jnp.take_along_axis(found, labels[:, None], axis=1)[:, 0]
         return loss, jnp.exp(found)
 
     def scores(self, model: Any, images: Array) -> Array:
         """Return the probabilities of the classes."""
-        return jnp.exp(self._log_probabilities(model(images)))
+        return jnp.exp(self._log_probabilities(model(self.inputs(images))))
 
     def _log_probabilities(self, output: Array) -> Array:
         output = output.astype(jnp.float32)
@@ -199,15 +208,17 @@ class SpreadClassification(Classification):
         axis_name: AxisName = None,
     ) -> tuple[Array, Array]:
         """Sum the squares of the margins that the wrong classes leave missing."""
-        del key, axis_name
-        scores = self.scores(model, images)
+        scores = self._activations(model, self.inputs(images, key, axis_name=axis_name))
         true = jnp.take_along_axis(scores, labels[:, None], axis=1)
         missing = jnp.maximum(0, self.margin - (true - scores)) ** 2
         return jnp.where(jax.nn.one_hot(labels, self.num_classes) > 0, 0, missing).sum(1), scores
 
     def scores(self, model: Any, images: Array) -> Array:
         """Return the activations of the class capsules."""
-        return model(images)[1].astype(jnp.float32)
+        return self._activations(model, self.inputs(images))
+
+    def _activations(self, model: Any, seen: Array) -> Array:
+        return model(seen)[1].astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +234,10 @@ class Overlaid:
     def augment(self, images: Array, key: Array, *, axis_name: AxisName = None) -> Array:
         """Return the images unchanged: the data set shifts the digits itself."""
         del key, axis_name
+        return images
+
+    def inputs(self, images: Array) -> Array:
+        """Return the images unchanged."""
         return images
 
     def at_step(self, step: Array) -> Self:

@@ -82,7 +82,10 @@ class Display:
 class Settings(parallel.Settings, processes.Settings):
     """Settings of every training program, to which its own Config adds network and objective."""
 
-    dataset: str = flag("mnist", "Data set: mnist_small, mnist, fashion_mnist or tfds:<name>.")
+    dataset: str = flag(
+        "mnist",
+        "Data set: mnist_small, mnist, fashion_mnist, smallnorb, folder:<DIR> or tfds:<name>.",
+    )
     data_dir: str = flag(
         "", "Folder of the data set's files; empty: the usual caches.", affects_result=False
     )

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound="DataclassInstance")
 
+# Height and width of images in pixels, by data set.
+_SIDES = {
+    **dict.fromkeys(("mnist", "mnist_small", "fashion_mnist"), 28),
+    **dict.fromkeys(("smallnorb", "tfds:smallnorb"), 48),
+}
 WEIGHTS = pathlib.Path(__file__).parents[1] / "weights" / "small.safetensors"
 
 
@@ -32,7 +37,7 @@ class Trained(NamedTuple):
 
     config: mnist.Config
     dataset: datasets.Dataset
-    test: datasets.Split  # placed on the canvas if the run has one
+    test: datasets.Split  # placed on the canvas or cropped, if the run's settings say so
     trainer: loop.Trainer
     params: loop.Params
     step: int | None  # None: of a file, which does not say
@@ -70,6 +75,7 @@ def load(workdir: str, *, data_dir: str = "", with_data: bool = True) -> Trained
     if with_data:
         dataset = datasets.load(config.dataset, data_dir=data_dir or config.data_dir)
         check_data(config, dataset, run["data_sha256"], workdir)
+        dataset = mnist.select_viewpoints(config, dataset)
     else:
         dataset = _without_examples(config, run["data_sha256"], workdir)
     trainer = mnist.build(config, dataset)
@@ -126,14 +132,14 @@ def _without_examples(config: mnist.Config, sha256: str, workdir: str) -> datase
             num_classes, side = last, 0
     except (KeyError, IndexError) as error:
         raise InputError(f"workdir {workdir} has no checkpoint of a {config.network}") from error
-    if config.canvas or not side or side * side * channels != last:
-        # A canvas hides the images' own side, a CNN's pooling rounds it, and others are no squares.
-        if config.dataset not in ("mnist", "mnist_small", "fashion_mnist"):
+    if config.side or not side or side * side * channels != last:
+        # Canvas and crop hide the images' side, a CNN's pooling rounds it, others are no squares.
+        if config.dataset not in _SIDES:
             raise InputError(
                 f"workdir {workdir} does not tell the size of the images of {config.dataset}; name "
                 "the folder of the run's data with --data_dir"
             )
-        side = 28
+        side = _SIDES[config.dataset]
     shape = side, side, channels
     # Of the batch's size, because a trainer refuses less; broadcast, so that it takes no memory.
     stand_in = np.broadcast_to(np.uint8(0), (config.batch_size, *shape))
@@ -145,13 +151,14 @@ def _without_examples(config: mnist.Config, sha256: str, workdir: str) -> datase
 def read_images(run: Trained, paths: Sequence[str]) -> np.ndarray:
     """Read image files as the run's network takes them, `[N, H, W, C]` in 0 … 1.
 
-    They are resized to the data set's images, and centred on the canvas if there is one.
+    They are resized to the data set's images, and centred on the canvas or cropped if the run's
+    images are.
 
     Raises:
       InputError: As `image_files.read_images`.
     """
     images = image_files.read_images(paths, shape=run.dataset.test.images.shape[1:])
-    return datasets.centred(images, run.config.canvas) if run.config.canvas else images
+    return datasets.centred(images, run.config.side) if run.config.side else images
 
 
 def read_pictures(run: Trained, paths: Sequence[str]) -> tuple[np.ndarray, list[str]]:
@@ -162,9 +169,9 @@ def read_pictures(run: Trained, paths: Sequence[str]) -> tuple[np.ndarray, list[
     """
     pictures = image_files.read_pictures(paths, shape=run.dataset.test.images.shape[1:])
     images = np.stack([picture.pixels for picture in pictures])
-    canvas = run.config.canvas
+    side = run.config.side
     doubts = [picture.doubt for picture in pictures]
-    return datasets.centred(images, canvas) if canvas else images, doubts
+    return datasets.centred(images, side) if side else images, doubts
 
 
 def load_all(workdirs: Sequence[str], *, data_dir: str = "") -> dict[str, Trained]:
