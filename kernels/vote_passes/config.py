@@ -386,8 +386,10 @@ class TritonVotesConfig:
 
 # Examples of a tile: the lanes of a warp.
 TRITON_VOTES_EXAMPLES = 32
-# Candidate warps of a program; 8 with 200 registers each fill a multiprocessor at once.
+# Candidate warps of a program; 8 with 200 registers each fill a multiprocessor at once. The walks
+# over the children have half as many registers, and more warps load fewer poses.
 TRITON_VOTES_WARPS = (4, 2, 1)
+TRITON_VOTES_SUMS_WARPS = (8, *TRITON_VOTES_WARPS)
 # How much longer a step of one warp takes that shares no loads with others.
 TRITON_VOTES_UNSHARED = 0.25
 # Most children of a warp whose poses fit into registers beside the states of parents. The gradients
@@ -427,7 +429,7 @@ def triton_votes_config_for(case: Case, *, processors: int | None = None) -> Tri
     sums = []
     # Two sums of D numbers for each parent; with linear logits there is one.
     size = 4 * case.parents * 2 * case.rows * columns * tiles * TRITON_VOTES_EXAMPLES
-    for warps in TRITON_VOTES_WARPS:
+    for warps in TRITON_VOTES_SUMS_WARPS:
         others = -(-case.parents // warps) * tiles
         for ranges, steps in parts(case.capsules, size, others):
             # A program loads states and stores sums, which takes about a step.

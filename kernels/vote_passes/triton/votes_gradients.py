@@ -171,10 +171,13 @@ class _Child(NamedTuple):
     def add_equal(self, parents: Any, j: Array, votes: list[Array], so_far: _OfVote) -> _OfVote:
         """Add the gradients of the iteration whose couplings are equal."""
         tile = self.tile
-        d_gated, slopes = tile.cotangent(votes, tile.load_cotangents(parents, j))
+        cotangents, gate = tile.load_cotangents(parents, j), so_far.gate
+        slopes = cotangents.others[0]
+        if votes:
+            d_gated, slopes = tile.cotangent(votes, cotangents)
+            gate = fma(tile, d_gated, tile.zero + tile.sizes.equal_coupling, gate)
         weight = tile.equal_weight(self.operands, self.i)
         pairs = zip(slopes, so_far.offsets, strict=True)
-        gate = fma(tile, d_gated, tile.zero + tile.sizes.equal_coupling, so_far.gate)
         offsets = [fma(tile, weight, slope, x) for slope, x in pairs]
         return so_far._replace(offsets=offsets, gate=gate)
 

@@ -30,7 +30,7 @@ from jax.experimental.pallas import triton as pltriton
 
 from capsjax.kernels.vote_passes.config import TRITON_VOTES_EXAMPLES as EXAMPLES
 from capsjax.kernels.vote_passes.config import power_of_two
-from capsjax.kernels.vote_passes.triton.tiles import LOG2_E, exchange_lanes, exp2, fma, fnma
+from capsjax.kernels.vote_passes.triton.tiles import LOG2_E, exchange_lanes, exp2, fma, fms, fnma
 
 # Numbers of a load: 16 bytes.
 FOUR = 4
@@ -336,16 +336,17 @@ class Tile:
         """Compute the votes of children for parents, from the center on, `[D]`."""
         sizes = self.sizes
         found = self.load_coordinates(operands, i)
-        if center is not None:
-            start = [self.zero] * sizes.depth if found is None else found
-            found = [x - c for x, c in zip(start, center, strict=True)]
+        if center is not None and found is not None:
+            found = [x - c for x, c in zip(found, center, strict=True)]
         for p in range(sizes.padded_length):
             row = self.load_weights(operands, i, j, p)
             terms = [(pose[r][p], w) for r in range(sizes.rows) for w in row]
-            if found is None:
-                found = [u * w for u, w in terms]
-            else:
+            if found is not None:
                 found = [fma(self, u, w, v) for (u, w), v in zip(terms, found, strict=True)]
+            elif center is not None:
+                found = [fms(self, u, w, c) for (u, w), c in zip(terms, center, strict=True)]
+            else:
+                found = [u * w for u, w in terms]
         assert found is not None
         return found
 

@@ -32,8 +32,8 @@ TINY = float(jnp.finfo(jnp.float32).tiny)
 LEAST = float(jnp.finfo(jnp.float32).min)
 # Where sums over ranges of children are merged: warps of a program, and ranges that a warp loads at
 # once, so that their latencies overlap.
-MERGE_WARPS = 8
-MERGE_RANGES = 4
+MERGE_WARPS = 4
+MERGE_RANGES = 3
 
 
 def call(
@@ -178,7 +178,7 @@ class Sums(NamedTuple):
 class _Vote(NamedTuple):
     """What a walk over the children gives for one child."""
 
-    numbers: list[Array]  # from the center on
+    numbers: list[Array]  # from the center on, or from the mean so far
     weight: Array  # the coupling times the gate
     d_logit: Array | None  # the gradient of the logit, in a backward pass
 
@@ -193,8 +193,8 @@ def moments(
 ) -> Sums:
     """Compute the sums of votes, and the mass if `mass`; or mass, mean and squares around the mean.
 
-    The mean is updated by one vote after the other (West 1979). Votes are not computed from a
-    center on, which may be far: their sums had its rounding.
+    The mean is updated by one vote after the other (West 1979). Votes are computed from the mean
+    so far on, and not from a fixed center, which may be far: their sums had its rounding.
     """
     is_central = sizes.logits == "gaussian"
 
@@ -210,11 +210,10 @@ def moments(
         rate = vote.weight * reciprocal(tile, jnp.maximum(mass, TINY))
         # Exactly 0 for the first vote, which is far from a mean of 0. `weight (1 - rate)` is not.
         factor = rate * sums.zeroth
-        steps = [v - mean for v, mean in zip(vote.numbers, sums.first, strict=True)]
         return Sums(
             mass,
-            [fma(tile, rate, x, m) for x, m in zip(steps, sums.first, strict=True)],
-            [fma(tile, factor * x, x, m) for x, m in zip(steps, sums.second, strict=True)],
+            [fma(tile, rate, x, m) for x, m in zip(vote.numbers, sums.first, strict=True)],
+            [fma(tile, factor * x, x, m) for x, m in zip(vote.numbers, sums.second, strict=True)],
         )
 
     return _over_children(
@@ -310,7 +309,8 @@ def _over_children(
             inside = portion * steps + step < sizes.capsules
             votes: list[Array] = []
             if wanted.first:
-                votes = tile.votes(operands, tile.load_pose(operands, i), center, i, j)
+                start = sums.first if is_central else center
+                votes = tile.votes(operands, tile.load_pose(operands, i), start, i, j)
             if found is None:
                 weight = tile.equal_weight(operands, i)
             else:
