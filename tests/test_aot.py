@@ -254,7 +254,7 @@ print(json.dumps({**found, "temporary_mb": temporary}))
 
 
 # The most microseconds of issue, those of sums of parts of the children apart.
-@pytest.mark.parametrize(("logits", "most"), [("gaussian", 110), ("linear", 80)])
+@pytest.mark.parametrize(("logits", "most"), [("gaussian", 96), ("linear", 80)])
 @pytest.mark.parametrize("target", [p.values[0] for p in implementations(only=("h100",))][:1])
 def test_kernels_with_votes_in_registers_need_those_alone(target, logits, most, tmp_path):
     done = subprocess.run(
@@ -274,9 +274,13 @@ def test_kernels_with_votes_in_registers_need_those_alone(target, logits, most, 
     assert len(kernels) >= 5
     for kernel in kernels:
         assert kernel["registers"] <= REGISTERS, kernel
-        assert (kernel["spills"], kernel["shared_memory"], kernel["barriers"]) == (0, 0, 0), kernel
+        # Linear input gradients spill one address outside of their loop.
+        assert (kernel["loop_local"], kernel["shared_memory"]) == (0, 0), kernel
+        assert kernel["barriers"] == 0, kernel
+        assert kernel["spills"] <= 8, kernel
     assert sum(kernel["calls"] * kernel["issue_us"] for kernel in kernels) <= most
-    assert found["temporary_mb"] <= 20
+    # Logits and cotangents of the couplings of two iterations take 24 MB, the votes would take 94.
+    assert found["temporary_mb"] <= 45
 
 
 @pytest.mark.parametrize(("target", "implementation"), implementations())

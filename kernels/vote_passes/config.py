@@ -386,10 +386,19 @@ class TritonVotesConfig:
 
 # Examples of a tile: the lanes of a warp.
 TRITON_VOTES_EXAMPLES = 32
-# Candidate warps of a program; 8 with 200 registers each fill a multiprocessor at once.
+# Candidate warps of a program; 8 with 200 registers each fill a multiprocessor at once. The walks
+# over the children have half as many registers, and more warps load fewer poses.
 TRITON_VOTES_WARPS = (4, 2, 1)
-# How much longer a step of one warp takes that shares no loads with others.
+TRITON_VOTES_SUMS_WARPS = (8, *TRITON_VOTES_WARPS)
+# How much longer a step of one warp takes that shares no loads with others; and of a walk over
+# children whose poses exceed the L2 cache, so that each program loads them from memory.
 TRITON_VOTES_UNSHARED = 0.25
+TRITON_VOTES_UNCACHED = 2.0
+# Bytes of the L2 cache; 40 MiB of an A100, 50 of an H100.
+TRITON_VOTES_CACHE = 40 * 2**20
+# Bytes of sums that are stored and loaded again while a warp makes a step of a walk over children:
+# 165 instructions of one of four schedulers, at 1700 bytes a cycle.
+TRITON_VOTES_STEP = 35_000
 # Most children of a warp whose poses fit into registers beside the states of parents. The gradients
 # of a second child's pose and vote do not.
 TRITON_VOTES_CHILDREN = 3
@@ -409,11 +418,11 @@ def triton_votes_config_for(case: Case, *, processors: int | None = None) -> Tri
     columns = case.depth // case.rows
     columns, length = _round_up(columns, 4), _round_up(case.length, 4)
 
-    def busiest(programs: int, warps: int) -> float:
+    def busiest(programs: int, warps: int, unshared: float = TRITON_VOTES_UNSHARED) -> float:
         """Return the time that the busiest multiprocessor takes for a step of all its programs."""
         blocks = -(-programs // processors)
         resident = min(blocks * warps, TRITON_ENOUGH_WARPS)
-        sharing = 1 + TRITON_VOTES_UNSHARED / warps
+        sharing = 1 + unshared / warps
         return blocks * warps * sharing * TRITON_ENOUGH_WARPS / resident
 
     def parts(count: int, size: int, others: int) -> Iterator[tuple[int, int]]:
@@ -425,13 +434,18 @@ def triton_votes_config_for(case: Case, *, processors: int | None = None) -> Tri
             yield -(-count // steps), steps
 
     sums = []
+    poses = case.batch * case.capsules * case.rows * length * jnp.dtype(case.dtype).itemsize
+    uncached = poses > TRITON_VOTES_CACHE
+    unshared = TRITON_VOTES_UNCACHED if uncached else TRITON_VOTES_UNSHARED
     # Two sums of D numbers for each parent; with linear logits there is one.
     size = 4 * case.parents * 2 * case.rows * columns * tiles * TRITON_VOTES_EXAMPLES
-    for warps in TRITON_VOTES_WARPS:
+    for warps in TRITON_VOTES_SUMS_WARPS:
         others = -(-case.parents // warps) * tiles
         for ranges, steps in parts(case.capsules, size, others):
-            # A program loads states and stores sums, which takes about a step.
-            sums.append(((steps + 1) * busiest(others * ranges, warps), warps, ranges))
+            # A program stores its sums, and another kernel loads them, if there are several ranges.
+            merging = size / TRITON_VOTES_STEP if ranges > 1 else 0
+            time = steps * busiest(others * ranges, warps, unshared) + ranges * merging
+            sums.append((time, warps, ranges))
     statistics, gradients = [], []
     size = 4 * case.capsules * case.parents * length * columns
     for warps in TRITON_VOTES_WARPS:

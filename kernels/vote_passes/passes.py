@@ -92,13 +92,23 @@ class Moments(NamedTuple):
     second: MaybeArray = None  # [B, J, D], Σ_i w (v - mean)² for "central"
 
 
+class Kept(NamedTuple):
+    """What `chain` keeps for `input_gradients`, in the accumulation dtype.
+
+    Only the same backend understands the numbers. Zeros, if it keeps none.
+    """
+
+    of_children: MaybeArray  # [B, 2, I]
+    of_votes: tuple[MaybeArray, ...] = ()  # two arrays [B, I, J], where votes have kernels; or none
+
+
 class Term(NamedTuple):
     """Residuals and cotangents of the pass of one iteration."""
 
     state: State
     moments: Any  # Moments; None for "sums", whose gradient does not depend on them
     cotangent: Moments  # of the moments
-    kept: MaybeArray = None  # [B, 2, I], what `chain` kept for `input_gradients`
+    kept: Any = None  # `Kept`, by `chain` for `input_gradients`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,11 +148,10 @@ def moments(
 
 def chain(
     spec: Spec, inputs: Inputs, term: Term, *, implementation: Implementation | None = None
-) -> tuple[State, Array]:
+) -> tuple[State, Kept]:
     """Compute the cotangent of the state from that of the moments.
 
-    Also return what the backend keeps for `input_gradients`, as `kept` of the same term: numbers of
-    each child, `[B, 2, I]`, that only the same backend understands.
+    Also return what the backend keeps for `input_gradients`, as `kept` of the same term.
     """
     return _bind(_chain, implementation, inputs, term, spec=spec)
 
@@ -196,10 +205,21 @@ def one_after_the_other(
     return d_state, found if so_far is None else jax.tree.map(jnp.add, so_far, found)
 
 
-def nothing_kept(inputs: Inputs) -> Array:
+def nothing_kept(spec: Spec, inputs: Inputs) -> Kept:
     """Return the `kept` of a backend whose `input_gradients` ignore it; XLA removes it."""
-    batch, children = inputs.poses.shape[:2]
-    return jnp.zeros((batch, 2, children), accumulation_dtype(inputs.poses.dtype))
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), _kept(spec, inputs))
+
+
+def _kept(spec: Spec, inputs: Inputs) -> Kept:
+    """Return the shapes and dtypes of what `chain` keeps, the same on every backend."""
+    batch, children, rows, _ = inputs.poses.shape
+    struct = partial(jax.ShapeDtypeStruct, dtype=accumulation_dtype(inputs.poses.dtype))
+    of_children = struct((batch, 2, children))
+    holds_votes = spec.logits == "gaussian" or (spec.logits == "linear" and rows > 1)
+    if inputs.weights is None or not holds_votes:
+        return Kept(of_children)
+    of_vote = struct((batch, children, spec.num_parents))
+    return Kept(of_children, (of_vote, of_vote))
 
 
 def has_examples(inputs: Inputs) -> Inputs:
@@ -370,7 +390,7 @@ def _results(name: str, trees: Any, spec: Spec) -> Any:
         mass = of_parents() if spec.mass or central else None
         return Moments(mass, of_parents(depth), of_parents(depth) if central else None)
     if name == "chain":
-        return alike(trees[1].state), jax.ShapeDtypeStruct((examples, 2, children), dtype)
+        return alike(trees[1].state), _kept(spec, inputs)
     differentiable = inputs._replace(parent_mask=None)
     if name == "input_gradients":
         return alike(differentiable)

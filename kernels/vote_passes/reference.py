@@ -15,6 +15,7 @@ from jax import Array, lax
 from capsjax.kernels.dtypes import accumulation_dtype
 from capsjax.kernels.vote_passes.passes import (
     Inputs,
+    Kept,
     Moments,
     Spec,
     State,
@@ -70,10 +71,10 @@ def weighted_moments(spec: Spec, inputs: Inputs, votes: Array, weights: Array) -
     return Moments(mass, mean, jnp.sum(weights[..., None] * differences**2, 1))
 
 
-def chain(spec: Spec, inputs: Inputs, term: Term) -> tuple[State, Array]:
+def chain(spec: Spec, inputs: Inputs, term: Term) -> tuple[State, Kept]:
     """Compute the cotangent of the state from that of the moments; keep nothing."""
     _, vjp = jax.vjp(partial(moments, spec, inputs), term.state)
-    return vjp(term.cotangent)[0], nothing_kept(inputs)
+    return vjp(term.cotangent)[0], nothing_kept(spec, inputs)
 
 
 def input_gradients(

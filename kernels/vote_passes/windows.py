@@ -26,6 +26,7 @@ from capsjax.kernels.vote_passes import passes, reference
 from capsjax.kernels.vote_passes.passes import (
     Implementation,
     Inputs,
+    Kept,
     Moments,
     Spec,
     State,
@@ -103,7 +104,7 @@ def chain(
     """Compute the cotangent of the state, and what `input_gradients` needs of each offset."""
     if windows.competition == "types":
 
-        def add(total: State, index: Array) -> tuple[State, Array]:
+        def add(total: State, index: Array) -> tuple[State, Kept]:
             tile = _tile(windows, inputs, index)
             found, kept = passes.chain(spec, tile, term, implementation=implementation)
             return jax.tree.map(jnp.add, total, found), kept

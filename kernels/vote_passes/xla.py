@@ -20,6 +20,7 @@ from capsjax.kernels.vote_passes.config import XlaConfig, xla_config_for
 from capsjax.kernels.vote_passes.passes import (
     Device,
     Inputs,
+    Kept,
     MaybeArray,
     Moments,
     Spec,
@@ -96,7 +97,7 @@ def moments(spec: Spec, inputs: Inputs, state: State, *, config: XlaConfig) -> M
     return _join_parents(inputs, found)
 
 
-def chain(spec: Spec, inputs: Inputs, term: Term, *, config: XlaConfig) -> tuple[State, Array]:
+def chain(spec: Spec, inputs: Inputs, term: Term, *, config: XlaConfig) -> tuple[State, Kept]:
     """Compute the cotangent of the state from that of the moments; keep nothing."""
     if inputs.weights is None:
         return reference.chain(spec, inputs, term)
@@ -126,7 +127,7 @@ def chain(spec: Spec, inputs: Inputs, term: Term, *, config: XlaConfig) -> tuple
     parents = _split_parents(tiles, inputs, _prepared(spec, inputs, term))
     found = _join_parents(inputs, _scan_tiles(tiles, parents, step, start)[0])
     found = found if wanted.q is None else found._replace(z=wanted.q * found.z)
-    return found, nothing_kept(inputs)
+    return found, nothing_kept(spec, inputs)
 
 
 def input_gradients(

@@ -32,11 +32,13 @@ from capsjax.kernels.vote_passes.mosaic_tpu.gaussian_tiles import (
 from capsjax.kernels.vote_passes.passes import (
     Device,
     Inputs,
+    Kept,
     Moments,
     Spec,
     State,
     Term,
     case_of,
+    nothing_kept,
 )
 
 NO_SUMS = Sums(zeroth=False, first=False, second=False)
@@ -117,7 +119,7 @@ def moments(
 
 def chain(
     spec: Spec, inputs: Inputs, term: Term, *, config: MosaicTpuGaussianConfig, interpret: Any
-) -> tuple[State, Array]:
+) -> tuple[State, Kept]:
     """Compute the cotangent of the state from that of the moments."""
     sizes = _sizes(spec, inputs, config.sums, config.cores)
     has_numbers = term.state.z is not None
@@ -128,7 +130,8 @@ def chain(
     state = State(k=added.zeroth)
     if has_numbers:
         state = state._replace(z=term.state.q * added.first, q=-0.5 * added.second)
-    return state, _of_children(inputs, kept).swapaxes(0, 1)
+    of_children = _of_children(inputs, kept).swapaxes(0, 1)
+    return state, nothing_kept(spec, inputs)._replace(of_children=of_children)
 
 
 def input_gradients(
@@ -146,7 +149,7 @@ def input_gradients(
     of_terms = []
     for term in terms:
         parents = _parents(inputs, term)
-        kept = None if term.kept is None else term.kept.swapaxes(0, 1)
+        kept = None if term.kept is None else term.kept.of_children.swapaxes(0, 1)
         if kept is None and not is_uniform(children, parents):
             only_softmax = constant_couplings and inputs.gates is None
             of_softmax = parents._replace(mean=None) if only_softmax else parents

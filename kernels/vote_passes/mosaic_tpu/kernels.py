@@ -26,6 +26,7 @@ from capsjax.kernels.vote_passes.mosaic_tpu.routing_pass import routing_pass
 from capsjax.kernels.vote_passes.passes import (
     Device,
     Inputs,
+    Kept,
     Moments,
     Spec,
     State,
@@ -73,11 +74,11 @@ def moments(
 
 def chain(
     spec: Spec, inputs: Inputs, term: Term, *, config: MosaicTpuConfig, interpret: Any
-) -> tuple[State, Array]:
+) -> tuple[State, Kept]:
     """Compute the cotangent of the state from that of the moments."""
     wanted = Sums(first=term.state.b is not None, mass=term.state.k is not None)
     sums, _ = _run(spec, inputs, [term], config, config.sums, interpret, sums=wanted)
-    return State(sums.mass, sums.first), nothing_kept(inputs)
+    return State(sums.mass, sums.first), nothing_kept(spec, inputs)
 
 
 def input_gradients(

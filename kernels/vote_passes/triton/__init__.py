@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax import Array
 
 from capsjax.kernels.dispatch import Unsupported
 from capsjax.kernels.vote_passes import linear
@@ -20,6 +19,7 @@ from capsjax.kernels.vote_passes.config import (
 from capsjax.kernels.vote_passes.passes import (
     Device,
     Inputs,
+    Kept,
     Moments,
     Spec,
     State,
@@ -76,7 +76,7 @@ def moments(spec: Spec, inputs: Inputs, state: State, *, config: Any, interpret:
 
 def chain(
     spec: Spec, inputs: Inputs, term: Term, *, config: Any, interpret: bool
-) -> tuple[State, Array]:
+) -> tuple[State, Kept]:
     """Compute the cotangent of the state, and keep the statistics of the softmax."""
     if _holds_votes(spec, inputs):
         return votes.chain(spec, inputs, term, config=config, interpret=interpret)
@@ -89,7 +89,7 @@ def chain(
         leaky=spec.leaky,
         interpret=interpret,
     )
-    return State(k=found.mass, b=found.sums), found.kept
+    return State(k=found.mass, b=found.sums), Kept(found.kept)
 
 
 def input_gradients(
@@ -115,7 +115,8 @@ def input_gradients(
     settings = {"leaky": spec.leaky, "interpret": interpret}
     iterations = []
     for term in terms:
-        parents, kept = _parents(inputs, term), term.kept
+        parents = _parents(inputs, term)
+        kept = None if term.kept is None else term.kept.of_children
         any_logits = operands.prior is not None or parents.k is not None or parents.b is not None
         if kept is None and (any_logits or operands.gates is not None):
             found = weighted_sums(
@@ -128,7 +129,7 @@ def input_gradients(
     )
     d_gates = None
     if inputs.gates is not None:
-        d_gates = sum(iteration.kept[:, 2] for iteration in iterations)
+        d_gates = sum(iteration.kept[:, 1] for iteration in iterations)
     return linear.input_gradients(inputs, d_poses, d_weights, d_prior, d_gates)
 
 

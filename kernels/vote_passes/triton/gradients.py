@@ -47,7 +47,7 @@ class Iteration(NamedTuple):
     """The pass of one iteration."""
 
     parents: Parents
-    kept: Any  # [B, 3, I], of the sums kernel; None if all couplings are equal
+    kept: Any  # [B, 2, I], of the sums kernel; None if all couplings are equal
 
 
 class _Inputs(NamedTuple):

@@ -169,6 +169,13 @@ def fnma(tiling: Runs, a: Array, b: Array, c: Array) -> Array:
     return _instruction("{.reg .f32 t; neg.f32 t,$1; fma.rn.f32 $0,t,$2,$3;}", a, b, c)
 
 
+def fms(tiling: Runs, a: Array, b: Array, c: Array) -> Array:
+    """Compute `a * b - c`, with one rounding; a negation by JAX would be an instruction."""
+    if tiling.interpret:
+        return a * b - c
+    return _instruction("{.reg .f32 t; neg.f32 t,$3; fma.rn.f32 $0,$1,$2,t;}", a, b, c)
+
+
 def exp2(tiling: Runs, x: Array) -> Array:
     """Compute 2 to the power of x."""
     return jnp.exp2(x) if tiling.interpret else _instruction("ex2.approx.ftz.f32 $0,$1;", x)

@@ -4,11 +4,11 @@ Their logits are gaussian with central moments, or linear with sums, which matri
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 
 from capsjax.kernels.dispatch import Unsupported
 from capsjax.kernels.vote_passes import masks, reference
@@ -16,6 +16,7 @@ from capsjax.kernels.vote_passes.config import TritonVotesConfig, triton_votes_c
 from capsjax.kernels.vote_passes.passes import (
     Device,
     Inputs,
+    Kept,
     MaybeArray,
     Moments,
     Spec,
@@ -32,6 +33,7 @@ from capsjax.kernels.vote_passes.triton.votes_tiles import (
     Operands,
     Parents,
     Sizes,
+    Slopes,
     Statistics,
     examples_first,
     examples_last,
@@ -76,9 +78,8 @@ def config_for(spec: Spec, inputs: Inputs, *, device: Device) -> TritonVotesConf
             f"{MAX_NUMBERS}, got R = {sizes.rows}, P = {sizes.length} and E = {sizes.columns}"
         )
     config = triton_votes_config_for(case_of(spec, inputs), processors=device.processors)
-    of_examples = 1 if inputs.prior is None or inputs.prior.ndim == 2 else sizes.parents
     largest = max(
-        sizes.capsules * sizes.padded_batch * max(MAX_NUMBERS, of_examples),
+        sizes.capsules * sizes.padded_batch * max(MAX_NUMBERS, sizes.parents),
         sizes.capsules * sizes.parents * sizes.padded_length * sizes.padded_columns,
         sizes.parents * sizes.padded_batch * sizes.depth * max(3, config.sums_ranges),
     )
@@ -93,12 +94,13 @@ def moments(
     """Compute the sums of votes, or the central moments."""
     sizes = _sizes(spec, inputs, interpret)
     operands = _operands(sizes, inputs)
-    parents = _parents(sizes, inputs, state, state.z)
-    center = _center(sizes, state.z)
     softmax = None
     if not is_uniform(inputs, state):
-        softmax = votes_walks.statistics(config, sizes, operands, parents, center, share=False)
-    found = votes_walks.moments(config, sizes, operands, parents, center, softmax, mass=spec.mass)
+        parents, center = _parents(sizes, inputs, state, state.z), _center(sizes, state.z)
+        softmax = votes_walks.statistics(
+            config, sizes, operands, parents, center, share=False, d_gated=False
+        )
+    found = votes_walks.moments(config, sizes, operands, softmax, mass=spec.mass)
     return Moments(
         None if found.zeroth is None else examples_first(sizes, found.zeroth),
         restore_states(sizes, found.first),
@@ -108,18 +110,22 @@ def moments(
 
 def chain(
     spec: Spec, inputs: Inputs, term: Term, *, config: TritonVotesConfig, interpret: bool
-) -> tuple[State, Array]:
-    """Compute the cotangent of the state, and keep the statistics of the softmax."""
+) -> tuple[State, Kept]:
+    """Compute the cotangent of the state, and keep logits and cotangents of the couplings."""
     if term.state.is_empty:
-        return State(), nothing_kept(inputs)
+        return State(), nothing_kept(spec, inputs)
     sizes = _sizes(spec, inputs, interpret)
     operands = _operands(sizes, inputs)
-    mean = _mean(sizes, term)
-    parents, center = _parents(sizes, inputs, term.state, mean, term), _center(sizes, mean)
-    softmax = votes_walks.statistics(config, sizes, operands, parents, center, share=True)
+    softmax = _statistics(config, sizes, inputs, operands, term, share=True, d_gated=True)
     has_biases = term.state.k is not None
     found = votes_walks.logit_gradients(
-        config, sizes, operands, parents, center, softmax, biases=has_biases
+        config,
+        sizes,
+        operands,
+        _center(sizes, term.state.z),
+        softmax,
+        biases=has_biases,
+        numbers=term.state.b is not None or term.state.q is not None,
     )
     d_k: MaybeArray = None
     d_b: MaybeArray = None
@@ -130,11 +136,12 @@ def chain(
     if term.state.b is not None:
         d_b = restore_states(sizes, found.first)
     if term.state.q is not None:
-        scale = scale_of(term.state.q)
-        d_z = restore_states(sizes, found.first) * (term.state.q / scale)
-        d_q = restore_states(sizes, found.second) * (-0.5 / (scale * scale))
-    kept = jnp.stack([softmax.normaliser, softmax.share])
-    return State(d_k, d_b, d_z, d_q), examples_first(sizes, kept)
+        d_z = restore_states(sizes, found.first) * term.state.q
+        d_q = restore_states(sizes, found.second) * -0.5
+    of_children = jnp.stack([softmax.normaliser, softmax.share])
+    of_votes = softmax.logits, softmax.d_gated
+    kept = jax.tree.map(partial(examples_first, sizes), Kept(of_children, of_votes))
+    return State(d_k, d_b, d_z, d_q), kept
 
 
 def input_gradients(
@@ -155,15 +162,20 @@ def input_gradients(
     center = _center(sizes, mean)
     iterations = []
     for term in terms:
-        parents, softmax = _parents(sizes, inputs, term.state, mean, term), None
         if is_uniform(inputs, term.state):
-            pass
-        elif term.kept is None:
-            share = has_gates or not constant_couplings
-            softmax = votes_walks.statistics(config, sizes, operands, parents, center, share=share)
+            parents = _parents(sizes, inputs, term.state, mean, term)
+            iterations.append(Iteration(parents, None, None))
+            continue
+        if term.kept is None:
+            through_logits = not constant_couplings
+            settings = {"share": has_gates or through_logits, "d_gated": through_logits}
+            softmax = _statistics(config, sizes, inputs, operands, term, **settings)
         else:
-            softmax = Statistics(*examples_last(sizes, term.kept))
-        iterations.append(Iteration(parents, softmax))
+            kept = jax.tree.map(partial(examples_last, sizes), term.kept)
+            (normaliser, share), (logits, d_gated) = kept
+            softmax = Statistics(normaliser, logits, share, d_gated)
+        slopes = _slopes(sizes, term, mean, constant_couplings=constant_couplings)
+        iterations.append(Iteration(None, slopes, softmax))
     found = gradients_of_inputs(
         config,
         sizes,
@@ -212,6 +224,38 @@ def _mean(sizes: Sizes, term: Term) -> MaybeArray:
 
 def _center(sizes: Sizes, mean: MaybeArray) -> MaybeArray:
     return None if mean is None else prepare_states(sizes, mean)
+
+
+def _statistics(
+    config: TritonVotesConfig,
+    sizes: Sizes,
+    inputs: Inputs,
+    operands: Operands,
+    term: Term,
+    **wanted: bool,
+) -> Statistics:
+    """Compute the statistics of a backward pass."""
+    mean = _mean(sizes, term)
+    parents, center = _parents(sizes, inputs, term.state, mean, term), _center(sizes, mean)
+    return votes_walks.statistics(config, sizes, operands, parents, center, **wanted)
+
+
+def _slopes(sizes: Sizes, term: Term, center: MaybeArray, *, constant_couplings: bool) -> Slopes:
+    """Return the gradients of the votes of a pass, which are computed from the center on."""
+    state, cotangent = term.state, term.cotangent
+    of_logits: MaybeArray = None
+    if sizes.logits == "linear":
+        of_weights = prepare_states(sizes, cotangent.first)
+        if state.b is not None and not constant_couplings:
+            of_logits = prepare_states(sizes, state.b)
+        return Slopes(of_weights, of_logits)
+    mass, mean, _ = term.moments
+    slope = 2 * cotangent.second
+    offset = reference.divide(cotangent.first, mass) - slope * (mean - center)
+    of_weights = prepare_states(sizes, slope, offset)
+    if state.q is not None and not constant_couplings:
+        of_logits = prepare_states(sizes, -state.q, state.q * (state.z - center))
+    return Slopes(of_weights, of_logits)
 
 
 def _operands(sizes: Sizes, inputs: Inputs) -> Operands:

@@ -1,7 +1,9 @@
 """The Triton kernel with votes in registers for the gradients of the inputs of passes.
 
 A warp owns a child, whose gradients of weights then have one place, and takes tiles of examples one
-after the other. It walks over the parents once for all iterations.
+after the other. It walks over the parents once for all iterations. With logits and cotangents of
+couplings stored, the gradients of a vote v are slope (v - center) + offset, two sums over the
+iterations.
 """
 
 from collections.abc import Sequence
@@ -13,12 +15,13 @@ from jax.core import ShapedArray
 from jax.experimental import pallas as pl
 
 from capsjax.kernels.vote_passes.config import TritonVotesConfig
-from capsjax.kernels.vote_passes.triton.tiles import exp2, fma, loop
+from capsjax.kernels.vote_passes.triton.tiles import fma, loop
 from capsjax.kernels.vote_passes.triton.votes_tiles import (
     FOUR,
     Operands,
     Parents,
     Sizes,
+    Slopes,
     Statistics,
     Tile,
 )
@@ -28,15 +31,13 @@ from capsjax.kernels.vote_passes.triton.votes_walks import (
     float32,
 )
 
-# A logit to the base e is that to the base 2 times this.
-LN_2 = 0.6931471805599453
-
 
 class Iteration(NamedTuple):
     """The pass of one iteration."""
 
-    parents: Parents
-    softmax: Statistics | None  # None if all couplings are equal
+    parents: Parents | None  # with cotangents, if all couplings are equal
+    slopes: Slopes | None  # if they are not
+    softmax: Statistics | None  # if they are not
 
 
 class Gradients(NamedTuple):
@@ -60,7 +61,8 @@ class _OfChild(NamedTuple):
 class _OfVote(NamedTuple):
     """Gradients of a vote, its logit and the child's gate, which grow over the iterations."""
 
-    vote: list[Array]  # [D]
+    slopes: list[Array]  # [D] each; the gradient of the vote is slope (v - center) + offset
+    offsets: list[Array]
     logit: Array
     gate: Array
 
@@ -91,7 +93,7 @@ def gradients_of_inputs(
             results = Gradients(*all_results)
             stores = exists if splits * tiles == sizes.tiles else exists & inside
             child = _Child(tile, *refs, results, i, to, stores, split, step == 0)
-            child.run(constant_couplings=constant_couplings)
+            child.run()
             return carry
 
         loop(tiles, one_tile, ())
@@ -135,18 +137,29 @@ class _Child(NamedTuple):
     split: Array  # index of the program along the examples
     is_first: Array  # whether nothing was stored before that grows
 
-    def run(self, *, constant_couplings: bool) -> None:
+    def run(self) -> None:
         """Compute and store all gradients."""
         tile, sizes, operands = self.tile, self.tile.sizes, self.operands
         pose = tile.load_pose(operands, self.i)
+        is_gaussian = sizes.logits == "gaussian"
 
         def one_parent(j: Array, so_far: _OfChild) -> _OfChild:
-            center = tile.load_center(self.center, j)
-            votes = tile.votes(operands, pose, center, self.i, j)
-            found = _OfVote([tile.zero] * sizes.depth, tile.zero, tile.zero)
+            votes: list[Array] = []
+            if is_gaussian or self.results.gates is not None:
+                center = tile.load_center(self.center, j)
+                votes = tile.votes(operands, pose, center, self.i, j)
+            zeros = [tile.zero] * sizes.depth
+            found = _OfVote(zeros, zeros, tile.zero, tile.zero)
             for iteration in self.iterations:
-                found = self.add_iteration(iteration, j, votes, found, constant_couplings)
-            return self.add_parent(j, pose, found, so_far)
+                if iteration.softmax is None:
+                    found = self.add_equal(iteration.parents, j, votes, found)
+                else:
+                    found = self.add_iteration(iteration, j, found)
+            d_vote = found.offsets
+            if is_gaussian:
+                triples = zip(found.slopes, votes, d_vote, strict=True)
+                d_vote = [fma(tile, slope, v, x) for slope, v, x in triples]
+            return self.add_parent(j, pose, d_vote, found, so_far)
 
         start = _OfChild(
             [[tile.zero] * sizes.padded_length] * sizes.rows,
@@ -155,63 +168,69 @@ class _Child(NamedTuple):
         )
         self.store(loop(sizes.parents, one_parent, start))
 
-    def add_iteration(
-        self,
-        iteration: Iteration,
-        j: Array,
-        votes: list[Array],
-        so_far: _OfVote,
-        constant_couplings: bool,
-    ) -> _OfVote:
-        """Add the gradients of one iteration to those of the vote for a parent."""
-        tile, i, (parents, softmax) = self.tile, self.i, iteration
-        d_vote, d_logit, d_gate = so_far
-        d_gated, slopes = tile.cotangent(votes, tile.load_cotangents(parents, j))
-        if softmax is None:
-            weight = tile.equal_weight(self.operands, i)
-            d_gate = fma(tile, d_gated, tile.zero + tile.sizes.equal_coupling, d_gate)
-        else:
-            # Statistics are loaded again for each parent: in registers there would be two numbers
-            # for every iteration.
-            states = tile.load_states(parents, j)
-            k = None if parents.k is None else tile.load(parents.k, j)
-            start = tile.start_logit(self.operands, k, i, j)
-            logit, differences = tile.logit(start, votes, states)
-            weight = exp2(tile, logit - tile.load(softmax.normaliser, i))
-        d_vote = [fma(tile, weight, slope, d) for slope, d in zip(slopes, d_vote, strict=True)]
-        if softmax is not None and not constant_couplings:
-            term = weight * (d_gated - tile.load(softmax.share, i))
-            d_logit = d_logit + term
-            if states is not None and tile.sizes.logits == "linear":
-                factor = term * LN_2
-                d_vote = [fma(tile, factor, b, d) for b, d in zip(*states, d_vote, strict=True)]
-            elif states is not None:
-                # q (v - z) is the difference times 2 ln(2) s.
-                factor = term * (-2 * LN_2)
-                d_vote = [
-                    fma(tile, factor * s, x, d)
-                    for s, x, d in zip(states[0], differences, d_vote, strict=True)
-                ]
-        return _OfVote(d_vote, d_logit, d_gate)
+    def add_equal(self, parents: Any, j: Array, votes: list[Array], so_far: _OfVote) -> _OfVote:
+        """Add the gradients of the iteration whose couplings are equal."""
+        tile = self.tile
+        cotangents, gate = tile.load_cotangents(parents, j), so_far.gate
+        slopes = cotangents.others[0]
+        if votes:
+            d_gated, slopes = tile.cotangent(votes, cotangents)
+            gate = fma(tile, d_gated, tile.zero + tile.sizes.equal_coupling, gate)
+        weight = tile.equal_weight(self.operands, self.i)
+        pairs = zip(slopes, so_far.offsets, strict=True)
+        offsets = [fma(tile, weight, slope, x) for slope, x in pairs]
+        return so_far._replace(offsets=offsets, gate=gate)
+
+    def add_iteration(self, iteration: Iteration, j: Array, so_far: _OfVote) -> _OfVote:
+        """Add the gradients of an iteration."""
+        tile, (_, slopes, softmax) = self.tile, iteration
+        assert slopes is not None
+        assert softmax is not None
+        # Statistics are loaded again for each parent: in registers there would be two numbers for
+        # every iteration.
+        weight = tile.load_weight(softmax, self.i, j)
+        found = self.add_slopes(slopes.of_weights, weight, j, so_far)
+        if softmax.d_gated is None:
+            return found
+        d_logit = tile.load_d_logit(softmax, weight, self.i, j)
+        found = found._replace(logit=found.logit + d_logit)
+        if slopes.of_logits is None:
+            return found
+        return self.add_slopes(slopes.of_logits, d_logit, j, found)
+
+    def add_slopes(self, ref: Any, factor: Array, j: Array, so_far: _OfVote) -> _OfVote:
+        """Add slopes and offsets times a factor."""
+        tile, found = self.tile, [so_far.slopes, so_far.offsets]
+        for index in range(ref.shape[1]):
+            # The last one are offsets.
+            place = index + 2 - ref.shape[1]
+            pairs = zip(tile.load_fours(ref, j, index), found[place], strict=True)
+            found[place] = [fma(tile, factor, x, total) for x, total in pairs]
+        return so_far._replace(slopes=found[0], offsets=found[1])
 
     def add_parent(
-        self, j: Array, pose: list[list[Array]], of_vote: _OfVote, so_far: _OfChild
+        self,
+        j: Array,
+        pose: list[list[Array]],
+        d_vote: list[Array],
+        of_vote: _OfVote,
+        so_far: _OfChild,
     ) -> _OfChild:
         """Add a parent's gradients to those of the child; store those of weights and prior."""
         tile, sizes, results = self.tile, self.tile.sizes, self.results
         columns = sizes.padded_columns
-        d_vote = [of_vote.vote[r * columns :][:columns] for r in range(sizes.rows)]
+        d_rows = [d_vote[r * columns :][:columns] for r in range(sizes.rows)]
         d_pose = [list(row) for row in so_far.pose]
         d_weights = []
         for p in range(sizes.padded_length):
             weights = tile.load_weights(self.operands, self.i, j, p, again=True)
             for r in range(sizes.rows):
-                for d, w in zip(d_vote[r], weights, strict=True):
+                for d, w in zip(d_rows[r], weights, strict=True):
                     d_pose[r][p] = fma(tile, d, w, d_pose[r][p])
             for e in range(columns):
-                total = pose[0][p] * d_vote[0][e]
+                total = pose[0][p] * d_rows[0][e]
                 for r in range(1, sizes.rows):
-                    total = fma(tile, pose[r][p], d_vote[r][e], total)
+                    total = fma(tile, pose[r][p], d_rows[r][e], total)
                 d_weights.append(total)
         at = self.split, self.to, j
         tile.grow(results.weights, at, d_weights, self.is_first, self.exists)
@@ -221,7 +240,7 @@ class _Child(NamedTuple):
             tile.store(results.prior, of_vote.logit, self.to, j, exists=self.exists)
         coordinates = so_far.coordinates
         if coordinates:
-            coordinates = [x + d for x, d in zip(coordinates, of_vote.vote, strict=True)]
+            coordinates = [x + d for x, d in zip(coordinates, d_vote, strict=True)]
         return _OfChild(d_pose, so_far.gate + of_vote.gate, coordinates)
 
     def store(self, found: _OfChild) -> None:

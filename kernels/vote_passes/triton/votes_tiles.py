@@ -15,6 +15,9 @@ s² = q log2(e) / 2, and an offset of its mean z:
 The center is z, or in gradients the mean of the moments, so that a mean that is large beside the
 standard deviation costs no digits. With a center of 0, the rounding of h would be an error that all
 children have in common, which grows with their number. Multiplied out, squares would lose all.
+
+Logits are computed once a pass, with the statistics of the softmax, and stored. So are cotangents
+of gated couplings in a backward pass, and the gradients of the inputs need no more of the votes.
 """
 
 from collections.abc import Sequence
@@ -27,7 +30,7 @@ from jax.experimental.pallas import triton as pltriton
 
 from capsjax.kernels.vote_passes.config import TRITON_VOTES_EXAMPLES as EXAMPLES
 from capsjax.kernels.vote_passes.config import power_of_two
-from capsjax.kernels.vote_passes.triton.tiles import LOG2_E, exchange_lanes, fma, fnma
+from capsjax.kernels.vote_passes.triton.tiles import LOG2_E, exchange_lanes, exp2, fma, fms, fnma
 
 # Numbers of a load: 16 bytes.
 FOUR = 4
@@ -109,6 +112,14 @@ class Parents(NamedTuple):
     cotangents: Any = None
 
 
+class Slopes(NamedTuple):
+    """Gradients of the votes, slope (v - center) + offset; a slope that is 0 is absent."""
+
+    # [J, 1 or 2, D/4, B, 4]: slopes and offsets for a coupling times gate of 1
+    of_weights: Any
+    of_logits: Any  # for a gradient of the logit of 1; None if logits are independent of votes
+
+
 class Cotangents(NamedTuple):
     """Cotangents of the moments of a parent, in registers."""
 
@@ -117,11 +128,13 @@ class Cotangents(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What the softmax of each child needs of all parents."""
+    """Logits of each child, and what their softmax needs of all parents."""
 
     # [I, B]: the number whose difference from a logit is log2 of the coupling times the gate.
     normaliser: Any
+    logits: Any  # [I, J, B]
     share: Any = None  # [I, B], Σ_j c dw, which is the gradient of the gate; None if not wanted
+    d_gated: Any = None  # [I, J, B], dw; None if not wanted
 
 
 # Preparation of operands, outside of the kernels. Padding has poses, states and cotangents 0, and
@@ -323,18 +336,28 @@ class Tile:
         """Compute the votes of children for parents, from the center on, `[D]`."""
         sizes = self.sizes
         found = self.load_coordinates(operands, i)
-        if center is not None:
-            start = [self.zero] * sizes.depth if found is None else found
-            found = [x - c for x, c in zip(start, center, strict=True)]
+        if center is not None and found is not None:
+            found = [x - c for x, c in zip(found, center, strict=True)]
         for p in range(sizes.padded_length):
             row = self.load_weights(operands, i, j, p)
             terms = [(pose[r][p], w) for r in range(sizes.rows) for w in row]
-            if found is None:
-                found = [u * w for u, w in terms]
-            else:
+            if found is not None:
                 found = [fma(self, u, w, v) for (u, w), v in zip(terms, found, strict=True)]
+            elif center is not None:
+                found = [fms(self, u, w, c) for (u, w), c in zip(terms, center, strict=True)]
+            else:
+                found = [u * w for u, w in terms]
         assert found is not None
         return found
+
+    def load_weight(self, found: Statistics, i: Array, j: Array) -> Array:
+        """Load couplings times gates."""
+        logit = self.load(found.logits, i, j)
+        return exp2(self, logit - self.load(found.normaliser, i))
+
+    def load_d_logit(self, found: Statistics, weight: Array, i: Array, j: Array) -> Array:
+        """Load the gradients of logits, given couplings times gates."""
+        return weight * (self.load(found.d_gated, i, j) - self.load(found.share, i))
 
     def start_logit(self, operands: Operands, k: Array | None, i: Array, j: Array) -> Array:
         """Compute the part of the logits that does not depend on the votes, given that of k."""
@@ -361,16 +384,14 @@ class Tile:
     def _load_all(self, ref: Any, j: Array) -> list[list[Array]]:
         return [self.load_fours(ref, j, index) for index in range(ref.shape[1])]
 
-    def logit(
-        self, start: Array, votes: list[Array], states: list[list[Array]] | None
-    ) -> tuple[Array, list[Array]]:
-        """Compute logits; if gaussian, also the scaled differences of votes and means, `[D]`."""
+    def logit(self, start: Array, votes: list[Array], states: list[list[Array]] | None) -> Array:
+        """Compute logits, given the part that does not depend on the votes."""
         if states is None:
-            return start, []
+            return start
         if self.sizes.logits == "linear":
             for b, v in zip(*states, votes, strict=True):
                 start = fma(self, b, v, start)
-            return start, []
+            return start
         if len(states) == 1:
             differences = [s * v for s, v in zip(*states, votes, strict=True)]
         else:
@@ -378,7 +399,7 @@ class Tile:
             differences = [fma(self, s, v, h) for s, h, v in triples]
         for x in differences:
             start = fnma(self, x, x, start)
-        return start, differences
+        return start
 
     def cotangent(self, votes: list[Array], cotangents: Cotangents) -> tuple[Array, list[Array]]:
         """Compute the cotangents of gated couplings, and those of the votes at couplings of 1."""

@@ -1,8 +1,8 @@
 """The Triton kernels with votes in registers: walks over the parents, and over the children.
 
-In a walk over the parents a thread keeps poses of a few children: it finds the statistics of each
-child's softmax, or its gradients. In a walk over the children a thread keeps the state and the
-sums of one parent. The statistics, two numbers of each child, make parents independent.
+In a walk over the parents a thread keeps poses of a few children: it finds the logits of each child
+and the statistics of their softmax, or its gradients. In a walk over the children a thread keeps
+the sums of one parent. Logits and statistics make parents independent.
 """
 
 from collections.abc import Callable
@@ -32,8 +32,8 @@ TINY = float(jnp.finfo(jnp.float32).tiny)
 LEAST = float(jnp.finfo(jnp.float32).min)
 # Where sums over ranges of children are merged: warps of a program, and ranges that a warp loads at
 # once, so that their latencies overlap.
-MERGE_WARPS = 8
-MERGE_RANGES = 4
+MERGE_WARPS = 4
+MERGE_RANGES = 3
 
 
 def call(
@@ -87,13 +87,23 @@ def statistics(
     center: Any,
     *,
     share: bool,
+    d_gated: bool,
 ) -> Statistics:
-    """Compute the statistics of each child's softmax; with the share if `share`."""
+    """Compute the logits of each child, and the statistics of their softmax.
+
+    Args:
+      config: Tile sizes.
+      sizes: Sizes of the problem.
+      operands: The inputs.
+      parents: States; and cotangents, if `share`.
+      center: That of the votes.
+      share: Whether the share is wanted.
+      d_gated: Whether the cotangents of gated couplings are wanted; `share` must be, too.
+    """
     warps, count = config.statistics_warps, config.statistics_children
 
-    def kernel(
-        refs: tuple[Operands, Parents, Any], normaliser_ref: Any, share_ref: Any = None
-    ) -> None:
+    def kernel(refs: tuple[Operands, Parents, Any], *all_results: Any) -> None:
+        results = Statistics(*all_results)
         operands, parents, center_ref = refs
         tile = Tile(sizes, warps, pl.program_id(1))
         children = children_of(sizes, warps, count, pl.program_id(0))
@@ -106,15 +116,19 @@ def statistics(
             if share:
                 cotangents = tile.load_cotangents(parents, j)
             found = []
-            for i, pose, (largest, total, *weighted) in zip(children.at, poses, carry, strict=True):
+            for m, (largest, total, *weighted) in enumerate(carry):
+                i, to, exists, pose = *(x[m] for x in children), poses[m]
                 votes = tile.votes(operands, pose, center, i, j) if share or states else []
-                logit, _ = tile.logit(tile.start_logit(operands, k, i, j), votes, states)
+                logit = tile.logit(tile.start_logit(operands, k, i, j), votes, states)
+                tile.store(results.logits, logit, to, j, exists=exists)
                 top = jnp.maximum(largest, logit)
                 shrink, e = exp2(tile, largest - top), exp2(tile, logit - top)
                 new = [top, fma(tile, total, shrink, e)]
                 if share:
-                    d_gated, _ = tile.cotangent(votes, cotangents)
-                    new.append(fma(tile, weighted[0], shrink, e * d_gated))
+                    of_gated, _ = tile.cotangent(votes, cotangents)
+                    new.append(fma(tile, weighted[0], shrink, e * of_gated))
+                    if d_gated:
+                        tile.store(results.d_gated, of_gated, to, j, exists=exists)
                 found.append(tuple(new))
             return found
 
@@ -128,17 +142,24 @@ def statistics(
             normaliser = largest + log2(tile, total)
             if operands.gates is not None:
                 normaliser = normaliser - log2(tile, tile.load(operands.gates, i))
-            tile.store(normaliser_ref, normaliser, to, exists=exists)
+            tile.store(results.normaliser, normaliser, to, exists=exists)
             if share:
-                tile.store(share_ref, weighted[0] * reciprocal(tile, total), to, exists=exists)
+                d_gate = weighted[0] * reciprocal(tile, total)
+                tile.store(results.share, d_gate, to, exists=exists)
 
     of_children = float32(sizes.capsules, sizes.padded_batch)
+    of_votes = float32(sizes.capsules, sizes.parents, sizes.padded_batch)
     return Statistics(
         *call(
             kernel,
             (operands, parents, center),
             grid=(pl.cdiv(sizes.capsules, warps * count), sizes.tiles),
-            results=[of_children] * (1 + share),
+            results=Statistics(
+                of_children,
+                of_votes,
+                of_children if share else None,
+                of_votes if d_gated else None,
+            ),
             warps=warps,
             sizes=sizes,
             name="statistics",
@@ -157,57 +178,48 @@ class Sums(NamedTuple):
 class _Vote(NamedTuple):
     """What a walk over the children gives for one child."""
 
-    votes: list[Array]
-    differences: list[Array]  # scaled, of votes and means of the parents
+    numbers: list[Array]  # from the center on, or from the mean so far
     weight: Array  # the coupling times the gate
-    at: Array  # index of the child
+    d_logit: Array | None  # the gradient of the logit, in a backward pass
 
 
 def moments(
     config: TritonVotesConfig,
     sizes: Sizes,
     operands: Operands,
-    parents: Parents,
-    center: Any,
     found: Statistics | None,
     *,
     mass: bool,
 ) -> Sums:
     """Compute the sums of votes, and the mass if `mass`; or mass, mean and squares around the mean.
 
-    The mean is updated by one vote after the other (West 1979).
+    The mean is updated by one vote after the other (West 1979). Votes are computed from the mean
+    so far on, and not from a fixed center, which may be far: their sums had its rounding.
     """
     is_central = sizes.logits == "gaussian"
 
-    def start(tile: Tile, parents: Parents, j: Array) -> None:
-        del tile, parents, j
-
-    def add_to_sums(tile: Tile, vote: _Vote, refs: Any, known: None, sums: Sums) -> Sums:
-        del refs, known
-        pairs = zip(vote.votes, sums.first, strict=True)
+    def add_to_sums(tile: Tile, vote: _Vote, sums: Sums) -> Sums:
+        pairs = zip(vote.numbers, sums.first, strict=True)
         return Sums(
             sums.zeroth + vote.weight if mass else None,
             [fma(tile, vote.weight, v, total) for v, total in pairs],
         )
 
-    def add_to_mean(tile: Tile, vote: _Vote, refs: Any, known: None, sums: Sums) -> Sums:
-        del refs, known
+    def add_to_mean(tile: Tile, vote: _Vote, sums: Sums) -> Sums:
         mass = sums.zeroth + vote.weight
         rate = vote.weight * reciprocal(tile, jnp.maximum(mass, TINY))
         # Exactly 0 for the first vote, which is far from a mean of 0. `weight (1 - rate)` is not.
         factor = rate * sums.zeroth
-        steps = [v - mean for v, mean in zip(vote.votes, sums.first, strict=True)]
         return Sums(
             mass,
-            [fma(tile, rate, x, m) for x, m in zip(steps, sums.first, strict=True)],
-            [fma(tile, factor * x, x, m) for x, m in zip(steps, sums.second, strict=True)],
+            [fma(tile, rate, x, m) for x, m in zip(vote.numbers, sums.first, strict=True)],
+            [fma(tile, factor * x, x, m) for x, m in zip(vote.numbers, sums.second, strict=True)],
         )
 
     return _over_children(
         config,
         sizes,
-        (operands, parents, center, found),
-        start,
+        (operands, None, found),
         add_to_mean if is_central else add_to_sums,
         Sums(mass or is_central, True, is_central),
         "moments",
@@ -219,43 +231,41 @@ def logit_gradients(
     config: TritonVotesConfig,
     sizes: Sizes,
     operands: Operands,
-    parents: Parents,
     center: Any,
     found: Statistics,
     *,
     biases: bool,
+    numbers: bool,
 ) -> Sums:
-    """Compute the sums of dl, if `biases`, and of dl v; or of dl x and dl x², where x = s v + h."""
+    """Compute the sums of dl, if `biases`, and if `numbers`, of dl v; or of dl x and dl x².
+
+    x are votes from the center on, which is z.
+    """
     is_gaussian = sizes.logits == "gaussian"
 
-    def start(tile: Tile, parents: Parents, j: Array) -> Any:
-        return tile.load_cotangents(parents, j)
-
-    def add(tile: Tile, vote: _Vote, refs: Any, known: Any, sums: Sums) -> Sums:
-        d_gated, _ = tile.cotangent(vote.votes, known)
-        d_logit = vote.weight * (d_gated - tile.load(refs[3].share, vote.at))
+    def add(tile: Tile, vote: _Vote, sums: Sums) -> Sums:
+        d_logit = vote.d_logit
+        assert d_logit is not None  # because the statistics have cotangents
         total = sums.zeroth + d_logit if biases else None
         if sums.first is None:
             return Sums(total)
         if not is_gaussian:
-            pairs = zip(vote.votes, sums.first, strict=True)
+            pairs = zip(vote.numbers, sums.first, strict=True)
             return Sums(total, [fma(tile, d_logit, v, x) for v, x in pairs])
-        terms = [d_logit * x for x in vote.differences]
-        triples = zip(terms, vote.differences, sums.second, strict=True)
+        terms = [d_logit * x for x in vote.numbers]
+        triples = zip(terms, vote.numbers, sums.second, strict=True)
         return Sums(
             total,
             [total + term for total, term in zip(sums.first, terms, strict=True)],
             [fma(tile, term, x, total) for term, x, total in triples],
         )
 
-    has_states = parents.states is not None
     return _over_children(
         config,
         sizes,
-        (operands, parents, center, found),
-        start,
+        (operands, center, found),
         add,
-        Sums(biases, has_states, has_states and is_gaussian),
+        Sums(biases, numbers, numbers and is_gaussian),
         "chain",
         is_central=False,
     )
@@ -264,8 +274,7 @@ def logit_gradients(
 def _over_children(
     config: TritonVotesConfig,
     sizes: Sizes,
-    operands: tuple[Operands, Parents, Any, Statistics | None],
-    start: Callable[..., Any],
+    operands: tuple[Operands, Any, Statistics | None],
     add: Callable[..., Sums],
     wanted: Sums,
     name: str,
@@ -277,47 +286,41 @@ def _over_children(
     Args:
       config: Tile sizes.
       sizes: Sizes of the problem.
-      operands: Those of the kernel; without statistics all couplings are equal.
-      start: `start(tile, parents, j)` loads what `add` needs of the parents.
-      add: `add(tile, vote, operands, known, sums)` returns the sums with a child added.
+      operands: Those of the kernel, and the center; without statistics all couplings are equal.
+      add: `add(tile, vote, sums)` returns the sums with a child added.
       wanted: Whether each of the sums is wanted.
       name: Of the pass.
-      is_central: Whether the sums are mass, mean and squares around the mean. Votes are then not
-        computed from the center on, which may be far: their sums had its rounding.
+      is_central: Whether the sums are mass, mean and squares around the mean.
     """
     warps = config.sums_warps
     steps = pl.cdiv(sizes.capsules, config.sums_ranges)
     ranges = pl.cdiv(sizes.capsules, steps)
 
-    def kernel(refs: tuple[Operands, Parents, Any, Statistics | None], *results: Any) -> None:
-        operands, parents, center_ref, found = refs
+    def kernel(refs: tuple[Operands, Any, Statistics | None], *results: Any) -> None:
+        operands, center_ref, found = refs
         tile = Tile(sizes, warps, pl.program_id(1))
         portion = pl.program_id(2)
         at = pl.program_id(0) * warps + tile.warp
         j, exists = jnp.minimum(at, sizes.parents - 1), at < sizes.parents
-        center, states = tile.load_center(center_ref, j), tile.load_states(parents, j)
-        known = start(tile, parents, j)
-        # The child's own part of a logit is loaded in the loop, the parent's before it.
-        k = None if parents.k is None else tile.load(parents.k, j)
+        center = tile.load_center(center_ref, j)
 
         def one_child(step: Array, sums: Sums) -> Sums:
             i = jnp.minimum(portion * steps + step, sizes.capsules - 1)
             inside = portion * steps + step < sizes.capsules
-            pose = tile.load_pose(operands, i)
-            votes = tile.votes(operands, pose, None if is_central else center, i, j)
+            votes: list[Array] = []
+            if wanted.first:
+                start = sums.first if is_central else center
+                votes = tile.votes(operands, tile.load_pose(operands, i), start, i, j)
             if found is None:
                 weight = tile.equal_weight(operands, i)
-                differences: list[Array] = []
             else:
-                logit = tile.start_logit(operands, k, i, j)
-                near = votes
-                if is_central and center is not None:
-                    near = [v - c for v, c in zip(votes, center, strict=True)]
-                logit, differences = tile.logit(logit, near, states)
-                weight = exp2(tile, logit - tile.load(found.normaliser, i))
+                weight = tile.load_weight(found, i, j)
             if ranges * steps != sizes.capsules:
                 weight = jnp.where(inside, weight, 0.0)
-            return add(tile, _Vote(votes, differences, weight, i), refs, known, sums)
+            d_logit = None
+            if found is not None and found.d_gated is not None:
+                d_logit = tile.load_d_logit(found, weight, i, j)
+            return add(tile, _Vote(votes, weight, d_logit), sums)
 
         nothing = Sums(tile.zero, *[[tile.zero] * sizes.depth] * 2)
         nothing = Sums(*(x if want else None for x, want in zip(nothing, wanted, strict=True)))
