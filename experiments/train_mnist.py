@@ -1,7 +1,7 @@
 """Train the capsule network of "Dynamic Routing Between Capsules" on MNIST or a data set like it.
 
-Sabour, Frosst and Hinton, https://arxiv.org/abs/1710.09829. --network=cnn and --network=pooling_cnn
-train convolutional baselines.
+Sabour, Frosst and Hinton, https://arxiv.org/abs/1710.09829. --network trains capsule networks of
+other papers, and CNNs as baselines.
 """
 
 from experiments import cli

@@ -17,10 +17,12 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
     [
         ("cnn", 35_445_522),  # the paper says 35.4 million
         ("pooling_cnn", 317_066),
+        ("pooling_cnn_160k", 161_816),  # Efficient-CapsNet has 161,824
+        ("pooling_cnn_8m", 8_205_778),  # CapsNet has 8,215,568 with its decoder
         ("capsnet", 8_215_568),  # and 8.2 million
     ],
 )
-def test_networks_have_the_parameters_of_the_paper(network, parameters):
+def test_networks_have_as_many_parameters_as_published(network, parameters):
     settings = networks.Settings(network=network)
     model = nnx.eval_shape(lambda: networks.build(settings, (28, 28, 1), 10, seed=0))
     leaves = jax.tree.leaves(nnx.state(model))

@@ -19,6 +19,7 @@ class Config(networks.Settings, runs.Settings):
     network: str = flag(
         "capsnet",
         "capsnet; cnn: the paper's baseline for MNIST; pooling_cnn: a small CNN with max-pooling; "
+        "pooling_cnn_160k and pooling_cnn_8m: as many parameters as efficient_capsnet and capsnet; "
         "or another capsule network with its paper's sizes, whose routing and channels no flag "
         "changes (matrix_capsnet: the small one; efficient_capsnet: the one for MNIST).",
         choices=(*networks.NETWORKS, *networks.PUBLISHED),

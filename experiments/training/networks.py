@@ -25,7 +25,14 @@ from experiments.cli import flag
 from experiments.errors import InputError
 from experiments.training.transforms import AxisName, draw
 
-NETWORKS = ("capsnet", "cnn", "pooling_cnn")
+# Channels of the convolutions and units of the hidden layer of CNNs with max-pooling. The last two
+# have as many parameters as Efficient-CapsNet without its decoder, and as CapsNet with it.
+POOLING = {
+    "pooling_cnn": ((32, 64), 256),
+    "pooling_cnn_160k": ((32, 64), 106),
+    "pooling_cnn_8m": ((256, 512), 600),
+}
+NETWORKS = ("capsnet", "cnn", *POOLING)
 # Networks with the sizes of their papers, except for the images'. Of the other settings they take
 # dtype and, if their layers do, implementation.
 PUBLISHED: dict[str, Callable[..., nnx.Module]] = {
@@ -43,7 +50,8 @@ class Settings:
 
     network: str = flag(
         "capsnet",
-        "capsnet; cnn: the paper's baseline for MNIST; pooling_cnn: a small CNN with max-pooling.",
+        "capsnet; cnn: the paper's baseline for MNIST; pooling_cnn: a small CNN with max-pooling; "
+        "pooling_cnn_160k, pooling_cnn_8m: with as many parameters as capsule networks have.",
         choices=NETWORKS,
     )
     num_iterations: int = flag(
@@ -189,13 +197,14 @@ def build(
     try:
         if settings.network == "cnn":
             return Cnn(image_shape, num_classes, dtype=dtype, rngs=rngs)
-        if settings.network == "pooling_cnn":
+        if settings.network in POOLING:
+            channels, units = POOLING[settings.network]
             return Cnn(
                 image_shape,
                 num_classes,
-                channels=(32, 64),
+                channels=channels,
                 pooling=True,
-                hidden=(256,),
+                hidden=(units,),
                 dtype=dtype,
                 rngs=rngs,
             )
