@@ -31,6 +31,7 @@ import experiments
 from experiments.errors import InputError
 
 T = TypeVar("T", bool, int, float, str)
+N = TypeVar("N", int, float)
 
 _PARSERS: dict[type, flags.ArgumentParser[Any]] = {
     bool: flags.BooleanParser(),
@@ -41,6 +42,8 @@ _PARSERS: dict[type, flags.ArgumentParser[Any]] = {
 _TYPE_RULES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 # What float32 can represent, without subnormal numbers, which devices may take for 0.
 _SMALLEST, _LARGEST = 1.2e-38, 3.4e38
+# int() and float() also take other scripts' digits, 1_0 and spaces.
+_PLAIN = re.compile(r"[-+0-9.a-zA-Z]+")
 _NUMBER = re.compile(r"[-+\N{MINUS SIGN}]?[\d.]")
 
 
@@ -109,6 +112,41 @@ def validate(config: Any) -> None:
         for rule, keeps in field.metadata["limits"]:
             if not keeps(value):
                 raise _refusal(field.name, rule, value)
+
+
+def numbers(
+    name: str,
+    text: str,
+    *,
+    minimum: float,
+    maximum: float,
+    kind: Callable[[str], N],
+) -> list[N]:
+    """Parse the value of a text flag that holds numbers, separated by commas.
+
+    Args:
+      name: Of the flag, for the error.
+      text: Its value.
+      minimum: Smallest number allowed.
+      maximum: Largest number allowed.
+      kind: float, or int for whole numbers.
+
+    Raises:
+      InputError: One of them is not allowed.
+    """
+    words = text.split(",")
+    try:
+        found = [kind(word) for word in words if _PLAIN.fullmatch(word)]
+    except ValueError:
+        found = []
+    # A comparison with NaN is false.
+    if len(found) < len(words) or not all(minimum <= value <= maximum for value in found):
+        rule = "whole numbers" if kind is int else "numbers"
+        raise InputError(
+            f"--{name} must be {rule} from {minimum} to {maximum}, separated by commas, "
+            f"got {text!r}"
+        )
+    return found
 
 
 def run(config_class: type[Any], main: Callable[[Any], int | None]) -> typing.NoReturn:
@@ -208,8 +246,7 @@ class _Flag(flags.Flag[Any]):
     def parse(self, argument: Any) -> None:
         """Parse one value; raise InputError if it is of another type."""
         try:
-            # int() and float() also take other scripts' digits, and 1_0.
-            if self._kind in (int, float) and not re.fullmatch(r"[-+0-9.a-zA-Z]+", str(argument)):
+            if self._kind in (int, float) and not _PLAIN.fullmatch(str(argument)):
                 raise flags.IllegalFlagValueError
             super().parse(argument)
         except flags.IllegalFlagValueError:

@@ -28,7 +28,9 @@ class Config:
     """Number of processes and restarts."""
 
     num_processes: int = flag(2, "Processes to start.", minimum=1, maximum=1024)
-    restarts: int = flag(0, "Restarts from the last checkpoint after a process fails.", minimum=0)
+    restarts: int = flag(
+        0, "Restarts from the last checkpoint after a process fails.", minimum=0, maximum=10_000
+    )
 
 
 def main(command: list[str], config: Config) -> int:

@@ -32,9 +32,13 @@ class Config:
         choices=("capsjax", "plain_jax", "torch", "torch_notebook"),
     )
     params: str = flag("", "File of a CapsNet's parameters, .npz.")
-    batch_size: int = flag(128, "Images in one step.", minimum=1)
-    image_size: int = flag(28, "Height and width of the images, in pixels.", minimum=17)
-    more_steps: int = flag(2, "Steps after the first, before memory is read.", minimum=0)
+    batch_size: int = flag(128, "Images in one step.", minimum=1, maximum=2**20)
+    image_size: int = flag(
+        28, "Height and width of the images, in pixels.", minimum=17, maximum=4096
+    )
+    more_steps: int = flag(
+        2, "Steps after the first, before memory is read.", minimum=0, maximum=10_000
+    )
     compilation_cache: str = flag("", "Folder of JAX's persistent compilation cache; empty: none.")
 
 

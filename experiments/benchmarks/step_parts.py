@@ -17,10 +17,14 @@ from experiments.training.transforms import Augmentation, scaled
 MATRIX = 2048  # side of the matrix product
 
 
-def contender(params: loop.Params, images: np.ndarray, labels: np.ndarray) -> contenders.Contender:
-    """Build the contender "capsjax"; training starts from new random parameters, not `params`."""
+def make_trainer(image_shape: tuple[int, int, int]) -> loop.Trainer:
+    """Return the trainer of the paper's network for images `[H, W, C]`, if its state fits.
+
+    Raises:
+      InputError: It needs more memory than there is.
+    """
     trainer = loop.Trainer(
-        lambda: CapsNet(images.shape[1:], rngs=nnx.Rngs(0)),
+        lambda: CapsNet(image_shape, rngs=nnx.Rngs(0)),
         objectives.CapsuleClassification(
             num_classes=10,
             augmentation=Augmentation(shift=2),
@@ -28,6 +32,14 @@ def contender(params: loop.Params, images: np.ndarray, labels: np.ndarray) -> co
         ),
         loop.adam(1e-3, final_learning_rate=1e-4, num_steps=1000),
     )
+    loop.check_memory(trainer.abstract_state())
+    return trainer
+
+
+def contender(params: loop.Params, images: np.ndarray, labels: np.ndarray) -> contenders.Contender:
+    """Build the contender "capsjax"; training starts from new random parameters, not `params`."""
+    height, width, channels = images.shape[1:]
+    trainer = make_trainer((height, width, channels))
     state = trainer.initial_state(0)
     trainer.compile_step(state, images, labels)
 
