@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from experiments import STOP_SIGNALS
 
 
 @contextlib.contextmanager
