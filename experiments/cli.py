@@ -212,11 +212,6 @@ def _raise_on_signals(caught: Sequence[int], received: list[int]) -> None:
                 time.sleep(_GRACE_SECONDS)
                 experiments.end_quietly(number)
 
-    def hide_interrupt(unraisable: Any) -> None:
-        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
-            sys.__unraisablehook__(unraisable)
-
-    sys.unraisablehook = hide_interrupt
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     # Python's handlers wait for compiled code to return, a thread that reads this pipe does not.
@@ -380,6 +375,14 @@ def _configure_streams() -> None:
     sys.stderr = io.TextIOWrapper(log, encoding, "backslashreplace", write_through=True)
 
 
+def _show_unraisable(unraisable: Any) -> None:
+    """Show an exception that nothing can catch, but for what the program's own line tells."""
+    is_interrupt = issubclass(unraisable.exc_type, KeyboardInterrupt)
+    # After a failed save TensorStore still calls the event loop, which is closed by then.
+    if not is_interrupt and str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 def _configure_logging(main: Callable[[Any], int | None]) -> None:
     """Send short log lines to stderr: our own from INFO up, those of libraries from WARNING up."""
     # Until the global flags are parsed, absl's handler prints a warning with each line.
@@ -395,6 +398,7 @@ def _configure_logging(main: Callable[[Any], int | None]) -> None:
         is_orbax = "orbax" in record.pathname or record.name == "asyncio"
         return record.levelno >= logging.WARNING and not is_orbax
 
+    sys.unraisablehook = _show_unraisable
     absl_logging.use_absl_handler()  # which removes other handlers of stderr, so of this stderr
     _configure_streams()
     absl_logging.set_verbosity(absl_logging.INFO)

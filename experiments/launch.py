@@ -15,7 +15,8 @@ from collections.abc import Callable
 
 from absl import logging
 
-from experiments import STOP_SIGNALS, cli
+import experiments
+from experiments import cli
 from experiments.cli import flag
 from experiments.errors import InputError
 from experiments.training import signals
@@ -56,7 +57,9 @@ def main(command: list[str], config: Config) -> int:
             if not failures:
                 return 0
             # No restart: invalid input (2) fails again, and a stop signal ends the whole run.
-            if stopped() or {2, *(128 + number for number in STOP_SIGNALS)} & set(failures):
+            if stopped() or {2, *(128 + number for number in experiments.STOP_SIGNALS)} & set(
+                failures
+            ):
                 break
     return next((status for status in failures if status == 2), failures[0])
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from experiments import STOP_SIGNALS
+import experiments
 
 
 @contextlib.contextmanager
@@ -35,7 +35,7 @@ def stop_requests() -> Iterator[Callable[[], int]]:
         for number, handler in before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    for number in STOP_SIGNALS:
+    for number in experiments.STOP_SIGNALS:
         if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
             continue
         before[number] = signal.signal(number, note)
