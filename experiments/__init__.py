@@ -5,9 +5,14 @@ import signal
 import sys
 from types import FrameType, TracebackType
 
+# Windows has no SIGHUP.
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
 
-def end_quietly(number: int, frame: FrameType | None) -> None:
-    """End this process on Ctrl-C with one line; for while nothing needs to be cleared away."""
+
+def end_quietly(number: int, frame: FrameType | None = None) -> None:
+    """End this process on a signal with one line; for while nothing needs to be cleared away."""
     os.write(2, b"interrupted\n")
     os._exit(128 + number)
 
@@ -37,8 +42,10 @@ def name_extra(
 
 
 # Python sets this name until it has found the program that -m runs. The program's imports take
-# seconds, in which `cli.run` cannot catch Ctrl-C yet.
-if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, end_quietly)
+# seconds, in which `cli.run` cannot catch signals yet. What is ignored (under nohup) stays so.
+if sys.argv[:1] == ["-m"]:
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, end_quietly)
 if sys.argv[:1] == ["-m"]:
     sys.excepthook = name_extra

@@ -55,7 +55,9 @@ class Config:
         "Folder for the best configs of --sweep, one JSON file a kind of device, whose other rows "
         "are kept; empty: none. The library reads kernels/vote_passes/tuned.",
     )
-    repeats: int = flag(5, "Rounds; each times all rows of a case in turn.", minimum=1)
+    repeats: int = flag(
+        5, "Rounds; each times all rows of a case in turn.", minimum=1, maximum=10_000
+    )
     output: str = flag("", "File to append a JSON line a row to; empty: none.")
     figures: str = flag("", "Folder for time_over_capsules.png and roofline.png; empty: none.")
 
@@ -106,12 +108,9 @@ def select_problems(config: Config) -> dict[tuple[str, int], Case]:
     """Return the cases by name and number of input capsules: --cases, then those of --scaling."""
     names = select("cases", config.cases, CASES)
     problems = {(name, CASES[name].capsules): CASES[name] for name in names}
-    for word in config.scaling.split(",") if config.scaling else []:
-        if not word.isdecimal() or int(word) < 1:
-            raise InputError(
-                f"--scaling must be whole numbers from 1 up, separated by commas, got {word!r}"
-            )
-        problems[names[0], int(word)] = CASES[names[0]]._replace(capsules=int(word))
+    if config.scaling:
+        for count in cli.numbers("scaling", config.scaling, minimum=1, maximum=2**24, kind=int):
+            problems[names[0], count] = CASES[names[0]]._replace(capsules=count)
     return problems
 
 

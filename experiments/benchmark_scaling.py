@@ -54,8 +54,10 @@ class Config:
     target: str = flag(
         ",".join([HOST, *DEVICES]), f"Any of {', '.join([HOST, *DEVICES])}, comma-separated."
     )
-    repeats: int = flag(5, "Timed runs on a CPU, if there is a core a device.", minimum=1)
-    jobs: int = flag(2, "Ahead-of-time compilations in parallel.", minimum=1)
+    repeats: int = flag(
+        5, "Timed runs on a CPU, if there is a core a device.", minimum=1, maximum=10_000
+    )
+    jobs: int = flag(2, "Ahead-of-time compilations in parallel.", minimum=1, maximum=1024)
     output: str = flag("", "File to append a JSON line a row to; empty: none.")
     figure: str = flag("", "File of a plot, .png; empty: none.")
 

@@ -55,9 +55,12 @@ class Config:
     image_size: int = flag(
         28, "Height and width of the images, in pixels.", minimum=17, maximum=4096
     )
-    repeats: int = flag(5, "Timed rounds.", minimum=1)
+    repeats: int = flag(5, "Timed rounds.", minimum=1, maximum=10_000)
     plain_repeats: int = flag(
-        1, "Rounds that include plain JAX, at a minute a step, of capsnet; 0: none.", minimum=0
+        1,
+        "Rounds that include plain JAX, at a minute a step, of capsnet; 0: none.",
+        minimum=0,
+        maximum=10_000,
     )
     torch: bool = flag(False, "Also measure PyTorch, capsnet in two forms.")
     output: str = flag("", "File to append a JSON line a row to; empty: none.")
@@ -158,13 +161,16 @@ class ContenderProcess:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the process of {self.name} exited with {self.process.wait()}")
+            if (status := self.process.wait()) == 2:  # it has said why
+                sys.exit(status)
+            raise RuntimeError(f"the process of {self.name} exited with {status}")
         return json.loads(line)
 
 
 def _write_params(folder: str, config: Config) -> str:
     """Write the parameters for which all contenders must compute the same; return the path."""
     shape = (config.image_size, config.image_size, 1)
+    step_parts.make_trainer(config.network, shape)  # refuses what does not fit into memory
     model = networks.build(mnist.Config(network=config.network), shape, 10, seed=0)
     path = os.path.join(folder, "params.npz")
     contenders.save_params(path, nnx.to_pure_dict(nnx.split(model)[1]))

@@ -16,8 +16,11 @@ import re
 import signal
 import sys
 import textwrap
+import threading
+import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any, TypeVar
 
 import rich.cells
@@ -31,6 +34,7 @@ import experiments
 from experiments.errors import InputError
 
 T = TypeVar("T", bool, int, float, str)
+N = TypeVar("N", int, float)
 
 _PARSERS: dict[type, flags.ArgumentParser[Any]] = {
     bool: flags.BooleanParser(),
@@ -38,9 +42,12 @@ _PARSERS: dict[type, flags.ArgumentParser[Any]] = {
     float: flags.FloatParser(),
     str: flags.ArgumentParser(),
 }
+_GRACE_SECONDS = 3  # from a signal until a program that has not ended is ended
 _TYPE_RULES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 # What float32 can represent, without subnormal numbers, which devices may take for 0.
 _SMALLEST, _LARGEST = 1.2e-38, 3.4e38
+# int() and float() also take other scripts' digits, 1_0 and spaces.
+_PLAIN = re.compile(r"[-+0-9.a-zA-Z]+")
 _NUMBER = re.compile(r"[-+\N{MINUS SIGN}]?[\d.]")
 
 
@@ -111,10 +118,46 @@ def validate(config: Any) -> None:
                 raise _refusal(field.name, rule, value)
 
 
+def numbers(
+    name: str,
+    text: str,
+    *,
+    minimum: float,
+    maximum: float,
+    kind: Callable[[str], N],
+) -> list[N]:
+    """Parse the value of a text flag that holds numbers, separated by commas.
+
+    Args:
+      name: Of the flag, for the error.
+      text: Its value.
+      minimum: Smallest number allowed.
+      maximum: Largest number allowed.
+      kind: float, or int for whole numbers.
+
+    Raises:
+      InputError: One of them is not allowed.
+    """
+    words = text.split(",")
+    try:
+        found = [kind(word) for word in words if _PLAIN.fullmatch(word)]
+    except ValueError:
+        found = []
+    # A comparison with NaN is false.
+    if len(found) < len(words) or not all(minimum <= value <= maximum for value in found):
+        rule = "whole numbers" if kind is int else "numbers"
+        raise InputError(
+            f"--{name} must be {rule} from {minimum} to {maximum}, separated by commas, "
+            f"got {text!r}"
+        )
+    return found
+
+
 def run(config_class: type[Any], main: Callable[[Any], int | None]) -> typing.NoReturn:
     """Build the Config from the command line, call `main` and exit with the status it returns.
 
-    Bad input prints one line to stderr and exits with status 2, Ctrl-C with 130. Output that cannot
+    Bad input prints one line to stderr and exits with status 2. Ctrl-C, SIGTERM and SIGHUP print
+    one line and exit with 128 plus the signal's number, 130, 143 and 129. Output that cannot
     be written is bad input; where its reader has gone, the program ends as by SIGPIPE, and says
     nothing.
 
@@ -123,32 +166,65 @@ def run(config_class: type[Any], main: Callable[[Any], int | None]) -> typing.No
       main: The program. It returns None or 0 for success, and may raise InputError.
     """
     program = pathlib.Path(sys.argv[0]).stem
-    if is_process := signal.getsignal(signal.SIGINT) is experiments.end_quietly:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # below, it is caught
-    _configure_logging(main)
+    # None in a program that another one calls, whose handlers they are.
+    caught = [x for x in experiments.STOP_SIGNALS if signal.getsignal(x) is experiments.end_quietly]
+    received: list[int] = []
     try:
+        if caught:
+            _raise_on_signals(caught, received)
+        _configure_logging(main)
         status = _run(config_class, main, program)
         if sys.stdout is not None:
             sys.stdout.flush()
-    except InputError as error:
-        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
-        status = 2
-    except MemoryError as error:  # NumPy says how many bytes
-        print(f"{program}: out of memory: {str(error) or 'use smaller sizes'}", file=sys.stderr)
-        status = 2
-    except RuntimeError as error:
-        if not (reason := str(error)).startswith("RESOURCE_EXHAUSTED"):
+        _end_on_signals(caught)
+    except BaseException as error:
+        _end_on_signals(caught)
+        # What was interrupted may raise another error: XLA's, where Python called from it was.
+        if received or isinstance(error, KeyboardInterrupt):
+            line, status = "interrupted", 128 + (received or [signal.SIGINT])[0]
+        elif isinstance(error, InputError):
+            line, status = str(error), 2
+        elif isinstance(error, MemoryError):  # NumPy says how many bytes
+            line, status = f"out of memory: {str(error) or 'use smaller sizes'}", 2
+        elif isinstance(error, RuntimeError) and str(error).startswith("RESOURCE_EXHAUSTED"):
+            line, status = str(error).splitlines()[0], 2  # JAX's; XLA says how many bytes
+        else:
             raise
-        # JAX's; XLA says how many bytes.
-        print(f"{program}: {' '.join(reason.splitlines()[0].split())}", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        status = 128 + signal.SIGINT
-    if is_process:
-        # What Python does at its end would print a traceback on Ctrl-C.
-        signal.signal(signal.SIGINT, experiments.end_quietly)
+        print(f"{program}: {' '.join(line.split())}", file=sys.stderr)
     sys.exit(status)
+
+
+def _raise_on_signals(caught: Sequence[int], received: list[int]) -> None:
+    """Raise KeyboardInterrupt on the first of these signals, which is added to `received`.
+
+    Compiled code may hold it up or lose it: after `_GRACE_SECONDS` the process ends in any case,
+    but for signals that the training loop takes.
+    """
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if not received:
+            received.append(number)
+            raise KeyboardInterrupt
+
+    def watch() -> None:
+        while number := int.from_bytes(os.read(reader, 1)):
+            if number in caught and signal.getsignal(number) is note:
+                time.sleep(_GRACE_SECONDS)
+                experiments.end_quietly(number)
+
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    # Python's handlers wait for compiled code to return, a thread that reads this pipe does not.
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=watch, daemon=True).start()
+    for number in caught:
+        signal.signal(number, note)
+
+
+def _end_on_signals(caught: Sequence[int]) -> None:
+    """End without a traceback on these signals while Python ends."""
+    for number in caught:
+        signal.signal(number, experiments.end_quietly)
 
 
 def _run(config_class: type[Any], main: Callable[[Any], int | None], program: str) -> int | None:
@@ -208,8 +284,7 @@ class _Flag(flags.Flag[Any]):
     def parse(self, argument: Any) -> None:
         """Parse one value; raise InputError if it is of another type."""
         try:
-            # int() and float() also take other scripts' digits, and 1_0.
-            if self._kind in (int, float) and not re.fullmatch(r"[-+0-9.a-zA-Z]+", str(argument)):
+            if self._kind in (int, float) and not _PLAIN.fullmatch(str(argument)):
                 raise flags.IllegalFlagValueError
             super().parse(argument)
         except flags.IllegalFlagValueError:
@@ -300,6 +375,14 @@ def _configure_streams() -> None:
     sys.stderr = io.TextIOWrapper(log, encoding, "backslashreplace", write_through=True)
 
 
+def _show_unraisable(unraisable: Any) -> None:
+    """Show an exception that nothing can catch, but for what the program's own line tells."""
+    is_interrupt = issubclass(unraisable.exc_type, KeyboardInterrupt)
+    # After a failed save TensorStore still calls the event loop, which is closed by then.
+    if not is_interrupt and str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 def _configure_logging(main: Callable[[Any], int | None]) -> None:
     """Send short log lines to stderr: our own from INFO up, those of libraries from WARNING up."""
     # Until the global flags are parsed, absl's handler prints a warning with each line.
@@ -315,6 +398,7 @@ def _configure_logging(main: Callable[[Any], int | None]) -> None:
         is_orbax = "orbax" in record.pathname or record.name == "asyncio"
         return record.levelno >= logging.WARNING and not is_orbax
 
+    sys.unraisablehook = _show_unraisable
     absl_logging.use_absl_handler()  # which removes other handlers of stderr, so of this stderr
     _configure_streams()
     absl_logging.set_verbosity(absl_logging.INFO)

@@ -44,7 +44,9 @@ class Config:
         False,
         "Instead of the cases, compile 1k to 1M input capsules: gradients only, no stored votes.",
     )
-    jobs: int = flag(2, "Compilations in parallel, each of which takes 1 to 3 GB.", minimum=1)
+    jobs: int = flag(
+        2, "Compilations in parallel, each of which takes 1 to 3 GB.", minimum=1, maximum=1024
+    )
     output: str = flag("", "File to append a JSON line a row to; empty: none.")
 
 

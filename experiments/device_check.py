@@ -64,7 +64,7 @@ class Config:
 
     output: str = flag("", "File to append a JSON line a row to; empty: none.")
     floors: str = flag("", "File of compile_report --output, for a column of floors; empty: none.")
-    limit: float = flag(500, "Seconds after which no row is started.", above=0)
+    limit: float = flag(500, "Seconds after which no row is started.", above=0, maximum=1e6)
     stages: str = flag("", f"Any of {', '.join(STAGES)}, comma-separated; empty: all.")
     once: str = flag(
         "",

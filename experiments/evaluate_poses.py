@@ -5,7 +5,6 @@ sweeps of single transformations.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,6 @@ from experiments.analysis.partial_results import PartialResults, sha256
 from experiments.cli import flag
 from experiments.data import affnist, datasets
 from experiments.data.affine import SPLINE_ORDERS, Pose, random_affine, warp
-from experiments.errors import InputError
 from experiments.figures import poses
 from experiments.training import trained
 
@@ -53,7 +51,7 @@ class Config:
         "", "Folder of affNIST's .mat files; empty: --data_dir or, without any there, affnist_like."
     )
     batch_size: int = flag(128, "Images per forward pass.", minimum=1, maximum=2**20)
-    draws: int = flag(5, "Random transformations of the test set.", minimum=2)
+    draws: int = flag(5, "Random transformations of the test set.", minimum=2, maximum=10_000)
     seed: int = flag(0, "Seed of the random transformations.", minimum=0, maximum=2**32 - 1)
     rotation: float = flag(30.0, "Largest random angle, degrees.", minimum=0, maximum=180)
     shift: float = flag(0.1, "Largest random shift, fraction of the side.", minimum=0, maximum=1)
@@ -63,7 +61,10 @@ class Config:
     scales: str = flag("0.5,0.6,0.7,0.8,0.9,1,1.1,1.2,1.3,1.4", "Scale sweep, factors.")
     shears: str = flag("-45,-30,-15,0,15,30,45", "Shear sweep, degrees to the right.")
     sweep_examples: int = flag(
-        1000, "Number of test images in a sweep, the first ones; 0: all.", minimum=0
+        1000,
+        "Number of test images in a sweep, the first ones; 0: all.",
+        minimum=0,
+        maximum=2**31 - 1,
     )
 
 
@@ -72,23 +73,34 @@ class Sweep(NamedTuple):
 
     flag: str
     pose: Callable[[int, float], Pose]  # from the number of images and the parameter
-    low: float = -math.inf  # values must be greater
-    high: float = math.inf  # values must be less
+    low: float  # the smallest value
+    high: float  # the largest value
 
 
 SWEEPS = {  # by the label of the figure's axis
-    "rotation (degrees)": Sweep("rotations", lambda size, x: Pose.broadcast(size, rotation=x)),
-    "shift (pixels)": Sweep("shifts", lambda size, x: Pose.broadcast(size, shift=(x, 0))),
-    "scale": Sweep("scales", lambda size, x: Pose.broadcast(size, scale=(x, x)), low=0),
+    "rotation (degrees)": Sweep(
+        "rotations", lambda size, x: Pose.broadcast(size, rotation=x), low=-360, high=360
+    ),
+    "shift (pixels)": Sweep(
+        "shifts", lambda size, x: Pose.broadcast(size, shift=(x, 0)), low=-1000, high=1000
+    ),
+    "scale": Sweep(
+        "scales", lambda size, x: Pose.broadcast(size, scale=(x, x)), low=0.01, high=100
+    ),
     "shear (degrees)": Sweep(
-        "shears", lambda size, x: Pose.broadcast(size, shear=x), low=-90, high=90
+        "shears", lambda size, x: Pose.broadcast(size, shear=x), low=-89, high=89
     ),
 }
 
 
 def main(config: Config) -> int:
     """Measure the accuracy of all runs on the same images, and write and print the results."""
-    sweeps = {label: parse_values(x, getattr(config, x.flag)) for label, x in SWEEPS.items()}
+    sweeps = {
+        label: cli.numbers(
+            x.flag, getattr(config, x.flag), minimum=x.low, maximum=x.high, kind=float
+        )
+        for label, x in SWEEPS.items()
+    }
     runs = trained.load_all(config.workdirs.split(","), data_dir=config.data_dir)
     first = next(iter(runs.values()))
     side = first.test.images.shape[1]
@@ -134,24 +146,6 @@ def main(config: Config) -> int:
         print(line)
     progress.remove()
     return 0
-
-
-def parse_values(sweep: Sweep, text: str) -> list[float]:
-    """Parse the comma-separated parameter values of a sweep.
-
-    Raises:
-      InputError: A value is not a number, or is outside the sweep's range.
-    """
-    try:
-        values = [float(word) for word in text.split(",")]
-    except ValueError:
-        values = []
-    if not values or not all(sweep.low < value < sweep.high for value in values):
-        raise InputError(
-            f"--{sweep.flag} must be numbers between {sweep.low:g} and {sweep.high:g}, "
-            f"separated by commas, got {text!r}"
-        )
-    return values
 
 
 def fingerprint(

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from absl import logging
 
+import experiments
 from experiments import cli
 from experiments.cli import flag
 from experiments.errors import InputError
@@ -28,7 +29,9 @@ class Config:
     """Number of processes and restarts."""
 
     num_processes: int = flag(2, "Processes to start.", minimum=1, maximum=1024)
-    restarts: int = flag(0, "Restarts from the last checkpoint after a process fails.", minimum=0)
+    restarts: int = flag(
+        0, "Restarts from the last checkpoint after a process fails.", minimum=0, maximum=10_000
+    )
 
 
 def main(command: list[str], config: Config) -> int:
@@ -54,7 +57,9 @@ def main(command: list[str], config: Config) -> int:
             if not failures:
                 return 0
             # No restart: invalid input (2) fails again, and a stop signal ends the whole run.
-            if stopped() or {2, *(128 + number for number in signals.STOP_SIGNALS)} & set(failures):
+            if stopped() or {2, *(128 + number for number in experiments.STOP_SIGNALS)} & set(
+                failures
+            ):
                 break
     return next((status for status in failures if status == 2), failures[0])
 

@@ -40,7 +40,7 @@ class Config:
     data_dir: str = flag("", "Folder of the data set's files; empty: the runs' --data_dir.")
     batch_size: int = flag(128, "Images per forward pass.", minimum=1, maximum=2**20)
     examples_per_class: int = flag(
-        40, "Number of test images of each class, the first ones.", minimum=4
+        40, "Number of test images of each class, the first ones.", minimum=4, maximum=2**31 - 1
     )
     steps: int = flag(13, "Number of evenly spaced values in each sweep.", minimum=3, maximum=1001)
     rotation: float = flag(

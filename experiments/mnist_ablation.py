@@ -40,7 +40,9 @@ class Config(mnist.Config):
     workdir: str = flag(
         "runs/ablation", "Folder of all runs, results.json and figures.", affects_result=False
     )
-    seeds: int = flag(3, "Runs of each variant, with consecutive seeds from --seed on.", minimum=1)
+    seeds: int = flag(
+        3, "Runs of each variant, with consecutive seeds from --seed on.", minimum=1, maximum=10_000
+    )
     variants: str = flag(",".join(VARIANTS), "Variants to train, separated by commas.")
 
 

@@ -77,7 +77,7 @@ def select_images(config: Config, run: trained.Trained) -> dict[str, np.ndarray]
         return selection.select_images(run, images=config.images, index=config.index)
     if config.images:
         raise InputError("--overlap and --images exclude each other")
-    indices = re.fullmatch(r"(\d+),(\d+)", config.overlap)
+    indices = re.fullmatch("([0-9]{1,9}),([0-9]{1,9})", config.overlap)
     if not indices:
         raise InputError(
             f"--overlap must be the indices of two test images, A,B, got {config.overlap!r}"

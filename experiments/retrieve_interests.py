@@ -46,7 +46,10 @@ class Config:
     num_results: int = flag(10, "Items to recommend.", minimum=1, maximum=1000)
     links: int = flag(32, "Links of an item in a layer of the HNSW graph.", minimum=2, maximum=256)
     effort: int = flag(
-        128, "Candidates that a search keeps (efSearch); more: slower and more exact.", minimum=1
+        128,
+        "Candidates that a search keeps (efSearch); more: slower and more exact.",
+        minimum=1,
+        maximum=2**20,
     )
 
 

@@ -39,6 +39,7 @@ class Config(selection.Settings):
         "Test images for measuring effects, the first ones, at least 2; 0: none, so that --images "
         "needs no data.",
         minimum=0,
+        maximum=2**31 - 1,
     )
 
 

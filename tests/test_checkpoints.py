@@ -529,6 +529,7 @@ def test_other_errors_of_a_save_are_not_taken_for_a_full_disk(workdir):
 
 PROGRAM = """
 import dataclasses, itertools, resource
+import jax
 import jax.numpy as jnp
 from experiments import cli
 from experiments.training import records
@@ -538,12 +539,15 @@ from experiments.training.checkpoints import Checkpoints
 class Config:
     workdir: str = cli.flag("", "Folder.", affects_result=False)
     largest_file: int = cli.flag(resource.RLIM_INFINITY, "Bytes; -1: no limit.")
+    more_arrays: int = cli.flag(0, "Arrays beside the first.")
 
 def main(config):
     workdir = records.open_workdir(config.workdir, config=config, data_sha256="")
     with Checkpoints(workdir) as checkpoints:
         for step in itertools.count(1):
-            checkpoints.save(step, {"x": jnp.full((400, 500), step)})
+            noise = jax.random.normal(jax.random.key(0), (config.more_arrays, 3000))
+            rest = {str(k): row for k, row in enumerate(noise)}
+            checkpoints.save(step, {"x": jnp.full((400, 500), step), **rest})
             print(step, flush=True)
             resource.setrlimit(resource.RLIMIT_FSIZE, (config.largest_file, -1))
 
@@ -589,8 +593,10 @@ def test_kill_9_at_any_moment_leaves_the_newest_complete_checkpoint(tmp_path, st
             checkpoints.save(step + 1, state)
 
 
-def test_a_program_whose_write_fails_ends_with_one_line(tmp_path, start):
-    program = start(tmp_path, largest_file=200)
+@pytest.mark.parametrize("size", [200, 8_000])
+def test_a_program_whose_write_fails_ends_with_one_line(tmp_path, start, size):
+    # Many arrays: when one fails, the writes of others are under way.
+    program = start(tmp_path, largest_file=size, more_arrays=30)
     stdout, stderr = program.communicate(timeout=100)
     assert (program.returncode, stdout) == (2, "1\n")
     assert re.fullmatch(

@@ -22,7 +22,7 @@ from training_runs import LAST_STEP, assert_same_result, contents, newest_state,
 from experiments import train_mnist
 from experiments.analysis import inspection
 from experiments.errors import InputError
-from experiments.training import records, runs
+from experiments.training import loop, records, runs
 from experiments.training.checkpoints import Checkpoints, begin_training, saved_steps
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -268,9 +268,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert_same_result(workdir, finished)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(program, tmp_path):
-    config = {"learning_rate": 1e-3, "final_learning_rate": 1e34}  # more than tenfold every step
-    status, stderr = program(**config)
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(
+    program, tmp_path, monkeypatch
+):
+    growing = loop.adam(1e-3, final_learning_rate=1e34, num_steps=LAST_STEP)  # over tenfold a step
+    monkeypatch.setattr(loop, "adam", lambda *_, **__: growing)
+    status, stderr = program()
     assert status == 2
     found = re.fullmatch(
         r"train_mnist: .* is not finite at step (\d+); try a lower --learning_rate\n", stderr
@@ -281,5 +284,5 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(p
     assert rows(tmp_path / "run")[-1]["step"] < step
     assert all(np.isfinite(array).all() for array in state.values())
     before = contents(tmp_path / "run/checkpoints")
-    assert program(**config) == (2, stderr)  # and again, from the checkpoint
+    assert program() == (2, stderr)  # and again, from the checkpoint
     assert contents(tmp_path / "run/checkpoints") == before

@@ -81,6 +81,17 @@ def test_every_network_is_the_same_after_saving_and_loading(name, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_is_always_saved_as_the_same_bytes(tmp_path, name):
+    model = network(name)
+    for file in ("first", "second"):
+        models.save(model, tmp_path / file)
+    models.save(models.load(tmp_path / "first"), tmp_path / "again")
+    first = (tmp_path / "first").read_bytes()
+    assert (tmp_path / "second").read_bytes() == first
+    assert (tmp_path / "again").read_bytes() == first
+
+
 def test_statistics_of_training_are_saved(tmp_path):
     model = network("SRCapsNet")
     model.normalisation.mean[...] = jnp.arange(48.0)

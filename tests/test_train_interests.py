@@ -253,7 +253,8 @@ def test_without_a_better_validation_training_ends_and_the_best_parameters_are_k
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(tmp_path, monkeypatch, capsys):
-    settings = dataclasses.asdict(TINY) | {"workdir": tmp_path / "run", "learning_rate": 1e38}
+    growing = {"learning_rate": 1e6, "weight_decay": 1e6}  # a factor of -1e12 a step
+    settings = dataclasses.asdict(TINY) | {"workdir": tmp_path / "run"} | growing
     status, _, stderr = in_process.run(train_interests, settings, monkeypatch, capsys)
     assert status == 2
     assert "is not finite at step" in stderr

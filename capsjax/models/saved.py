@@ -67,7 +67,9 @@ def save(network: nnx.Module, path: str | os.PathLike[str]) -> None:
         "save: network", wanted, {k: (v.shape, str(v.dtype)) for k, v in tensors.items()}
     )
     values = ("capsjax", _VERSION, name, json.dumps(_encoded(arguments), allow_nan=False))
-    content = safetensors.numpy.save(tensors, metadata=dict(zip(_KEYS, values, strict=True)))
+    content = _sorted_header(
+        safetensors.numpy.save(tensors, metadata=dict(zip(_KEYS, values, strict=True)))
+    )
     partial = f"{os.fspath(path)}.{os.getpid()}.tmp"
     try:
         with open(partial, "wb") as file:
@@ -137,6 +139,18 @@ def _described(file: Any, key: str) -> tuple[tuple[int, ...], str]:
     part = file.get_slice(key)
     dtype = part.get_dtype()
     return tuple(part.get_shape()), _FILE_DTYPES.get(dtype, dtype)
+
+
+def _sorted_header(content: bytes) -> bytes:
+    """Sort the header of a safetensors file, whose order the library draws anew at each call.
+
+    The file is then a function of the network. Its format is the header's size in 8 bytes,
+    little-endian, and the header, JSON padded with spaces to a multiple of 8.
+    """
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[end:]
 
 
 def _read_metadata(

@@ -22,7 +22,9 @@ class Settings:
     )
     data_dir: str = flag("", "Folder of the data set's files; empty: the run's --data_dir.")
     images: str = flag("", "Image files, separated by commas; empty: use --index.")
-    index: int = flag(0, "Index of a test image, used if --images is empty.", minimum=0)
+    index: int = flag(
+        0, "Index of a test image, used if --images is empty.", minimum=0, maximum=2**31 - 1
+    )
 
 
 def capsnet_of(run: Trained, workdir: str) -> CapsNet:

@@ -33,9 +33,13 @@ class Config:
     )
     network: str = flag("capsnet", "The network.", choices=contenders.NETWORKS)
     params: str = flag("", "File of the network's parameters, .npz.")
-    batch_size: int = flag(128, "Images in one step.", minimum=1)
-    image_size: int = flag(28, "Height and width of the images, in pixels.", minimum=17)
-    more_steps: int = flag(2, "Steps after the first, before memory is read.", minimum=0)
+    batch_size: int = flag(128, "Images in one step.", minimum=1, maximum=2**20)
+    image_size: int = flag(
+        28, "Height and width of the images, in pixels.", minimum=17, maximum=4096
+    )
+    more_steps: int = flag(
+        2, "Steps after the first, before memory is read.", minimum=0, maximum=10_000
+    )
     compilation_cache: str = flag("", "Folder of JAX's persistent compilation cache; empty: none.")
 
 

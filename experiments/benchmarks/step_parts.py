@@ -16,13 +16,25 @@ from experiments.training.transforms import scaled
 MATRIX = 2048  # side of the matrix product
 
 
+def make_trainer(network: str, image_shape: tuple[int, int, int]) -> loop.Trainer:
+    """Return the trainer of a network for images `[H, W, C]`, if its state fits.
+
+    Raises:
+      InputError: It needs more memory than there is, or the images are too small.
+    """
+    one = datasets.Split(np.zeros((1, *image_shape), np.uint8), np.zeros(1, np.int32))
+    config = mnist.Config(network=network, num_epochs=1000, batch_size=1)
+    trainer = mnist.build(config, datasets.Dataset("", 10, one, one, ""))
+    loop.check_memory(trainer.abstract_state())
+    return trainer
+
+
 def contender(
     network: str, params: loop.Params, images: np.ndarray, labels: np.ndarray
 ) -> contenders.Contender:
     """Build the contender "capsjax"; training starts from new random parameters, not `params`."""
-    examples = datasets.Split(images, labels)
-    config = mnist.Config(network=network, num_epochs=100, batch_size=len(images))
-    trainer = mnist.build(config, datasets.Dataset("", 10, examples, examples, ""))
+    height, width, channels = images.shape[1:]
+    trainer = make_trainer(network, (height, width, channels))
     state = trainer.initial_state(0)
     trainer.compile_step(state, images, labels)
 

@@ -27,7 +27,7 @@ from experiments.cli import flag
 from experiments.data import datasets, interactions
 from experiments.data.interactions import HeldOut, Interactions, Split
 from experiments.errors import InputError
-from experiments.training import interest_networks, records, signals, trained
+from experiments.training import interest_networks, loop, records, signals, trained
 from experiments.training.checkpoints import Checkpoints, begin_training, check_metrics
 
 Params = dict[str, Any]
@@ -44,7 +44,10 @@ class Config(interest_networks.Settings):
     )
     data_dir: str = flag("", "Folder with u.data or one NAME.inter.", affects_result=False)
     min_interactions: int = flag(
-        0, "Remove users and items with fewer interactions, until all have as many.", minimum=0
+        0,
+        "Remove users and items with fewer interactions, until all have as many.",
+        minimum=0,
+        maximum=2**31 - 1,
     )
     synthetic_users: int = flag(1000, "Generated users.", minimum=10, maximum=10_000_000)
     synthetic_items: int = flag(500, "Generated items.", minimum=60, maximum=100_000)
@@ -85,14 +88,21 @@ class Config(interest_networks.Settings):
         maximum=10_000_000,
     )
     batch_size: int = flag(128, "Examples in one step.", minimum=1, maximum=2**31 - 1)
-    num_epochs: int = flag(30, "Passes over the training positions.", minimum=1)
+    num_epochs: int = flag(30, "Passes over the training positions.", minimum=1, maximum=10**9)
     patience: int = flag(
-        5, "Stop after so many epochs without a better validation; 0: never.", minimum=0
+        5,
+        "Stop after so many epochs without a better validation; 0: never.",
+        minimum=0,
+        maximum=10**9,
     )
     max_steps: int = flag(
-        0, "Stop after this step; 0: after num_epochs.", minimum=0, affects_result=False
+        0,
+        "Stop after this step; 0: after num_epochs.",
+        minimum=0,
+        maximum=2**31 - 1,
+        affects_result=False,
     )
-    learning_rate: float = flag(1e-3, "Learning rate of Adam.", above=0)
+    learning_rate: float = flag(1e-3, "Learning rate of Adam.", above=0, maximum=1e6)
     item_dropout: float = flag(
         0.0,
         "Fraction of a history's items, but for the newest, that training hides at random.",
@@ -105,9 +115,9 @@ class Config(interest_networks.Settings):
     seed: int = flag(
         0, "Seed of parameters, order of examples and negatives.", minimum=0, maximum=2**32 - 1
     )
-    log_every_steps: int = flag(100, "Steps between rows of metrics.", minimum=1)
+    log_every_steps: int = flag(100, "Steps between rows of metrics.", minimum=1, maximum=2**31 - 1)
     checkpoint_every_steps: int = flag(
-        500, "Steps between checkpoints.", minimum=1, affects_result=False
+        500, "Steps between checkpoints.", minimum=1, maximum=2**31 - 1, affects_result=False
     )
     tensorboard: bool = flag(
         False, "Write the metrics as TensorBoard files too.", affects_result=False
@@ -152,7 +162,7 @@ class Task(NamedTuple):
     split: Split
     graph: Any  # of the network, for nnx.merge
     initial_state: Callable[[], State]
-    step: Callable[..., State]  # from state, items, mask and targets; donates the state
+    step: Any  # compiled; from state, items, mask and targets; donates the state
     interests: Callable[..., tuple[Array, Array]]  # from parameters, items and mask
 
     @property
@@ -275,6 +285,13 @@ def train(task: Task, evaluate: Callable[[Task, Params, HeldOut], Metrics]) -> t
     last_step = config.num_epochs * epoch
     if config.max_steps:
         last_step = min(last_step, config.max_steps)
+    if epoch:
+        state = jax.eval_shape(task.initial_state)
+        loop.check_memory(state)
+        targets = task.split.train[: config.batch_size]
+        batch = task.data.histories(targets, config.history_length)
+        compiled = task.step.lower(state, *batch, task.data.items[targets]).compile()
+        loop.check_program_memory(compiled, "a training step")
     with contextlib.ExitStack() as stack:
         records.open_workdir(workdir, config=config, data_sha256=task.data.sha256)
         stack.enter_context(records.exclusive(workdir))

@@ -163,8 +163,12 @@ class Trainer:
         return jax.jit(function)
 
     def compile_step(self, state: State, images: Any, labels: Any) -> None:
-        """Compile the step ahead of its first call, and return the compiler's memory."""
-        self.step.lower(state, images, labels).compile()
+        """Compile the step ahead of its first call, and return the compiler's memory.
+
+        Raises:
+          InputError: The step needs more memory than there is.
+        """
+        check_program_memory(self.step.lower(state, images, labels).compile(), "a training step")
         if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
             libc.malloc_trim(0)  # else the allocator keeps 0.2 GB beside what the step needs
 
@@ -180,7 +184,11 @@ class Trainer:
     def evaluate(
         self, params: Params, examples: datasets.Examples, *, batch_size: int
     ) -> Evaluation:
-        """Return scores and mean loss of a whole split, the last, smaller batch included."""
+        """Return scores and mean loss of a whole split, the last, smaller batch included.
+
+        Raises:
+          InputError: A batch needs more memory than there is.
+        """
         scores, losses = [], []
         for start in range(0, examples.size, batch_size):
             indices = np.arange(start, min(start + batch_size, examples.size))
@@ -188,6 +196,9 @@ class Trainer:
             kept = len(indices)
             missing = batch_size - kept if start or self._axes else 0
             images, labels = self.batch(examples, np.append(indices, np.full(missing, start)))
+            if not start:
+                compiled = self._evaluate_batch.lower(params, images, labels).compile()
+                check_program_memory(compiled, "a batch of the evaluation")
             batch_losses, batch_scores = self._evaluate_batch(params, images, labels)
             losses.append(np.asarray(batch_losses)[:kept])
             scores.append(np.asarray(batch_scores)[:kept])
@@ -293,6 +304,24 @@ def check_memory(state: Any) -> None:
         return math.prod(shape) * leaf.dtype.itemsize
 
     needed = sum(map(size, jax.tree.leaves((state, state.params))))
+    _check_fits(needed, "parameters, moments and gradients need", "a smaller network")
+
+
+def check_program_memory(program: jax.stages.Compiled, what: str) -> None:
+    """Check that a compiled program fits into the memory of this process's devices.
+
+    Raises:
+      InputError: It does not; `what` says what it computes.
+    """
+    found = program.memory_analysis()
+    if found is not None:  # there are backends that cannot tell
+        sizes = (found.argument_size_in_bytes, found.output_size_in_bytes, found.temp_size_in_bytes)
+        needed = sum(sizes) - found.alias_size_in_bytes
+        _check_fits(needed, f"{what} needs", "a smaller --batch_size or network")
+
+
+def _check_fits(needed: int, what: str, advice: str) -> None:
+    """Check that each of this process's devices has `needed` bytes."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":  # one memory, of all its devices
         needed *= jax.local_device_count()
@@ -301,8 +330,8 @@ def check_memory(state: Any) -> None:
         memory = (device.memory_stats() or {}).get("bytes_limit", math.inf)
     if needed > memory:
         raise InputError(
-            f"parameters, moments and gradients need {needed / 2**30:.1f} GiB, and there are "
-            f"{memory / 2**30:.1f} GiB; use a smaller network"
+            f"{what} {needed / 2**30:.1f} GiB of memory, and there are {memory / 2**30:.1f} GiB; "
+            f"use {advice}"
         )
 
 

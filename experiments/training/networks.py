@@ -55,7 +55,7 @@ class Settings:
         choices=NETWORKS,
     )
     num_iterations: int = flag(
-        3, "Routing iterations; with 1, couplings are uniform.", minimum=1, maximum=1000
+        3, "Routing iterations; with 1, couplings are uniform.", minimum=1, maximum=100
     )
     gradient: str = flag(
         "full",

@@ -38,6 +38,7 @@ class Settings:
         1,
         "Devices along the mesh's data axis; -1: all that --capsule_parallel leaves.",
         minimum=-1,
+        maximum=2**20,
         affects_result=False,
     )
     capsule_parallel: int = flag(
@@ -45,6 +46,7 @@ class Settings:
         "Devices over which the primary capsules and their weights are split, and the batch too; "
         "-1: all that --data_parallel leaves.",
         minimum=-1,
+        maximum=2**20,
         affects_result=False,
     )
 

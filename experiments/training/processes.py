@@ -35,8 +35,12 @@ class Settings:
         "HOST:PORT of process 0; empty: one process, or JAX asks the cluster (SLURM, TPU pod).",
         affects_result=False,
     )
-    num_processes: int = flag(1, "Number of processes in the run.", minimum=1, affects_result=False)
-    process_id: int = flag(0, "Index of this process, from 0.", minimum=0, affects_result=False)
+    num_processes: int = flag(
+        1, "Number of processes in the run.", minimum=1, maximum=2**16, affects_result=False
+    )
+    process_id: int = flag(
+        0, "Index of this process, from 0.", minimum=0, maximum=2**16 - 1, affects_result=False
+    )
 
 
 def start(settings: Settings, *, may_be_cluster: bool) -> None:
@@ -208,7 +212,7 @@ def _texts(text: str) -> list[str]:
 def _check_address(address: str, *, listens: bool) -> None:
     """Raise InputError unless it is HOST:PORT, with a free port if this process listens."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
         raise InputError(f"--coordinator_address must be HOST:PORT, got {address!r}")
     if listens:
         with socket.socket() as probe:

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from typing import Self
 
+import numpy as np
 from absl import logging
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -100,20 +101,29 @@ class Settings(parallel.Settings, processes.Settings):
     batch_size: int = flag(
         128, "Examples in one step, on all devices together.", minimum=1, maximum=2**31 - 1
     )
-    num_epochs: int = flag(50, "Passes over the training data.", minimum=1)
+    num_epochs: int = flag(50, "Passes over the training data.", minimum=1, maximum=10**9)
     max_steps: int = flag(
-        0, "Stop after this step; 0: after num_epochs.", minimum=0, affects_result=False
+        0,
+        "Stop after this step; 0: after num_epochs.",
+        minimum=0,
+        maximum=2**31 - 1,
+        affects_result=False,
     )
-    learning_rate: float = flag(1e-3, "Learning rate of Adam in the first step.", above=0)
+    learning_rate: float = flag(
+        1e-3, "Learning rate of Adam in the first step.", above=0, maximum=1e6
+    )
     final_learning_rate: float = flag(
-        1e-4, "Learning rate after num_epochs, to which it decays exponentially.", above=0
+        1e-4,
+        "Learning rate after num_epochs, to which it decays exponentially.",
+        above=0,
+        maximum=1e6,
     )
     seed: int = flag(
         0, "Seed of parameters, order of examples and augmentation.", minimum=0, maximum=2**32 - 1
     )
-    log_every_steps: int = flag(50, "Steps between rows of metrics.", minimum=1)
+    log_every_steps: int = flag(50, "Steps between rows of metrics.", minimum=1, maximum=2**31 - 1)
     checkpoint_every_steps: int = flag(
-        500, "Steps between checkpoints.", minimum=1, affects_result=False
+        500, "Steps between checkpoints.", minimum=1, maximum=2**31 - 1, affects_result=False
     )
     tensorboard: bool = flag(
         False, "Write the metrics as TensorBoard files too.", affects_result=False
@@ -197,7 +207,16 @@ def train(
         the loss is not finite.
     """
     workdir = pathlib.Path(settings.workdir)
-    processes.together(lambda: loop.check_memory(trainer.abstract_state()))
+
+    def check_memory() -> None:
+        state = trainer.abstract_state()
+        loop.check_memory(state)
+        if not records.holds_run(workdir):  # before it is made: another size may use it then
+            trainer.compile_step(
+                state, *trainer.batch(train_examples, np.arange(settings.batch_size))
+            )
+
+    processes.together(check_memory)
     last_step = num_steps(settings, train_examples)
     if settings.max_steps:
         last_step = min(last_step, settings.max_steps)

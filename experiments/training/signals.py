@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+import experiments
 
 
 @contextlib.contextmanager
@@ -35,8 +35,9 @@ def stop_requests() -> Iterator[Callable[[], int]]:
         for number, handler in before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    for number in STOP_SIGNALS:
-        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+    for number in experiments.STOP_SIGNALS:
+        is_hangup = number == getattr(signal, "SIGHUP", None)
+        if is_hangup and signal.getsignal(number) == signal.SIG_IGN:
             continue
         before[number] = signal.signal(number, note)
     try:
