@@ -119,3 +119,45 @@ def test_training_lowers_the_loss_and_reaches_every_parameter(name):
 def test_images_that_are_too_small_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+ANY = {
+    "CapsNet": lambda: models.CapsNet((28, 20, 1), 3, rngs=nnx.Rngs(0)),
+    "EfficientCapsNet": lambda: models.EfficientCapsNet((28, 29, 1), 3, rngs=nnx.Rngs(0)),
+    **{name: build for name, (build, _) in NETWORKS.items()},
+}
+
+
+@pytest.mark.parametrize("name", ANY)
+def test_images_of_another_shape_or_type_are_refused(name):
+    model = nnx.eval_shape(ANY[name])
+    height, width, channels = model.image_shape
+    wanted = f"[any, {height}, {width}, {channels}]"
+    for shape in (
+        *((2, width, height, channels), (2, height, width, 3), (2, height, width)),
+        *((2, channels, height, width), (2, height * width), (2, height + 1, width, channels)),
+    ):
+        with pytest.raises(ValueError, match=rf"^{name}: images must have shape .*, got ") as error:
+            nnx.eval_shape(lambda model, shape=shape: model(jnp.zeros(shape)), model)
+        assert f"= {wanted}, got {shape}" in str(error.value)
+    images = jnp.zeros((2, *model.image_shape), jnp.uint8)
+    message = rf"^{name}: images must be floating, from 0 to 1, got uint8"
+    with pytest.raises(TypeError, match=message):
+        nnx.eval_shape(lambda model: model(images), model)
+
+
+@pytest.mark.parametrize("name", ["CapsNet", "EfficientCapsNet"])
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([2, 3], r"labels must be 0 to 2, got 2 to 3"),
+        ([-1, 1], r"labels must be 0 to 2, got -1 to 1"),
+        ([1, 1, 1], r"labels must have shape \[...\] = \[2\], got \(3,\)"),
+        ([0.0, 1.0], r"labels must be integers, got float32"),
+        ([True, False], r"labels must be integers, got bool"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(name, labels, message):
+    model = nnx.eval_shape(ANY[name])
+    with pytest.raises((ValueError, TypeError), match=f"^{name}.reconstruct: {message}$"):
+        model.reconstruct(jnp.zeros((2, 3, 16)), jnp.asarray(labels))

@@ -11,6 +11,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from capsjax import shapes
 from capsjax.conv import strided_conv
 
 M = TypeVar("M", bound=nnx.Module)
@@ -19,8 +20,33 @@ M = TypeVar("M", bound=nnx.Module)
 EPSILON, MOMENTUM = 1e-5, 0.9
 
 
-def check_labels(name: str, labels: Array, num_classes: int) -> None:
-    """Raise ValueError for concrete labels that are no class; one_hot would give zeros for them."""
+def check_images(
+    name: str, images: Array, image_shape: tuple[int, int, int], *, rank: int | None = None
+) -> None:
+    """Raise unless the last axes of images, of `rank` axes if it is given, are those of a network.
+
+    Bytes would be taken for numbers from 0 to 255, where networks expect 0 to 1.
+    """
+    wanted = tuple(image_shape)
+    if images.shape[-3:] != wanted or images.ndim != (rank or images.ndim):
+        letters = "[..., H, W, C]" if rank is None else "[B, H, W, C]"
+        known = ", ".join(map(str, ("any", *wanted)))
+        raise ValueError(
+            f"{name}: images must have shape {letters} = [{known}], got {tuple(images.shape)}"
+        )
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise TypeError(f"{name}: images must be floating, from 0 to 1, got {images.dtype}")
+
+
+def check_labels(name: str, labels: Array, shape: tuple[int, ...], num_classes: int) -> None:
+    """Raise unless labels are integers of a shape, and classes, for which one_hot would give zeros.
+
+    Labels that are traced have no values to check.
+    """
+    labels = jnp.asarray(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"{name}: labels must be integers, got {labels.dtype}")
+    shapes.check_shape(name, "labels", labels, "[...]", shape)
     if isinstance(labels, jax.core.Tracer):
         return
     values = np.asarray(labels)

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 
 from capsjax import nn
 from capsjax.metrics import lengths
-from capsjax.models._blocks import check_labels, keeps_arguments
+from capsjax.models._blocks import check_images, check_labels, keeps_arguments
 
 
 @keeps_arguments
@@ -20,7 +20,7 @@ class CapsNet(nnx.Module):
     8,215,568 parameters, of which the decoder has 1,411,344.
 
     Args:
-      image_shape: (H, W, C) of the images.
+      image_shape: (H, W, C) of the images; a call refuses others, and images of integers.
       num_classes: J, one class capsule for each class.
       conv_channels: Output channels of the first convolution.
       kernel_size: Height and width of the windows of both convolutions.
@@ -68,7 +68,7 @@ class CapsNet(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        height, width, channels = image_shape
+        height, width, channels = self.image_shape = image_shape
         grid = tuple(
             (size - 2 * (kernel_size - 1) - 1) // primary_stride + 1 for size in (height, width)
         )
@@ -112,6 +112,7 @@ class CapsNet(nnx.Module):
 
     def primary_poses(self, images: Array) -> Array:
         """Map images `[..., H, W, C]` to the poses of the primary capsules, `[..., I, P]`."""
+        check_images("CapsNet", images, self.image_shape)
         return self.primary(jax.nn.relu(self.convolution(images)))
 
     def reconstruct(self, capsules: Array, labels: Array | None = None) -> Array:
@@ -126,10 +127,12 @@ class CapsNet(nnx.Module):
           Images `[..., H, W, C]` in [0, 1].
 
         Raises:
-          ValueError: A label is not 0 … J - 1; labels traced by a transformation are not checked.
+          ValueError: Labels have another shape, or one is not 0 … J - 1; the values of labels
+            traced by a transformation are not checked.
+          TypeError: Labels are no integers.
         """
         if labels is None:
             labels = jnp.argmax(lengths(capsules), axis=-1)
         else:
-            check_labels("CapsNet.reconstruct", labels, capsules.shape[-2])
+            check_labels("CapsNet.reconstruct", labels, capsules.shape[:-2], capsules.shape[-2])
         return self.decoder(capsules, jax.nn.one_hot(labels, capsules.shape[-2]))

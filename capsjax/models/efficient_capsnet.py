@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from capsjax import nn, shapes
 from capsjax.kernels.dtypes import accumulation_dtype
 from capsjax.metrics import lengths
-from capsjax.models._blocks import check_labels, keeps_arguments
+from capsjax.models._blocks import check_images, check_labels, keeps_arguments
 from capsjax.routing.self_attention import exponential_squash, self_attention_routing
 
 # The defaults of the authors' normalization layers.
@@ -42,7 +42,7 @@ class EfficientCapsNet(nnx.Module):
     statistics. The methods `train` and `eval` of NNX change nothing.
 
     Args:
-      image_shape: (H, W, C) of the images.
+      image_shape: (H, W, C) of the images; a call refuses others, and images of integers.
       num_classes: J, one class capsule for each class.
       convolutions: Output channels, kernel size and stride of each convolution. An activation and a
         normalization follow each.
@@ -117,6 +117,7 @@ class EfficientCapsNet(nnx.Module):
                 "EfficientCapsNet: convolutions must end with a multiple of primary_length = "
                 f"{primary_length} channels, got {out_channels}"
             )
+        self.image_shape = image_shape
         windows = [window for _, *window in convolutions]
         windows.append([primary_kernel_size, primary_stride])
         grid = _grid(image_shape, windows)
@@ -196,6 +197,7 @@ class EfficientCapsNet(nnx.Module):
 
     def primary_poses(self, images: Array, *, training: bool = False) -> Array:
         """Map images `[..., H, W, C]` to the poses of the primary capsules, `[..., I, P]`."""
+        check_images("EfficientCapsNet", images, self.image_shape)
         leading = images.shape[:-3]
         maps = images.reshape(math.prod(leading), *images.shape[-3:])
         for block in self.blocks:
@@ -215,12 +217,16 @@ class EfficientCapsNet(nnx.Module):
           Images `[..., H, W, C]` in [0, 1].
 
         Raises:
-          ValueError: A label is not 0 … J - 1; labels traced by a transformation are not checked.
+          ValueError: Labels have another shape, or one is not 0 … J - 1; the values of labels
+            traced by a transformation are not checked.
+          TypeError: Labels are no integers.
         """
         if labels is None:
             labels = jnp.argmax(lengths(capsules), axis=-1)
         else:
-            check_labels("EfficientCapsNet.reconstruct", labels, capsules.shape[-2])
+            check_labels(
+                "EfficientCapsNet.reconstruct", labels, capsules.shape[:-2], capsules.shape[-2]
+            )
         return self.decoder(capsules, jax.nn.one_hot(labels, capsules.shape[-2]))
 
 

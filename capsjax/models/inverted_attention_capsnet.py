@@ -10,7 +10,12 @@ from jax.typing import DTypeLike
 
 from capsjax import nn
 from capsjax.conv import strided_conv
-from capsjax.models._blocks import EPSILON, NormalisedConvolution, keeps_arguments
+from capsjax.models._blocks import (
+    EPSILON,
+    NormalisedConvolution,
+    check_images,
+    keeps_arguments,
+)
 from capsjax.routing.inverted_attention import (
     inverted_attention_routing,
     inverted_attention_step,
@@ -34,7 +39,7 @@ class InvertedAttentionCapsNet(nnx.Module):
     defaults: 4 x 4 matrix poses, 32 types, 1,828,817 parameters.
 
     Args:
-      image_shape: (H, W, C) of the images.
+      image_shape: (H, W, C) of the images; a call refuses others, and images of integers.
       num_classes: J.
       channels: Of the backbone's two stages of residual blocks, the second with stride 2.
       blocks: Residual blocks of each stage.
@@ -67,7 +72,7 @@ class InvertedAttentionCapsNet(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        height, width, in_channels = image_shape
+        height, width, in_channels = self.image_shape = image_shape
         grid = [((size + 1) // 2 - 3) // 2 + 1 - 2 for size in (height, width)]
         if min(grid) < 1:
             raise ValueError(
@@ -118,6 +123,7 @@ class InvertedAttentionCapsNet(nnx.Module):
 
     def primary_poses(self, images: Array, *, training: bool = False) -> Array:
         """Map images `[B, H, W, C]` to the poses of the primary capsules, `[B, h, w, I, 4, 4]`."""
+        check_images("InvertedAttentionCapsNet", images, self.image_shape, rank=4)
         features = jax.nn.relu(self.convolution(images, training=training))
         for block in self.backbone:
             features = block(features, training=training)

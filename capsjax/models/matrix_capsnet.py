@@ -7,7 +7,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from capsjax import nn
-from capsjax.models._blocks import keeps_arguments
+from capsjax.models._blocks import check_images, keeps_arguments
 
 
 @keeps_arguments
@@ -20,7 +20,7 @@ class MatrixCapsNet(nnx.Module):
     B = 8 and C = D = 16, of 68,754.
 
     Args:
-      image_shape: (H, W, C) of the images.
+      image_shape: (H, W, C) of the images; a call refuses others, and images of integers.
       num_classes: One class capsule for each class.
       conv_channels: A, channels of the convolution, 5 x 5 with stride 2.
       primary_types: B, primary capsules at each position.
@@ -54,7 +54,7 @@ class MatrixCapsNet(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        height, width, channels = image_shape
+        height, width, channels = self.image_shape = image_shape
         smallest = 5 + 2 * (3 - 1) + 4 * (3 - 1)
         if min(height, width) < smallest:
             raise ValueError(
@@ -121,6 +121,7 @@ class MatrixCapsNet(nnx.Module):
 
     def __call__(self, images: Array) -> tuple[Array, Array]:
         """Map images `[..., H, W, C]` to class poses `[..., J, 4, 4]`, activations `[..., J]`."""
+        check_images("MatrixCapsNet", images, self.image_shape)
         poses, activations = self.primary(jax.nn.relu(self.convolution(images)))
         for layer in self.conv_capsules:
             poses, activations = layer(poses, activations)

@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from capsjax import nn
-from capsjax.models._blocks import NormalisedConvolution, batch_norm, keeps_arguments
+from capsjax.models._blocks import NormalisedConvolution, batch_norm, check_images, keeps_arguments
 from capsjax.routing.self_routing import self_routing
 
 
@@ -22,7 +22,7 @@ class SRCapsNet(nnx.Module):
     with 16 types of 16-dimensional capsules and 2,445,408 parameters. The class layer has no poses.
 
     Args:
-      image_shape: (H, W, C) of the images.
+      image_shape: (H, W, C) of the images; a call refuses others, and images of integers.
       num_classes: J.
       conv_channels: Channels of the convolution, 7 x 7 with stride 2 and padding 1.
       types: Capsules at each position of both capsule layers.
@@ -51,7 +51,7 @@ class SRCapsNet(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        height, width, channels = image_shape
+        height, width, channels = self.image_shape = image_shape
         grid = tuple(_after(_after(size, 7, 2), 5, 1) for size in (height, width))
         if min(grid) < 1:
             raise ValueError(
@@ -92,6 +92,7 @@ class SRCapsNet(nnx.Module):
         With `training`, normalise by the batch, and update the statistics. The authors train the
         log of the activations with the cross-entropy.
         """
+        check_images("SRCapsNet", images, self.image_shape, rank=4)
         features = jax.nn.relu(self.convolution(images, training=training))
         poses = self.poses(features, training=training)
         poses = poses.reshape(*poses.shape[:3], self.types, self.length)

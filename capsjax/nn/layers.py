@@ -32,6 +32,9 @@ class Convolution(nnx.Module):
       dtype: Of the computation; parameters are float32.
       rngs: Random streams; `params` initialises the kernel.
 
+    Raises:
+      ValueError: The images of a call have another number of channels or axes.
+
     Example:
       >>> Convolution(1, 4, kernel_size=9, rngs=nnx.Rngs(0))(jnp.ones((2, 28, 28, 1))).shape
       (2, 20, 20, 4)
@@ -60,6 +63,8 @@ class Convolution(nnx.Module):
     def __call__(self, images: Array) -> Array:
         """Map images `[..., H, W, C]` to feature maps with O channels, in the dtype `dtype`."""
         kernel = self.kernel[...].astype(self.dtype)
+        wanted = (*images.shape[:-3], None, None, kernel.shape[2])
+        shapes.check_shape("Convolution", "images", images, "[..., H, W, C]", wanted)
         convolved = strided_conv(images.astype(self.dtype), kernel, stride=self.stride)
         bias = self.bias[...].astype(self.dtype)
         return self.scale * convolved + jnp.broadcast_to(bias, convolved.shape)
