@@ -58,9 +58,7 @@ def main(config: Config) -> int:
     dataset = runs.prepare(config)
     trainer = parallel.spread(build(config, dataset), config, batch_size=config.batch_size)
     train_pairs, test_pairs = examples(config, dataset)
-    status, params = runs.train(
-        config, trainer, train_pairs, test_pairs, data_sha256=dataset.sha256
-    )
+    status, params = runs.train(config, trainer, train_pairs, test_pairs, dataset=dataset)
     if status:
         return status
     figures = {}

@@ -34,7 +34,9 @@ def save_run(path, data_dir, **settings):
     config = dataclasses.replace(config, **settings)
     dataset = datasets.load(config.dataset, data_dir=data_dir)
     trainer = mnist.build(config, dataset)
-    workdir = records.open_workdir(path, config=config, data_sha256=dataset.sha256)
+    workdir = records.open_workdir(
+        path, config=config, data_sha256=dataset.sha256, data=dataset.facts
+    )
     state, rng = trainer.initial_state(0), np.random.default_rng(0)
     # Noise, because an initial network predicts the same class for all images.
     params = jax.tree.map(

@@ -58,7 +58,9 @@ def save_run(folder, data_dir, *, checkpoint=True, **settings):
         **settings,
     )
     dataset = datasets.load("mnist", data_dir=str(data_dir))
-    workdir = records.open_workdir(folder, config=config, data_sha256=dataset.sha256)
+    workdir = records.open_workdir(
+        folder, config=config, data_sha256=dataset.sha256, data=dataset.facts
+    )
     if checkpoint:
         trainer = mnist.build(config, dataset)
         with Checkpoints(workdir) as checkpoints:

@@ -52,7 +52,9 @@ def trained(settings, tmp_path_factory):
     dataset = datasets.load(settings.dataset, data_dir=settings.data_dir)
     trainer = mnist.build(settings, dataset)
     path = tmp_path_factory.mktemp("trained") / "run"
-    workdir = records.open_workdir(path, config=settings, data_sha256=dataset.sha256)
+    workdir = records.open_workdir(
+        path, config=settings, data_sha256=dataset.sha256, data=dataset.facts
+    )
     state = trainer.initial_state(0)
     with Checkpoints(workdir) as checkpoints:
         checkpoints.save(1, state)

@@ -1,11 +1,15 @@
 """Programs that read a CapsNet run take a safetensors file in its place, before any training."""
 
+import json
+import shutil
+
 import in_process
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import small_runs
 from flax import nnx
 from PIL import Image
 
@@ -140,3 +144,61 @@ def test_the_weights_that_come_along_have_a_decoder():
     run = trained.load(str(trained.WEIGHTS), with_data=False)
     assert (run.step, bool(run.config.reconstruction_weight)) == (None, True)
     assert run.dataset.test.images.shape == (0, 28, 28, 1)
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    small_runs.save_run(folder / "run", small_runs.write_digits(folder / "digits"))
+    return folder / "run"
+
+
+@pytest.mark.parametrize("network", ["capsnet", "pooling_cnn", "sr_capsnet"])
+def test_a_copied_run_tells_sizes_and_names_without_its_data(network, tmp_path):
+    for split in ("train", "test"):
+        for name in ("circle", "square", "triangle"):
+            folder = tmp_path / "shapes" / split / name
+            folder.mkdir(parents=True)
+            for k in range(4):
+                image = np.random.default_rng(k).integers(0, 256, (20, 18), np.uint8)
+                Image.fromarray(image).save(folder / f"{k}.png")
+    dataset = f"folder:{tmp_path / 'shapes'}"
+    small_runs.save_run(tmp_path / "run", "", dataset=dataset, network=network)
+    with_data = trained.load(str(tmp_path / "run"))
+    shutil.rmtree(tmp_path / "shapes")
+    run = trained.load(str(tmp_path / "run"), with_data=False)
+    assert run.dataset.facts == with_data.dataset.facts
+    assert run.dataset.class_names == ("circle", "square", "triangle")
+    assert run.test.images.shape == (0, 20, 18, 1)
+    jax.tree.map(np.testing.assert_array_equal, run.params, with_data.params)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"image_shape": shape} for shape in ([17, 17], [17, 0, 1], [17.0, 17, 1], "17")),
+        *({"num_classes": number} for number in (0, "10", None)),
+        *({"class_names": names} for names in (["a"], [1] * 10, None, {})),
+        {"class_names": ...},
+    ],
+    ids=str,
+)
+def test_damaged_sizes_are_named(changes, small_run, tmp_path):
+    run = json.loads((small_run / "config.json").read_text())
+    data = run["data"] | changes
+    run["data"] = {name: value for name, value in data.items() if value is not ...}
+    (tmp_path / "config.json").write_text(json.dumps(run))
+    with pytest.raises(InputError, match=r"config\.json is damaged at data \("):
+        trained.load(str(tmp_path), with_data=False)
+
+
+def test_a_run_of_an_earlier_version_asks_for_its_data(small_run, tmp_path):
+    workdir = shutil.copytree(small_run, tmp_path / "run")
+    run = json.loads((workdir / "config.json").read_text())
+    del run["data"]
+    (workdir / "config.json").write_text(json.dumps(run))
+    assert trained.load(str(workdir), with_data=False).test.size == 60
+    run["config"]["data_dir"] = str(tmp_path / "moved")
+    (workdir / "config.json").write_text(json.dumps(run))
+    with pytest.raises(InputError, match="moved"):
+        trained.load(str(workdir), with_data=False)

@@ -24,7 +24,7 @@ def train_run(config: mnist.Config, dataset: datasets.Dataset) -> int:
         trainer,
         dataset.train,
         test,
-        data_sha256=dataset.sha256,
+        dataset=dataset,
         extra_metrics=(
             diagnostics.make_diagnostics(trainer, dataset.train) if config.diagnostics else None
         ),

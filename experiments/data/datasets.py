@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from absl import logging
@@ -87,6 +87,15 @@ class Dataset:
     # Viewpoints of smallNORB by split, as in `smallnorb.Part`; empty for other data sets.
     info: dict[str, np.ndarray] = field(default_factory=dict)
     familiar: Split | None = None  # test images from the viewpoints of training, if separate
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a run notes, so that it can be looked into without its data; as JSON has it."""
+        return {
+            "image_shape": list(self.train.images.shape[1:]),
+            "num_classes": self.num_classes,
+            "class_names": list(self.class_names),
+        }
 
 
 def load(name: str, *, data_dir: str = "", download: bool = False) -> Dataset:

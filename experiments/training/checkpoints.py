@@ -289,22 +289,6 @@ def check_metrics(workdir: files.StrPath, step: int | None = None) -> None:
     )
 
 
-def saved_shapes(workdir: files.StrPath) -> dict[str, list[int]]:
-    """Return the shape of every leaf of the newest readable checkpoint, by its path in the state.
-
-    Raises:
-      InputError: There is none.
-    """
-    for step in reversed(saved_steps(workdir)):
-        try:
-            record = _unsealed(pathlib.Path(workdir) / "checkpoints" / str(step) / _RECORD)
-        except (_DamagedError, OSError):  # `restore` warns of it
-            continue
-        return {name: leaf["shape"] for name, leaf in record["leaves"].items()}
-    check_not_lost(workdir)
-    raise InputError(f"workdir {workdir} has no checkpoint yet; let it train further")
-
-
 def begin_training(workdir: files.StrPath) -> None:
     """Prepare a run's folder for training, before its first row of metrics is written.
 

@@ -25,13 +25,16 @@ _CONFIG, _METRICS = "config.json", "metrics.jsonl"
 _CONFIG_LIMIT, _METRICS_LIMIT = 2**20, 2**30  # bytes
 
 
-def open_workdir(path: StrPath, *, config: Any, data_sha256: str) -> pathlib.Path:
+def open_workdir(
+    path: StrPath, *, config: Any, data_sha256: str, data: Mapping[str, Any] | None = None
+) -> pathlib.Path:
     """Create the folder of a new run, or check that the run in it has the same settings and data.
 
     Args:
       path: The folder. It may exist if it is empty or holds a run.
       config: The program's Config. Fields with affects_result=False may differ from the run's.
       data_sha256: Digest of the training data.
+      data: What else a new run notes of its data; None for nothing.
 
     Returns:
       The folder.
@@ -56,6 +59,7 @@ def open_workdir(path: StrPath, *, config: Any, data_sha256: str) -> pathlib.Pat
             run = {
                 "config": dataclasses.asdict(config),
                 "data_sha256": data_sha256,
+                "data": data,
                 "versions": {name: _version(name) for name in ("jax", "flax", "optax", "capsjax")},
             }
             with contextlib.suppress(FileExistsError):  # another process created it
@@ -100,7 +104,7 @@ def holds_run(workdir: StrPath) -> bool:
 
 
 def read_config(workdir: StrPath) -> dict[str, Any]:
-    """Read config.json of a run: the keys config, data_sha256 and versions.
+    """Read config.json of a run: the keys config, data_sha256, data and versions.
 
     Raises:
       InputError: The folder holds no run, or its config.json is damaged.

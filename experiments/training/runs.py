@@ -185,7 +185,7 @@ def train(
     train_examples: datasets.Examples,
     test_examples: datasets.Examples,
     *,
-    data_sha256: str,
+    dataset: datasets.Dataset,
     extra_metrics: Callable[[loop.Params], dict[str, float]] | None = None,
 ) -> tuple[int, loop.Params]:
     """Train from the workdir's newest checkpoint, or from the start, to the last step.
@@ -195,7 +195,7 @@ def train(
       trainer: Of the devices to train on, as from `parallel.spread`.
       train_examples: Examples for training.
       test_examples: Examples for the test error.
-      data_sha256: Identifies the data set.
+      dataset: Whose digest and sizes a new run notes.
       extra_metrics: As in `loop.train`.
 
     Returns:
@@ -224,7 +224,9 @@ def train(
         stack.enter_context(processes.one_line_on_loss(lambda: _last_checkpoint(workdir)))
 
         def opened() -> None:
-            records.open_workdir(workdir, config=settings, data_sha256=data_sha256)
+            records.open_workdir(
+                workdir, config=settings, data_sha256=dataset.sha256, data=dataset.facts
+            )
             stack.enter_context(records.exclusive(workdir))
             begin_training(workdir)
 

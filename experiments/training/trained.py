@@ -1,10 +1,10 @@
 """Networks trained by train_mnist, loaded from the folders of their runs or from single files."""
 
 import dataclasses
-import math
+import operator
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jax
@@ -17,18 +17,13 @@ from experiments import cli
 from experiments.data import datasets, image_files
 from experiments.errors import InputError
 from experiments.training import loop, mnist, objectives, records, runs, transforms
-from experiments.training.checkpoints import Checkpoints, saved_shapes
+from experiments.training.checkpoints import Checkpoints
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 C = TypeVar("C", bound="DataclassInstance")
 
-# Height and width of images in pixels, by data set.
-_SIDES = {
-    **dict.fromkeys(("mnist", "mnist_small", "fashion_mnist"), 28),
-    **dict.fromkeys(("smallnorb", "tfds:smallnorb"), 48),
-}
 WEIGHTS = pathlib.Path(__file__).parents[1] / "weights" / "small.safetensors"
 
 
@@ -55,12 +50,11 @@ def load(workdir: str, *, data_dir: str = "", with_data: bool = True) -> Trained
       workdir: The folder of the run, or a file of `capsjax.models.save` with a CapsNet; it is only
         read.
       data_dir: Folder of the data set's files; empty: that of the run.
-      with_data: False to read no data: sizes come from the checkpoint, and there are no examples.
+      with_data: False to read no data: sizes come from config.json, and there are no examples.
 
     Raises:
       InputError: The folder holds no such run or no checkpoint, or the data found are not those of
-        the run, or sizes cannot be told without them; the file is damaged, holds no CapsNet, or
-        test images are asked of it.
+        the run; the file is damaged, holds no CapsNet, or test images are asked of it.
     """
     if os.path.isfile(workdir):
         if with_data:
@@ -72,12 +66,12 @@ def load(workdir: str, *, data_dir: str = "", with_data: bool = True) -> Trained
         return _from_file(workdir)
     run = records.read_config(workdir)
     config = config_of(mnist.Config, run["config"], workdir)
-    if with_data:
+    if with_data or run.get("data") is None:  # earlier versions noted nothing
         dataset = datasets.load(config.dataset, data_dir=data_dir or config.data_dir)
         check_data(config, dataset, run["data_sha256"], workdir)
         dataset = mnist.select_viewpoints(config, dataset)
     else:
-        dataset = _without_examples(config, run["data_sha256"], workdir)
+        dataset = _without_examples(config, run, workdir)
     trainer = mnist.build(config, dataset)
     step, params = restored(trainer, workdir)
     test = mnist.test_split(config, dataset)
@@ -115,37 +109,28 @@ def _from_file(path: str) -> Trained:
     return Trained(config, dataset, none, trainer, params, None)
 
 
-def _without_examples(config: mnist.Config, sha256: str, workdir: str) -> datasets.Dataset:
-    shapes = saved_shapes(workdir)
-    layers = "decoder']['layers" if config.network == "capsnet" else "layers"
-    first = "convolution']" if config.network == "capsnet" else "convolutions'][0]"
-    kernels = [f".params['{layers}'][{k}]['kernel']" for k in range(3)]
+def _without_examples(
+    config: mnist.Config, run: Mapping[str, Any], workdir: str
+) -> datasets.Dataset:
+    """Return the data set of a run, as far as config.json tells of it, without examples."""
     try:
-        channels = shapes[f".params['{first}['kernel']"][2]
-        last = [shapes[name][-1] for name in kernels if name in shapes][-1]
-        if config.network == "capsnet":
-            num_classes, side = (
-                shapes[".params['capsules']['weights']"][2],
-                math.isqrt(last // channels),
-            )
-        else:
-            num_classes, side = last, 0
-    except (KeyError, IndexError) as error:
-        raise InputError(f"workdir {workdir} has no checkpoint of a {config.network}") from error
-    if config.side or not side or side * side * channels != last:
-        # Canvas and crop hide the images' side, a CNN's pooling rounds it, others are no squares.
-        if config.dataset not in _SIDES:
-            raise InputError(
-                f"workdir {workdir} does not tell the size of the images of {config.dataset}; name "
-                "the folder of the run's data with --data_dir"
-            )
-        side = _SIDES[config.dataset]
-    shape = side, side, channels
+        facts = run["data"]
+        shape = tuple(operator.index(size) for size in facts["image_shape"])
+        num_classes, names = operator.index(facts["num_classes"]), facts["class_names"]
+        if not (len(shape) == 3 and min(*shape, num_classes) > 0 and isinstance(names, list)):
+            raise ValueError("sizes must be above 0")
+        if len(names) not in (0, num_classes) or not all(isinstance(name, str) for name in names):
+            raise ValueError("class_names must be texts, one a class")
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"config.json is damaged at data ({error!r})"
+        raise InputError(f"workdir {workdir}: {reason}") from error
     # Of the batch's size, because a trainer refuses less; broadcast, so that it takes no memory.
     stand_in = np.broadcast_to(np.uint8(0), (config.batch_size, *shape))
     train = datasets.Split(stand_in, np.zeros(config.batch_size, np.int32))
     test = datasets.Split(stand_in[:0], train.labels[:0])
-    return datasets.Dataset(config.dataset, num_classes, train, test, sha256)
+    return datasets.Dataset(
+        config.dataset, num_classes, train, test, run["data_sha256"], tuple(names)
+    )
 
 
 def read_images(run: Trained, paths: Sequence[str]) -> np.ndarray:
