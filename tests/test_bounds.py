@@ -101,6 +101,21 @@ def test_an_evaluation_that_does_not_fit_is_refused(tiny, monkeypatch):
         trainer.evaluate(params, data.test, batch_size=8)
 
 
+@pytest.mark.parametrize(("limit", "fits"), [("1000\n", False), ("max\n", True), (None, True)])
+def test_the_limit_of_a_container_counts(limit, fits, tmp_path, monkeypatch):
+    state = {"x": jax.ShapeDtypeStruct((1000,), "float32")}
+    path = tmp_path / "memory.max"
+    if limit is not None:
+        path.write_text(limit)
+    monkeypatch.setattr(loop, "CGROUP_MEMORY", str(path))
+    program = jax.jit(lambda tree: tree["x"] + 1).lower(state).compile()
+    if fits:
+        loop.check_program_memory(program, "a step")
+    else:
+        with pytest.raises(InputError, match=r"^a step needs 0\.0 GiB of memory"):
+            loop.check_program_memory(program, "a step")
+
+
 def test_interests_that_do_not_fit_are_refused_before_the_workdir_is_made(tmp_path, monkeypatch):
     config = interests.Config(workdir=str(tmp_path / "run"), embedding_size=65536)
     task = interests.build(config, interests.load_data(config))

@@ -3,6 +3,7 @@
 import ctypes
 import math
 import os
+import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from experiments.errors import InputError
 from experiments.training.objectives import Objective
 from experiments.training.transforms import scaled
 
+CGROUP_MEMORY = "/sys/fs/cgroup/memory.max"
 Params = dict[str, Any]  # parameters, and statistics of batch normalisation if there are any
 
 
@@ -325,7 +327,10 @@ def _check_fits(needed: int, what: str, advice: str) -> None:
     device = jax.local_devices()[0]
     if device.platform == "cpu":  # one memory, of all its devices
         needed *= jax.local_device_count()
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory: float = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        limit = pathlib.Path(CGROUP_MEMORY)  # of a container; a number of bytes or "max"
+        if limit.is_file() and (text := limit.read_text().strip()).isdecimal():
+            memory = min(memory, int(text))
     else:
         memory = (device.memory_stats() or {}).get("bytes_limit", math.inf)
     if needed > memory:
