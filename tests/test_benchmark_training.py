@@ -80,15 +80,14 @@ def test_contender_process_times_every_row(name, params_file, monkeypatch, capsy
     assert min(seconds) > 0
 
 
-@pytest.mark.parametrize("network", contenders.NETWORKS[1:])
-def test_other_networks_have_rows_of_training_and_inference(network, tmp_path):
+def test_another_network_has_rows_of_training_and_inference(tmp_path):
     output = tmp_path / "rows.jsonl"
     config = benchmark_training.Config(
-        network=network, batch_size=2, image_size=28, repeats=1, output=str(output)
+        network="efficient_capsnet", batch_size=2, repeats=1, output=str(output)
     )
     assert benchmark_training.main(config) == 0
     rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert {row["network"] for row in rows} == {network}
+    assert {row["network"] for row in rows} == {"efficient_capsnet"}
     assert [row["row"] for row in rows] == [
         *("training", "inference", "matrix product", "first step", "peak memory"),
         "first step, compiled before",
