@@ -15,7 +15,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Sends the signal when the process imports or opens what the test names; "held" is a moment in
 # which compiled code does not return, as a compiler's may for minutes.
 HOOK = """
-import hashlib, os, sys, threading
+import hashlib, os, signal, sys, threading
+
+# Tests that run in the background ignore Ctrl-C, and their programs would too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 wanted, number, held = os.environ["WANTED"], int(os.environ["NUMBER"]), os.environ["HELD"] == "1"
 done = []

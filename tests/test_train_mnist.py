@@ -115,7 +115,7 @@ def test_a_workdir_of_other_data_is_refused(program, finished, tmp_path):
         ({"learning_rate": -0.1}, "--learning_rate must be above 0, got -0.1"),
         ({"final_learning_rate": 0}, "--final_learning_rate must be above 0, got 0.0"),
         ({"reconstruction_weight": -1}, "--reconstruction_weight must be at least 0, got -1.0"),
-        ({"num_epochs": 2**31}, "--num_epochs=2147483648 are .* steps, .* at most 2147483647"),
+        ({"num_epochs": 10**9}, "--num_epochs=1000000000 are .* steps, .* at most 2147483647"),
         ({"num_iterations": 0}, "--num_iterations must be at least 1, got 0"),
         ({"shift": -1}, "--shift must be at least 0, got -1"),
         ({"shift": 17}, "--shift must be less than the 17 pixels of the images, got 17"),
